@@ -1,0 +1,1 @@
+"""Token-level mixing of LoRA adapters at decode time, in JAX."""

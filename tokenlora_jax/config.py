@@ -1,0 +1,461 @@
+"""Typed, frozen settings, and the one-line errors that bad input gets.
+
+Everything here is plain data: no JAX, no files. An experiment is one `Config`
+instance in a file of `configs/`; the command line overrides single fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import difflib
+from typing import Literal
+
+# The seven linear maps of a Llama layer, by our names, in the order they run.
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class InputError(ValueError):
+  """Bad input from a person: one line that says what, where and what to do."""
+
+
+def nearest(value: str, allowed: Iterable[str]) -> str:
+  """Returns " (did you mean 'x'?)" for the nearest name, or "".
+
+  Args:
+    value: what was given.
+    allowed: the names that exist.
+
+  Example:
+    >>> nearest("centriod", ["centroid", "uniform"])
+    " (did you mean 'centroid'?)"
+  """
+  match = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.5)
+  return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def check_choice(field: str, value: str, allowed: Sequence[str]) -> None:
+  """Raises `InputError` unless `value` is one of `allowed`.
+
+  Args:
+    field: the name of the setting, as a person would write it.
+    value: what was given.
+    allowed: the names that exist.
+
+  Raises:
+    InputError: naming field, value, the allowed names and the nearest one.
+
+  Example:
+    >>> check_choice("router.name", "uniform", ["centroid", "uniform"])
+  """
+  if value not in allowed:
+    raise InputError(
+      f"{field}: {value!r} is not one of {', '.join(allowed)}"
+      f"{nearest(value, allowed)}"
+    )
+
+
+def _check(condition: bool, field: str, value: object, allowed: str) -> None:
+  if not condition:
+    raise InputError(f"{field}: {value!r} is not allowed; want {allowed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are stretched beyond the trained length.
+
+  Attributes:
+    kind: `none`, `linear` (all frequencies divided by `factor`) or `llama3`
+      (only low frequencies, with a ramp between the two wavelengths).
+    factor: the stretch.
+    low_frequency_factor: `llama3`: wavelengths above original_length / this are
+      stretched whole.
+    high_frequency_factor: `llama3`: wavelengths below original_length / this
+      stay as they are.
+    original_length: `llama3`: the length trained on, tokens.
+  """
+
+  kind: Literal["none", "linear", "llama3"] = "none"
+  factor: float = 1.0
+  low_frequency_factor: float = 1.0
+  high_frequency_factor: float = 4.0
+  original_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+  """The shape of one Llama.
+
+  Attributes:
+    vocab: V, size of the vocabulary.
+    width: D, model width.
+    mlp_width: F, width of the gated MLP.
+    layers: L.
+    heads: N, query heads.
+    kv_heads: K, key and value heads; divides N.
+    head_width: H, width of a head; need not be D / N.
+    norm_eps: added to the mean square in RMSNorm.
+    rope_theta: base of the rotary frequencies.
+    rope_scaling: how those are stretched.
+    tied: whether the output projection is the embedding.
+    qkv_bias: bias on q, k and v (Llama `attention_bias`, Qwen2).
+    o_bias: bias on o.
+    mlp_bias: bias on gate, up and down.
+    max_length: the longest sequence trained on, tokens.
+  """
+
+  vocab: int
+  width: int
+  mlp_width: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_width: int
+  norm_eps: float = 1e-5
+  rope_theta: float = 10_000.0
+  rope_scaling: RopeScaling = RopeScaling()
+  tied: bool = False
+  qkv_bias: bool = False
+  o_bias: bool = False
+  mlp_bias: bool = False
+  max_length: int = 4096
+
+  def __post_init__(self):
+    for field in ("vocab", "width", "mlp_width", "layers", "heads", "kv_heads"):
+      value = getattr(self, field)
+      _check(value >= 1, f"base config {field}", value, "at least 1")
+    _check(
+      self.heads % self.kv_heads == 0,
+      "base config kv_heads",
+      self.kv_heads,
+      f"a divisor of the {self.heads} query heads",
+    )
+    _check(
+      self.head_width >= 2 and self.head_width % 2 == 0,
+      "base config head_width",
+      self.head_width,
+      "an even number of at least 2",
+    )
+
+  @property
+  def projection_shapes(self) -> dict[str, tuple[int, int]]:
+    """The [in, out] shape of each of the seven linear maps of a layer."""
+    queries = self.heads * self.head_width
+    keys = self.kv_heads * self.head_width
+    return {
+      "q": (self.width, queries),
+      "k": (self.width, keys),
+      "v": (self.width, keys),
+      "o": (queries, self.width),
+      "gate": (self.width, self.mlp_width),
+      "up": (self.width, self.mlp_width),
+      "down": (self.mlp_width, self.width),
+    }
+
+  @property
+  def matmul_parameters(self) -> int:
+    """Parameters a token is multiplied with: the layers and the output map."""
+    layer = sum(i * o for i, o in self.projection_shapes.values())
+    return self.layers * layer + self.vocab * self.width
+
+
+# Shapes that `random:NAME` builds with seeded random weights.
+PRESETS = {
+  "tiny": LlamaConfig(
+    vocab=260, width=64, mlp_width=128, layers=2, heads=4, kv_heads=2,
+    head_width=16, tied=True, max_length=1024,
+  ),
+  "smollm2-135m": LlamaConfig(
+    vocab=49152, width=576, mlp_width=1536, layers=30, heads=9, kv_heads=3,
+    head_width=64, rope_theta=100_000.0, tied=True, max_length=8192,
+  ),
+  "tinyllama-1.1b": LlamaConfig(
+    vocab=32000, width=2048, mlp_width=5632, layers=22, heads=32, kv_heads=4,
+    head_width=64, max_length=2048,
+  ),
+  "llama2-7b": LlamaConfig(
+    vocab=32000, width=4096, mlp_width=11008, layers=32, heads=32, kv_heads=32,
+    head_width=128,
+  ),
+  "llama2-13b": LlamaConfig(
+    vocab=32000, width=5120, mlp_width=13824, layers=40, heads=40, kv_heads=40,
+    head_width=128,
+  ),
+  "llama2-70b": LlamaConfig(
+    vocab=32000, width=8192, mlp_width=28672, layers=80, heads=64, kv_heads=8,
+    head_width=128,
+  ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConfig:
+  """The frozen language model.
+
+  Attributes:
+    path: a Hugging Face folder, a .gguf file, a hub id, `package:NAME` (the
+      .gguf or folder that an installed Python package carries), or
+      `random:PRESET`.
+    dtype: what its weights are kept and multiplied in.
+  """
+
+  path: str = "random:tiny"
+  dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """The adapters, alike for every expert of a run.
+
+  Attributes:
+    rank: R.
+    alpha: scaling is alpha / R (alpha / sqrt(R) with `rslora`).
+    rslora: rank-stabilised scaling (Kalajdzievski, 2023).
+    dropout: share of the adapter's inputs zeroed in training.
+    targets: the linear maps that get an adapter, of
+      q, k, v, o, gate, up, down.
+  """
+
+  rank: int = 16
+  alpha: float = 16.0
+  rslora: bool = False
+  dropout: float = 0.0
+  targets: tuple[str, ...] = ("q", "v")
+
+  def __post_init__(self):
+    _check(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+    _check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "0 <= p < 1")
+    _check(len(self.targets) >= 1, "lora.targets", self.targets, "at least one")
+    for target in self.targets:
+      check_choice("lora.targets", target, PROJECTIONS)
+
+  @property
+  def scaling(self) -> float:
+    """alpha / R, or alpha / sqrt(R) for rank-stabilised LoRA."""
+    return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where rows come from and what a batch is.
+
+  Attributes:
+    source: `builtin` (our own seeded generators), `local` (the original files
+      under `dir`), `hub` (Hugging Face datasets) or `tfds`.
+    dir: the folder of `local`, or the data_dir of `tfds`.
+    tasks: one expert each, in this order: gsm8k, arc_challenge, codealpaca,
+      squad.
+    loss_on: `answer` (the answer and the end token) or `all` (as the paper).
+    rows: B, rows an expert a step.
+    length: T, the most tokens a row may have.
+    too_long: what happens to a row of more tokens: `skip`, `truncate` (its
+      end is cut) or `fatal`.
+    bad_rows: what happens to a row that breaks its schema: `fatal` or `skip`.
+    train_rows: how many training rows a task uses at most; 0 is all.
+    eval_rows: how many held-out rows a task uses at most.
+    seed: of the order of rows, and of the built-in rows.
+  """
+
+  source: Literal["builtin", "local", "hub", "tfds"] = "builtin"
+  dir: str = ""
+  tasks: tuple[str, ...] = ("gsm8k", "arc_challenge", "codealpaca", "squad")
+  loss_on: Literal["answer", "all"] = "answer"
+  rows: int = 8
+  length: int = 256
+  too_long: Literal["skip", "truncate", "fatal"] = "skip"
+  bad_rows: Literal["fatal", "skip"] = "fatal"
+  train_rows: int = 0
+  eval_rows: int = 64
+  seed: int = 0
+
+  def __post_init__(self):
+    _check(self.rows >= 1, "data.rows", self.rows, "at least 1")
+    _check(self.length >= 8, "data.length", self.length, "at least 8 tokens")
+    _check(self.train_rows >= 0, "data.train-rows", self.train_rows, "0 (all) or more")
+    _check(self.eval_rows >= 1, "data.eval-rows", self.eval_rows, "at least 1")
+    _check(len(self.tasks) >= 1, "data.tasks", self.tasks, "at least one task")
+    _check(
+      len(set(self.tasks)) == len(self.tasks),
+      "data.tasks", self.tasks, "each task once",
+    )  # fmt: skip
+    _check(
+      self.source != "local" or bool(self.dir),
+      "data.dir", self.dir, "the folder that holds the task folders",
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """AdamW on the adapters, each expert for itself.
+
+  Attributes:
+    steps: optimizer steps of the whole run.
+    learning_rate: at the end of the warm-up.
+    warmup_steps: linear from 0.
+    schedule: after the warm-up: `cosine` (to zero) or `constant`.
+    weight_decay: decoupled, on the adapters.
+    clip: largest global norm of an expert's gradient; 0 is no clipping.
+  """
+
+  steps: int = 100
+  learning_rate: float = 5e-4
+  warmup_steps: int = 10
+  schedule: Literal["cosine", "constant"] = "cosine"
+  weight_decay: float = 0.0
+  clip: float = 1.0
+
+  def __post_init__(self):
+    _check(self.steps >= 1, "optim.steps", self.steps, "at least 1")
+    _check(
+      self.learning_rate > 0,
+      "optim.learning-rate", self.learning_rate, "more than 0",
+    )  # fmt: skip
+    _check(
+      0 <= self.warmup_steps <= self.steps,
+      "optim.warmup-steps", self.warmup_steps, f"0 to steps ({self.steps})",
+    )  # fmt: skip
+    _check(self.clip >= 0, "optim.clip", self.clip, "0 (off) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How many devices each axis of the mesh takes; the product is used.
+
+  Attributes:
+    expert: devices over which experts are split; they never communicate.
+    data: devices over which rows are split.
+    fsdp: devices over which rows and the frozen weights are split.
+    tensor: devices over which heads and the MLP are split.
+  """
+
+  expert: int = 1
+  data: int = 1
+  fsdp: int = 1
+  tensor: int = 1
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      _check(value >= 1, f"mesh.{field.name}", value, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+  """Who decides the gates.
+
+  Attributes:
+    name: `centroid`, `uniform`, `sum`, `one-hot`, `fixed` or `base`.
+    encoder: of `centroid`: `minilm` (all-MiniLM-L6-v2, the paper's) or `hidden`
+      (the base's own mean-pooled last hidden state, inside the graph).
+    minilm: where all-MiniLM-L6-v2 is: a folder, a hub id or `package:NAME`.
+    sharpen: of `centroid`: what the largest similarity is multiplied by before
+      the softmax (4 in the paper).
+    expert: of `one-hot`: the expert's name.
+    gates: of `fixed`: one number an expert.
+    centroid_rows: training texts a task averaged into a centroid.
+  """
+
+  name: str = "centroid"
+  encoder: Literal["minilm", "hidden"] = "minilm"
+  minilm: str = "sentence-transformers/all-MiniLM-L6-v2"
+  sharpen: float = 4.0
+  expert: str = ""
+  gates: tuple[float, ...] = ()
+  centroid_rows: int = 256
+
+  def __post_init__(self):
+    _check(
+      self.centroid_rows >= 1,
+      "router.centroid-rows", self.centroid_rows, "at least 1",
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+  """How text is made.
+
+  Attributes:
+    max_new_tokens: the most tokens to make.
+    refresh_every: tokens between two router calls; 0 is once, at the prompt.
+    temperature: 0 is greedy.
+    top_k: keep the k most likely tokens; 0 is all.
+    top_p: keep the most likely tokens whose probabilities reach this sum.
+    seed: of the sampling.
+    stop_at_eos: whether the end token ends a sequence.
+    stop: strings that end a sequence (they are cut from the text).
+  """
+
+  max_new_tokens: int = 64
+  refresh_every: int = 2
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  seed: int = 0
+  stop_at_eos: bool = True
+  stop: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    _check(
+      self.max_new_tokens >= 1,
+      "decode.max-new-tokens", self.max_new_tokens, "at least 1",
+    )  # fmt: skip
+    _check(
+      self.refresh_every >= 0,
+      "decode.refresh-every", self.refresh_every, "0 (once) or more",
+    )  # fmt: skip
+    _check(
+      self.temperature >= 0, "decode.temperature", self.temperature, "0 or more"
+    )
+    _check(self.top_k >= 0, "decode.top-k", self.top_k, "0 (all) or more")
+    _check(0 < self.top_p <= 1, "decode.top-p", self.top_p, "0 < p <= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One experiment.
+
+  Attributes:
+    workdir: where checkpoints, logs and the bank of this run go.
+    base: the frozen model.
+    lora: the adapters.
+    data: the rows.
+    optim: the optimizer.
+    mesh: the devices.
+    router: who decides the gates.
+    decode: how text is made.
+    seed: of the adapters' first weights and of dropout.
+    remat: recompute a layer's activations in the backward pass instead of
+      keeping them: less memory, a third more work.
+    eval_every: steps between two held-out losses; 0 is only at the end.
+    save_every: steps between two checkpoints.
+    keep: how many checkpoints stay.
+  """
+
+  workdir: str = "runs/default"
+  base: BaseConfig = BaseConfig()
+  lora: LoraConfig = LoraConfig()
+  data: DataConfig = DataConfig()
+  optim: OptimConfig = OptimConfig()
+  mesh: MeshConfig = MeshConfig()
+  router: RouterConfig = RouterConfig()
+  decode: DecodeConfig = DecodeConfig()
+  seed: int = 0
+  remat: bool = False
+  eval_every: int = 0
+  save_every: int = 50
+  keep: int = 2
+
+  def __post_init__(self):
+    _check(self.eval_every >= 0, "eval-every", self.eval_every, "0 or more")
+    _check(self.save_every >= 1, "save-every", self.save_every, "at least 1")
+    _check(self.keep >= 1, "keep", self.keep, "at least 1")
+    _check(
+      len(self.data.tasks) % self.mesh.expert == 0,
+      "mesh.expert", self.mesh.expert,
+      f"a divisor of the {len(self.data.tasks)} experts",
+    )  # fmt: skip
+    shards = self.mesh.data * self.mesh.fsdp
+    _check(
+      self.data.rows % shards == 0,
+      "data.rows", self.data.rows, f"a multiple of mesh data x fsdp = {shards}",
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The frozen Llama, its stacked adapters and its cache."""

@@ -1,0 +1,348 @@
+"""The Llama family (Touvron et al., 2023) as a Flax NNX module.
+
+NNX is the container only: a `Llama` is a pytree of parameters that plain jax
+transforms pass around, and nothing is mutated in a forward pass. Adapters are
+not part of it; a forward pass takes them as an argument.
+
+Layers come in one of two layouts. `stacked`: every parameter has a leading
+layer axis and the layers run in one `lax.scan`, which compiles fast and is what
+training uses. A list: every layer has its own arrays, which decodes fastest,
+since a scan copies what it slices.
+
+Axis letters: B batch, T query length, S key/value length, D width, F MLP width,
+N query heads, K kv heads, G = N/K, H head width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import functools
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from tokenlora_jax.config import PROJECTIONS, LlamaConfig, RopeScaling
+from tokenlora_jax.model.cache import KV, Cache
+from tokenlora_jax.model.lora import LayerLoras, Lora
+
+# Gives the parameter of a name and shape: drawn, loaded, or only described.
+# Stacked layers are named "layers.*. ..." and have a leading L.
+MakeParameter = Callable[[str, tuple[int, ...]], jax.Array]
+
+# The adapters' part of a linear map: (lora, x [B, T, in], key) -> [B, T, out].
+Adapt = Callable[[Lora, jax.Array, jax.Array | None], jax.Array]
+
+
+class Linear(nnx.Module):
+  """y = x W + b, with W kept [in, out]."""
+
+  def __init__(self, name, make: MakeParameter, shape, has_bias: bool):
+    self.kernel = nnx.Param(make(f"{name}.kernel", shape))
+    # A bias has the kernel's shape without the input axis (the last but one).
+    bias_shape = (*shape[:-2], shape[-1])
+    self.bias = (
+      nnx.Param(make(f"{name}.bias", bias_shape)) if has_bias else None
+    )
+
+  def __call__(self, x):
+    y = x @ self.kernel[...]
+    return y if self.bias is None else y + self.bias[...]
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """Root-mean-square norm (Zhang and Sennrich, 2019, eq. 4), in float32.
+
+  y = x / sqrt(mean(x^2) + eps) * scale
+
+  Args:
+    x: [..., D], any float type.
+    scale: [D].
+    eps: added to the mean square.
+
+  Returns:
+    [..., D] in x's dtype.
+
+  Example:
+    >>> rms_norm(jnp.array([3.0, 4.0]), jnp.ones(2), 0.0).round(4).tolist()
+    [0.8485000133514404, 1.1313999891281128]
+  """
+  wide = x.astype(jnp.float32)
+  mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+  normed = wide * jax.lax.rsqrt(mean_square + eps)
+  return (normed.astype(x.dtype) * scale).astype(x.dtype)
+
+
+def rope_frequencies(
+  width: int, theta: float, scaling: RopeScaling
+) -> jax.Array:
+  """Rotary frequencies theta^(-2i/H) (Su et al., 2021, eq. 15), stretched.
+
+  `llama3` divides the frequencies of long wavelengths by `factor`, keeps those
+  of short ones, and ramps linearly (in original_length / wavelength) between.
+
+  Args:
+    width: H, even.
+    theta: the base.
+    scaling: how long contexts stretch them.
+
+  Returns:
+    float32[H/2], radians a position.
+
+  Example:
+    >>> rope_frequencies(4, 10_000.0, RopeScaling()).tolist()
+    [1.0, 0.009999999776482582]
+  """
+  exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
+  frequencies = 1.0 / theta**exponent
+  if scaling.kind == "linear":
+    return frequencies / scaling.factor
+  if scaling.kind == "llama3":
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    turns = scaling.original_length * frequencies / (2 * math.pi)
+    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (keep + (1 - keep) / scaling.factor)
+  return frequencies
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+  """Rotary position embedding (Su et al., 2021, eq. 34), halves paired.
+
+  Args:
+    x: [B, T, heads, H]; dimension i is paired with i + H/2.
+    angles: float32[B, T, H/2], radians.
+
+  Returns:
+    x rotated, in x's dtype; the rotation itself is float32.
+  """
+  cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  rotated = (first * cos - second * sin, second * cos + first * sin)
+  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """Grouped-query attention (Ainslie et al., 2023), softmax in float32.
+
+  softmax(q k^T / sqrt(H)) v, where G = N/K query heads share a kv head.
+
+  Args:
+    q: [B, T, N, H].
+    k: [B, S, K, H].
+    v: [B, S, K, H].
+    mask: bool[B, T, S], true where a query may look. A row that may look
+      nowhere (padding) gets the mean of v, not NaN.
+
+  Returns:
+    [B, T, N, H].
+  """
+  batch, length, heads, width = q.shape
+  grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
+  scores = jnp.einsum(
+    "btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32
+  )
+  scores = jnp.where(mask[:, None, None], scores / math.sqrt(width), -1e30)
+  shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  mixed = jnp.einsum("bkgts,bskh->btkgh", shares, v)
+  return mixed.reshape(q.shape)
+
+
+def causal_mask(segment_ids: jax.Array) -> jax.Array:
+  """Returns bool[B, T, T]: each token sees its segment up to itself.
+
+  Args:
+    segment_ids: int32[B, T]; 0 is padding, equal ids belong together.
+
+  Example:
+    >>> causal_mask(jnp.array([[1, 1, 2]]))[0].astype(int).tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+  """
+  length = segment_ids.shape[1]
+  same = segment_ids[:, :, None] == segment_ids[:, None, :]
+  return same & jnp.tril(jnp.ones((length, length), bool))
+
+
+class Layer(nnx.Module):
+  """One transformer layer: attention and a gated MLP, each pre-normed."""
+
+  def __init__(self, name: str, config: LlamaConfig, make, stack=()):
+    self.config = config
+    self.attention_norm = nnx.Param(
+      make(f"{name}.attention_norm", (*stack, config.width))
+    )
+    self.mlp_norm = nnx.Param(make(f"{name}.mlp_norm", (*stack, config.width)))
+    has_bias = dict.fromkeys("qkv", config.qkv_bias) | {"o": config.o_bias}
+    for p, shape in config.projection_shapes.items():
+      linear = Linear(
+        f"{name}.{p}", make, (*stack, *shape), has_bias.get(p, config.mlp_bias)
+      )
+      setattr(self, p, linear)
+
+  def __call__(
+    self,
+    x: jax.Array,
+    angles: jax.Array,
+    mask: jax.Array,
+    kv: KV | None = None,
+    slot: jax.Array | None = None,
+    loras: LayerLoras | None = None,
+    adapt: Adapt | None = None,
+    key: jax.Array | None = None,
+  ) -> tuple[jax.Array, KV | None]:
+    """Returns (x [B, T, D], the cache with this layer's keys and values)."""
+    config = self.config
+    heads = (*x.shape[:2], -1, config.head_width)
+
+    def project(name, h):
+      y = getattr(self, name)(h)
+      if loras and name in loras:
+        fold = PROJECTIONS.index(name)
+        lora_key = None if key is None else jax.random.fold_in(key, fold)
+        y = y + adapt(loras[name], h, lora_key)
+      return y
+
+    with jax.named_scope("attention"):
+      h = rms_norm(x, self.attention_norm[...], config.norm_eps)
+      q = rotate(project("q", h).reshape(heads), angles)
+      k = rotate(project("k", h).reshape(heads), angles)
+      v = project("v", h).reshape(heads)
+      if kv is not None:
+        kv = kv.write(k, v, slot)
+        k, v = kv.k, kv.v
+      mixed = attention(q, k, v, mask)
+      x = x + project("o", mixed.reshape(*x.shape[:2], -1))
+    with jax.named_scope("mlp"):
+      h = rms_norm(x, self.mlp_norm[...], config.norm_eps)
+      hidden = jax.nn.silu(project("gate", h)) * project("up", h)
+      return x + project("down", hidden), kv
+
+
+class Llama(nnx.Module):
+  """A decoder-only transformer whose parameters a factory supplies.
+
+  Args:
+    config: the shape.
+    make: gives each parameter, by name and shape.
+    stacked: whether layers are stacked (training) or a list (decoding).
+    fingerprint: a hash of where the weights came from, so that a bank can tell
+      whether it was trained on this base.
+
+  Example:
+    >>> from tokenlora_jax.config import PRESETS
+    >>> base = Llama(PRESETS["tiny"], lambda name, shape: jnp.ones(shape))
+    >>> base.layers[0].q.kernel.shape
+    (64, 64)
+  """
+
+  def __init__(
+    self,
+    config: LlamaConfig,
+    make: MakeParameter,
+    stacked: bool = False,
+    fingerprint: str = "",
+  ):
+    self.config = config
+    self.stacked = stacked
+    self.fingerprint = fingerprint
+    self.embedding = nnx.Param(make("embedding", (config.vocab, config.width)))
+    if stacked:
+      self.layers = Layer("layers.*", config, make, (config.layers,))
+    else:
+      self.layers = nnx.List(
+        [Layer(f"layers.{i}", config, make) for i in range(config.layers)]
+      )
+    self.norm = nnx.Param(make("norm", (config.width,)))
+    self.head = (
+      None
+      if config.tied
+      else nnx.Param(make("head", (config.width, config.vocab)))
+    )
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    """What the weights are kept and multiplied in."""
+    return self.embedding[...].dtype
+
+  def __call__(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    cache: Cache | None = None,
+    loras: Sequence[LayerLoras] | Mapping[str, Lora] | None = None,
+    adapt: Adapt | None = None,
+    key: jax.Array | None = None,
+    remat: bool = False,
+  ) -> tuple[jax.Array, Cache | None]:
+    """Runs the layers.
+
+    Args:
+      tokens: int32[B, T].
+      positions: int32[B, T], for the rotary embedding.
+      mask: bool[B, T, S], which keys each query may see.
+      cache: written at its slot and read, if given (list layout only).
+      loras: adapters, a mapping a layer; for stacked layers one mapping whose
+        leaves have a leading L.
+      adapt: what the adapters add to a linear map (a mixing rule).
+      key: of the adapters' dropout.
+      remat: recompute each layer in the backward pass.
+
+    Returns:
+      (hidden [B, T, D] after the final norm, the advanced cache).
+    """
+    config = self.config
+    frequencies = rope_frequencies(
+      config.head_width, config.rope_theta, config.rope_scaling
+    )
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    x = self.embedding[...][tokens]
+    keys = None if key is None else jax.random.split(key, config.layers)
+    run = functools.partial(Layer.__call__, adapt=adapt)
+    if remat:
+      run = jax.checkpoint(run)
+    if self.stacked:
+      if cache is not None:
+        raise ValueError("decoding wants the list layout: load_base(path)")
+
+      def body(x, per_layer):
+        layer, loras, key = per_layer
+        return run(layer, x, angles, mask, loras=loras, key=key)[0], None
+
+      x, _ = jax.lax.scan(body, x, (self.layers, loras, keys))
+    else:
+      kvs = []
+      for i, layer in enumerate(self.layers):
+        x, kv = run(
+          layer,
+          x,
+          angles,
+          mask,
+          kv=None if cache is None else cache.layers[i],
+          slot=None if cache is None else cache.slot,
+          loras=loras[i] if loras and i < len(loras) else None,
+          key=None if keys is None else keys[i],
+        )
+        kvs.append(kv)
+      if cache is not None:
+        cache = Cache(tuple(kvs), cache.slot + tokens.shape[1], cache.pad)
+    return rms_norm(x, self.norm[...], config.norm_eps), cache
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Returns float32[..., V] for hidden [..., D]."""
+    with jax.named_scope("head"):
+      if self.head is None:
+        return jnp.einsum(
+          "...d,vd->...v",
+          hidden,
+          self.embedding[...],
+          preferred_element_type=jnp.float32,
+        )
+      return jnp.einsum(
+        "...d,dv->...v",
+        hidden,
+        self.head[...],
+        preferred_element_type=jnp.float32,
+      )

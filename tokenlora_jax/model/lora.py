@@ -1,0 +1,224 @@
+"""A bank of LoRA adapters as one pytree with a leading expert axis.
+
+For one linear map y = x W an adapter adds scaling (x A^T) B (Hu et al., 2021,
+"LoRA", eq. 3; B is kept transposed, so that both maps of all experts read as
+one matrix of E*R rows). Ranks that differ are padded with zero rows, which add
+nothing and get no gradient.
+
+Axis letters: E experts, L layers, R rank, B batch, T length, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenlora_jax.config import InputError, LlamaConfig, LoraConfig, nearest
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """The adapters of one linear map.
+
+  Attributes:
+    a: float32[E, R, in], the map into the rank.
+    b: float32[E, R, out], the map out of it.
+    scaling: float32[E], alpha / R of each expert.
+
+  With stacked layers an axis L stands behind E in training (`Adapters.stack`)
+  and before it inside a scan over layers.
+  """
+
+  a: jax.Array
+  b: jax.Array
+  scaling: jax.Array
+
+
+# The adapted maps of one layer, by projection name.
+LayerLoras = Mapping[str, Lora]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+  """Named experts and their low-rank maps, layer by layer.
+
+  Attributes:
+    names: the E experts' names; names are never traced, so that two banks of
+      one shape share one compiled program.
+    layers: one mapping a layer from projection name to `Lora`. A map that no
+      expert adapts is absent.
+  """
+
+  names: tuple[str, ...]
+  layers: tuple[dict[str, Lora], ...]
+
+  def index(self, expert: str | int) -> int:
+    """Returns the place of an expert, given by name or by place.
+
+    Raises:
+      InputError: there is no such expert.
+
+    Example:
+      >>> Adapters(("a", "b"), ()).index("b")
+      1
+    """
+    if isinstance(expert, int):
+      if not 0 <= expert < len(self.names):
+        raise InputError(
+          f"expert {expert}: the bank has experts 0 to {len(self.names) - 1}"
+        )
+      return expert
+    if expert not in self.names:
+      raise InputError(
+        f"expert {expert!r} is not one of {', '.join(self.names)}"
+        f"{nearest(expert, self.names)}"
+      )
+    return self.names.index(expert)
+
+  def select(self, expert: str | int) -> Adapters:
+    """Returns a bank of the one expert named, its expert axis kept."""
+    i = self.index(expert)
+    return Adapters(
+      (self.names[i],), jax.tree.map(lambda x: x[i : i + 1], self.layers)
+    )
+
+  def check(self, config: LlamaConfig) -> None:
+    """Raises `InputError` unless the adapters fit a base of this shape."""
+    if len(self.layers) > config.layers:
+      raise InputError(
+        f"adapters {', '.join(self.names)}: made for at least"
+        f" {len(self.layers)} layers, but the base has {config.layers}"
+      )
+    for i, layer in enumerate(self.layers):
+      for name, lora in layer.items():
+        made = (lora.a.shape[-1], lora.b.shape[-1])
+        wanted = config.projection_shapes[name]
+        if made != wanted:
+          raise InputError(
+            f"adapters {', '.join(self.names)}: layer {i} {name} is made for"
+            f" [in, out] = {list(made)}, but the base has {list(wanted)};"
+            " was it trained on another base?"
+          )
+
+  def stack(self) -> dict[str, Lora]:
+    """Returns {projection: Lora} with leaves [E, L, ...], the training layout.
+
+    Raises:
+      InputError: the layers do not all adapt the same maps with one rank.
+    """
+    first = jax.tree.map(jnp.shape, self.layers[0])
+    for i, layer in enumerate(self.layers):
+      if jax.tree.map(jnp.shape, layer) != first:
+        raise InputError(f"layer {i} is not adapted as layer 0 is")
+    return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *self.layers)
+
+  @classmethod
+  def unstack(
+    cls, names: Sequence[str], stacked: Mapping[str, Lora]
+  ) -> Adapters:
+    """The inverse of `stack`: the decoding layout, a `Lora` a layer and map."""
+    depth = next(iter(stacked.values())).a.shape[1]
+    layers = tuple(
+      {
+        name: jax.tree.map(lambda x, i=i: x[:, i], lora)
+        for name, lora in stacked.items()
+      }
+      for i in range(depth)
+    )
+    return cls(tuple(names), layers)
+
+
+def expert_keys(key: jax.Array, names: Sequence[str]) -> jax.Array:
+  """Returns one PRNG key an expert, which depends on its name alone.
+
+  So an expert's first weights and dropout are the same whichever other experts
+  its run has.
+  """
+  marks = jnp.array([zlib.crc32(name.encode()) for name in names], jnp.uint32)
+  return jax.vmap(lambda mark: jax.random.fold_in(key, mark))(marks)
+
+
+def init_stacked(
+  key: jax.Array, config: LlamaConfig, lora: LoraConfig, names: Sequence[str]
+) -> dict[str, Lora]:
+  """Returns fresh adapters for training: A uniform, B zero.
+
+  A is drawn as PEFT draws it, Kaiming-uniform with a = sqrt(5), which is
+  U(-1/sqrt(in), 1/sqrt(in)).
+
+  Args:
+    key: a PRNG key.
+    config: the base's shape.
+    lora: rank, scaling and targets.
+    names: of the E experts.
+
+  Returns:
+    {projection: Lora} of float32[E, L, R, in] and [E, L, R, out] and [E, L].
+  """
+
+  def one_expert(key):
+    loras = {}
+    for i, name in enumerate(lora.targets):
+      fan_in, fan_out = config.projection_shapes[name]
+      bound = 1 / math.sqrt(fan_in)
+      loras[name] = Lora(
+        a=jax.random.uniform(
+          jax.random.fold_in(key, i),
+          (config.layers, lora.rank, fan_in),
+          minval=-bound,
+          maxval=bound,
+        ),
+        b=jnp.zeros((config.layers, lora.rank, fan_out)),
+        scaling=jnp.full((config.layers,), lora.scaling),
+      )
+    return loras
+
+  return jax.vmap(one_expert)(expert_keys(key, names))
+
+
+def random_adapters(
+  base, experts: int = 4, rank: int = 64, seed: int = 0
+) -> Adapters:
+  """Returns adapters on q and v with B not zero, for benchmarks and tests.
+
+  Args:
+    base: a `Llama`.
+    experts: E.
+    rank: R of each.
+    seed: of the draw.
+
+  Returns:
+    Adapters named e0, e1, ... with scaling 16 / R, in the decoding layout.
+
+  Example:
+    >>> from tokenlora_jax import load_base
+    >>> random_adapters(load_base("random:tiny"), experts=2).names
+    ('e0', 'e1')
+  """
+  rng = np.random.default_rng(seed)
+  config: LlamaConfig = base.config
+
+  def normal(*shape):
+    scale = 1 / math.sqrt(shape[-1])
+    return jnp.asarray(scale * rng.standard_normal(shape, np.float32))
+
+  def one(fan_in, fan_out):
+    return Lora(
+      normal(experts, rank, fan_in),
+      normal(experts, rank, fan_out),
+      jnp.full((experts,), 16.0 / rank),
+    )
+
+  shapes = config.projection_shapes
+  layers = tuple(
+    {name: one(*shapes[name]) for name in ("q", "v")}
+    for _ in range(config.layers)
+  )
+  return Adapters(tuple(f"e{i}" for i in range(experts)), layers)

@@ -1,0 +1,120 @@
+"""The mesh, and the one table that says how every array lies on it.
+
+A parameter's path matches exactly one row, which names its axes; a second table
+maps those names to axes of the mesh. Experts are split over `expert` and never
+communicate; rows over `data` and `fsdp`; the frozen weights over `fsdp` and
+`tensor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import re
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+
+from tokenlora_jax.config import InputError, MeshConfig
+
+MESH_AXES = ("expert", "data", "fsdp", "tensor")
+
+# Path -> names of the last axes. Axes in front of them (stacked layers) are not
+# split. `None` is an axis that is never split.
+PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+  (r"embedding", ("vocab", "width")),
+  (r"head", ("width", "vocab")),
+  (r"norm", (None,)),
+  (r"layers\..+\.(attention|mlp)_norm", (None,)),
+  (r"layers\..+\.(q|k|v|gate|up)\.kernel", ("width", "features")),
+  (r"layers\..+\.(o|down)\.kernel", ("features", "width")),
+  (r"layers\..+\.(q|k|v|gate|up)\.bias", ("features",)),
+  (r"layers\..+\.(o|down)\.bias", (None,)),
+  # Adapters and their optimizer moments, [E, L, R, in or out].
+  (r"(.+\.)?(q|k|v|gate|up)\.a", ("expert", None, None, "width")),
+  (r"(.+\.)?(q|k|v|gate|up)\.b", ("expert", None, None, "features")),
+  (r"(.+\.)?(o|down)\.a", ("expert", None, None, "features")),
+  (r"(.+\.)?(o|down)\.b", ("expert", None, None, "width")),
+  (r"(.+\.)?scaling", ("expert", None)),
+  # The optimizer counts each expert's steps.
+  (r"(.+\.)?count", ("expert",)),
+  (r"step", ()),
+)
+
+# What splits an axis of that name.
+MESH_AXIS_OF = {
+  "expert": "expert",
+  "vocab": "tensor",
+  "features": "tensor",
+  "width": "fsdp",
+}
+
+# A batch, [E, B, T].
+BATCH_SPEC = P("expert", ("data", "fsdp"), None)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
+  """Returns the mesh of a run.
+
+  Args:
+    config: devices an axis.
+    devices: all devices that exist by default; the product of `config` must be
+      as many.
+
+  Raises:
+    InputError: there are more or fewer devices than the mesh takes.
+
+  Example:
+    >>> dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape)
+    {'expert': 1, 'data': 1, 'fsdp': 1, 'tensor': 1}
+  """
+  devices = jax.devices() if devices is None else devices
+  shape = (config.expert, config.data, config.fsdp, config.tensor)
+  if np.prod(shape) != len(devices):
+    raise InputError(
+      f"mesh: expert {config.expert} x data {config.data} x fsdp {config.fsdp}"
+      f" x tensor {config.tensor} takes {np.prod(shape)} devices, but there are"
+      f" {len(devices)}; set --mesh.data or --mesh.fsdp so that they agree"
+    )
+  return jax.make_mesh(
+    shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
+  )
+
+
+def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """Returns how the parameter of a path is split.
+
+  Args:
+    path: dotted, as in "layers.*.q.kernel" or "opt.mu.q.a".
+    shape: of the parameter.
+    mesh: the mesh.
+
+  Raises:
+    ValueError: no row or several match the path (a bug in the table).
+    InputError: an axis cannot be split evenly.
+  """
+  rows = [axes for regex, axes in PARAMETER_AXES if re.fullmatch(regex, path)]
+  if len(rows) != 1:
+    raise ValueError(f"{path}: {len(rows)} sharding rules match; want one")
+  spec = [MESH_AXIS_OF.get(axis) for axis in rows[0]]
+  spec = [None] * (len(shape) - len(spec)) + spec
+  for size, axis in zip(shape, spec, strict=True):
+    if axis is not None and size % mesh.shape[axis]:
+      raise InputError(
+        f"mesh.{axis}: {mesh.shape[axis]} does not divide an axis of {path},"
+        f" which is {size} long"
+      )
+  return P(*spec)
+
+
+def tree_shardings(tree, mesh: Mesh):
+  """Returns the tree of `NamedSharding`s of a tree of arrays or shapes."""
+
+  def one(path, leaf):
+    name = ".".join(
+      str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+      for key in path
+    )
+    return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
+
+  return jax.tree.map_with_path(one, tree)
