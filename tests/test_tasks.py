@@ -1,0 +1,351 @@
+"""The four tasks: their texts, their schemas, their files, their own rows."""
+
+from collections import Counter
+import json
+import re
+
+import pytest
+
+from tokenlora_jax.config import InputError
+from tokenlora_jax.tasks import TASKS, get_task
+
+GSM8K = {"question": "What is 2+3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}
+ARC = {
+  "id": "q1",
+  "question": "Which is a metal?",
+  "choices": {"text": ["oak", "iron", "rain"], "label": ["A", "B", "C"]},
+  "answerKey": "B",
+}
+CODE = {"instruction": "Add one.", "input": "", "output": "x + 1"}
+SQUAD = {
+  "id": "s1",
+  "title": "Rome",
+  "context": "Rome was not built in a day.",
+  "question": "What was not built in a day?",
+  "answers": {"text": ["Rome", "the city"], "answer_start": [0, 0]},
+}
+ROWS = dict(zip(TASKS, (GSM8K, ARC, CODE, SQUAD), strict=True))
+
+
+def texts(name, row):
+  task = get_task(name)
+  return task.prompt(row), task.answer(row)
+
+
+def test_names_are_in_order_and_a_wrong_one_is_corrected():
+  assert TASKS == ("gsm8k", "arc_challenge", "codealpaca", "squad")
+  assert [get_task(name).name for name in TASKS] == list(TASKS)
+  with pytest.raises(InputError, match=r"'gsm8' .*did you mean 'gsm8k'\?"):
+    get_task("gsm8")
+
+
+def test_gsm8k_template():
+  assert texts("gsm8k", GSM8K) == (
+    "Question: What is 2+3?\n\nAnswer:",
+    " 2+3=<<2+3=5>>5\n#### 5",
+  )
+
+
+def test_arc_template():
+  assert texts("arc_challenge", ARC) == (
+    "Question: Which is a metal?\nChoices: A. oak\nB. iron\nC. rain\n\nAnswer:",
+    " B",
+  )
+
+
+def test_arc_template_keeps_numbered_labels():
+  row = ARC | {
+    "choices": {"text": ["oak", "iron"], "label": ["1", "2"]},
+    "answerKey": "2",
+  }
+  assert texts("arc_challenge", row) == (
+    "Question: Which is a metal?\nChoices: 1. oak\n2. iron\n\nAnswer:",
+    " 2",
+  )
+
+
+def test_codealpaca_template_without_and_with_input():
+  assert texts("codealpaca", CODE) == ("Add one.\n\nAnswer:", " x + 1")
+  assert texts("codealpaca", CODE | {"input": "x = 3"}) == (
+    "Add one.\nInput: x = 3\n\nAnswer:",
+    " x + 1",
+  )
+
+
+def test_squad_template_takes_the_first_answer():
+  assert texts("squad", SQUAD) == (
+    "Context:\nRome was not built in a day.\n\n"
+    "Question: What was not built in a day?\n\nAnswer:",
+    " Rome",
+  )
+
+
+@pytest.mark.parametrize(
+  ("name", "row", "message"),
+  [
+    ("gsm8k", ["a"], "want a JSON object, got ['a']"),
+    ("gsm8k", {"answer": "1"}, "field 'question' is missing"),
+    (
+      "gsm8k",
+      {"question": "q", "anwser": "1"},
+      "field 'answer' is missing (did you mean 'anwser'?)",
+    ),
+    ("gsm8k", GSM8K | {"answer": 5}, "field 'answer': want text, got 5"),
+    ("gsm8k", GSM8K | {"question": " \n"}, "field 'question' is empty"),
+    (
+      "gsm8k",
+      GSM8K | {"answer": ["x" * 99]},
+      f"field 'answer': want text, got ['{'x' * 35}...",
+    ),
+    (
+      "arc_challenge",
+      ARC | {"choices": ["oak", "iron"]},
+      "field 'choices': want a JSON object, got ['oak', 'iron']",
+    ),
+    (
+      "arc_challenge",
+      ARC | {"choices": {"text": ["oak"]}},
+      "field 'choices.label' is missing",
+    ),
+    (
+      "arc_challenge",
+      ARC | {"choices": {"text": "oak", "label": ["A"]}},
+      "field 'choices.text': want a list, got 'oak'",
+    ),
+    (
+      "arc_challenge",
+      ARC | {"choices": {"text": [], "label": []}},
+      "field 'choices.label' is empty",
+    ),
+    (
+      "arc_challenge",
+      ARC | {"choices": {"text": ["oak", 7], "label": ["A", "B"]}},
+      "field 'choices.text[1]': want text, got 7",
+    ),
+    (
+      "arc_challenge",
+      ARC | {"choices": {"text": ["oak"], "label": ["A", "B"]}},
+      "field 'choices': 2 labels for 1 texts",
+    ),
+    (
+      "arc_challenge",
+      ARC | {"answerKey": "D"},
+      "field 'answerKey': 'D' is not one of A, B, C",
+    ),
+    ("codealpaca", CODE | {"output": ""}, "field 'output' is empty"),
+    (
+      "codealpaca",
+      CODE | {"input": None},
+      "field 'input': want text, got None",
+    ),
+    (
+      "squad",
+      SQUAD | {"answers": {"text": []}},
+      "field 'answers.text' is empty",
+    ),
+    ("squad", SQUAD | {"context": ""}, "field 'context' is empty"),
+  ],
+)
+def test_a_bad_field_is_named(name, row, message):
+  with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+    texts(name, row)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_built_in_rows_are_seeded_and_differ(name):
+  task = get_task(name)
+  rows = task.generate(seed=3, count=300)
+  assert rows == task.generate(seed=3, count=300)
+  assert rows[:50] == task.generate(seed=3, count=50)
+  assert rows[:50] != task.generate(seed=4, count=50)
+  assert len({task.prompt(row) for row in rows}) == 300
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_built_in_rows_are_thousands_and_held_out_under_any_seed(name):
+  task = get_task(name)
+  train = {task.prompt(row) for row in task.generate(0, 4096)}
+  test = {task.prompt(row) for row in task.generate(1, 512, "test")}
+  assert (len(train), len(test)) == (4096, 512)
+  assert not train & test
+
+
+def test_built_in_rows_have_the_fields_of_the_originals():
+  for name, example in ROWS.items():
+    assert set(get_task(name).generate(0, 1)[0]) == set(example)
+
+
+def test_built_in_rows_are_short():
+  for name in TASKS:
+    task = get_task(name)
+    for row in task.generate(0, 200):
+      assert len(task.prompt(row) + task.answer(row)) < 260
+
+
+def test_built_in_gsm8k_sums_are_right():
+  for row in get_task("gsm8k").generate(0, 500):
+    steps = re.findall(r"<<(\d+)([-+*])(\d+)=(\d+)>>(\d+)", row["answer"])
+    assert steps
+    for left, sign, right, *results in steps:
+      x, y = int(left), int(right)
+      right_result = {"+": x + y, "-": x - y, "*": x * y}[sign]
+      assert [int(r) for r in results] == [right_result] * 2
+      assert right_result >= 0
+    assert row["answer"].endswith(f"\n#### {steps[-1][-1]}")
+    # The first step only uses numbers of the question.
+    assert {steps[0][0], steps[0][2]} <= set(
+      re.findall(r"\d+", row["question"])
+    )
+
+
+def test_built_in_arc_has_one_right_letter_and_no_favourite():
+  facts = {"iron": "a metal", "whale": "a mammal", "Mars": "a planet"}
+  letters, seen = Counter(), set()
+  for row in get_task("arc_challenge").generate(0, 2000):
+    labels, choices = row["choices"]["label"], row["choices"]["text"]
+    right = choices[labels.index(row["answerKey"])]
+    letters[row["answerKey"]] += 1
+    assert len(set(choices)) == 4
+    for thing, kind in facts.items():
+      if kind in row["question"] and thing in choices:
+        assert right == thing
+        seen.add(thing)
+      assert (right != thing) or (kind in row["question"])
+  assert seen == set(facts)
+  assert set(letters) == set("ABCD")
+  assert all(400 < count < 600 for count in letters.values())
+
+
+def test_built_in_code_runs_and_does_what_it_says():
+  seen = set()
+  for row in get_task("codealpaca").generate(0, 400):
+    scope = {"__builtins__": {"min": min, "max": max}}
+    exec(row["output"], scope)
+    numbers = [int(n) for n in re.findall(r"\d+", row["instruction"])]
+    if row["input"]:
+      given = json.loads(row["input"])
+      (n,) = numbers
+      for words, keep in (
+        ("above", lambda x, n=n: x > n),
+        ("below", lambda x, n=n: x < n),
+        ("multiples of", lambda x, n=n: x % n == 0),
+        ("except", lambda x, n=n: x != n),
+      ):
+        if words in row["instruction"]:
+          seen.add(words)
+          assert scope["solve"] == [x for x in given if keep(x)]
+    elif "adds" in row["instruction"]:
+      seen.add("adds")
+      first, second = numbers
+      expected = (
+        (50 + first) * second
+        if "then multiplies" in row["instruction"]
+        else 50 * first + second
+      )
+      assert scope["solve"](50) == expected
+  assert seen == {"above", "below", "multiples of", "except", "adds"}
+
+
+def test_built_in_squad_answers_are_spans():
+  for row in get_task("squad").generate(0, 500):
+    (answer,), (start,) = row["answers"]["text"], row["answers"]["answer_start"]
+    assert row["context"][start : start + len(answer)] == answer
+    assert row["context"].count(answer) == 1 or answer.isdigit()
+
+
+def test_reads_json_lines_with_line_numbers(tmp_path):
+  path = tmp_path / "train.jsonl"
+  path.write_text(json.dumps(GSM8K) + "\n\n" + json.dumps(GSM8K) + "\n")
+  assert list(get_task("gsm8k").read(path)) == [("1", GSM8K), ("3", GSM8K)]
+  path.write_text(json.dumps(ARC))
+  assert list(get_task("arc_challenge").read(path)) == [("1", ARC)]
+
+
+@pytest.mark.parametrize(
+  "line", [b'{"question": "q",', b"[" * 100_000, b'{"question": "\xff"}']
+)
+def test_a_malformed_line_is_named_when_read(tmp_path, line):
+  path = tmp_path / "train.jsonl"
+  path.write_bytes(json.dumps(GSM8K).encode() + b"\n" + line + b"\n")
+  task = get_task("gsm8k")
+  (_, good), (place, bad) = task.read(path)
+  assert (good, place) == (GSM8K, "2")
+  with pytest.raises(InputError, match=r"^want a JSON object, got '"):
+    task.prompt(bad)
+
+
+def test_reads_a_json_list_with_indices(tmp_path):
+  path = tmp_path / "train.json"
+  path.write_text(json.dumps([CODE, CODE], indent=2))
+  assert list(get_task("codealpaca").read(path)) == [
+    ("[0]", CODE),
+    ("[1]", CODE),
+  ]
+  path.write_text(json.dumps(CODE))
+  with pytest.raises(
+    InputError, match=r"train\.json: want a JSON list of rows$"
+  ):
+    list(get_task("codealpaca").read(path))
+
+
+@pytest.mark.parametrize("name", ["codealpaca", "squad"])
+def test_a_malformed_document_is_named_by_its_line(tmp_path, name):
+  path = tmp_path / "train.json"
+  path.write_text('{"data":\n  [1,,]}')
+  with pytest.raises(
+    InputError, match=r"train\.json:2: malformed JSON at column 6: "
+  ):
+    list(get_task(name).read(path))
+  path.write_bytes(b'["\xff"]')
+  with pytest.raises(InputError, match=r"train\.json: not JSON in UTF-8: "):
+    list(get_task(name).read(path))
+
+
+def nested(*questions):
+  paragraph = {"context": SQUAD["context"], "qas": list(questions)}
+  return {
+    "version": "1.1",
+    "data": [{"title": "Rome", "paragraphs": [paragraph]}],
+  }
+
+
+def test_reads_nested_squad_as_questions(tmp_path):
+  path = tmp_path / "train.json"
+  question = {
+    "id": "s1",
+    "question": SQUAD["question"],
+    "answers": [
+      {"text": "Rome", "answer_start": 0},
+      {"text": "the city", "answer_start": 0},
+    ],
+  }
+  broken = question | {"answers": [{"answer_start": 0}]}
+  path.write_text(json.dumps(nested(question, "oops", broken)))
+  task = get_task("squad")
+  rows = dict(task.read(path))
+  assert list(rows) == [f"data[0].paragraphs[0].qas[{i}]" for i in range(3)]
+  first, second, third = rows.values()
+  assert texts("squad", first) == texts("squad", SQUAD)
+  assert first["answers"] == SQUAD["answers"]
+  with pytest.raises(InputError, match="want a JSON object, got 'oops'"):
+    task.prompt(second)
+  with pytest.raises(
+    InputError, match=r"field 'answers\.text\[0\]': want text"
+  ):
+    task.answer(third)
+
+
+def test_squad_nesting_is_checked(tmp_path):
+  path = tmp_path / "train.json"
+  for document, message in (
+    ([], r"train\.json: want a JSON object"),
+    ({"date": []}, r"json: field 'data' is missing \(did you mean 'date'\?\)"),
+    ({"data": [{}]}, r"json:data\[0\]: field 'paragraphs' is missing"),
+    (
+      {"data": [{"paragraphs": [{"qas": 1}]}]},
+      r"json:data\[0\]\.paragraphs\[0\]: field 'qas': want a list, got 1",
+    ),
+  ):
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=message):
+      list(get_task("squad").read(path))

@@ -1,0 +1,33 @@
+"""The tasks, by name."""
+
+from __future__ import annotations
+
+from tokenlora_jax.config import check_choice
+from tokenlora_jax.tasks.arc_challenge import ArcChallenge
+from tokenlora_jax.tasks.codealpaca import CodeAlpaca
+from tokenlora_jax.tasks.gsm8k import Gsm8k
+from tokenlora_jax.tasks.squad import Squad
+from tokenlora_jax.tasks.task import Task
+
+_REGISTRY = {
+  task.name: task for task in (Gsm8k(), ArcChallenge(), CodeAlpaca(), Squad())
+}
+
+TASKS = tuple(_REGISTRY)
+
+
+def get_task(name: str) -> Task:
+  """Returns the task of that name.
+
+  Args:
+    name: one of `TASKS`.
+
+  Raises:
+    InputError: there is no such task; names the nearest.
+
+  Example:
+    >>> get_task("gsm8k").prompt({"question": "What is 2 + 2?"})
+    'Question: What is 2 + 2?\\n\\nAnswer:'
+  """
+  check_choice("data.tasks", name, TASKS)
+  return _REGISTRY[name]
