@@ -1,0 +1,18 @@
+"""How JAX starts in every test, the package's doctests included."""
+
+import os
+
+# Before JAX is imported: eight devices on any machine, whatever it holds.
+flags = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = (
+  f"{flags} --xla_force_host_platform_device_count=8".strip()
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+# A TPU's or GPU's default would round what golden tests compare.
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"
+
+# Tests need no network; a loader that would reach for it fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,0 +1,118 @@
+"""The house: who may import whom, and what every module owes its readers."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# Room -> the rooms it may import besides itself. Only the public names,
+# `__init__`, reach all of them, and nothing inside imports `__init__`.
+ARROWS = {
+  "config": "",
+  "cli": "config",
+  "metrics": "",
+  "text": "",
+  "model": "config",
+  "sharding": "config",
+  "tasks": "config",
+  "mixing": "model config",
+  "decoding": "mixing model text config",
+  "data": "tasks text config",
+  "checkpoint": "model config sharding",
+  "training": "data model sharding checkpoint metrics mixing config",
+  "evaluation": "decoding mixing model data tasks text config",
+  "report": "evaluation decoding mixing model data tasks text config",
+  "interop": "model config sharding mixing",
+}
+ARROWS["__init__"] = " ".join(ARROWS)
+
+# Foreign formats stay in interop, and torch in the tests.
+ONLY_INTEROP = {"transformers", "gguf", "safetensors", "peft"}
+
+
+def _name(file: Path) -> str:
+  parts = file.relative_to(ROOT).with_suffix("").parts
+  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _room(module: str) -> str:
+  return [*module.split("."), "__init__"][1]
+
+
+TREES = {
+  file: ast.parse(file.read_text())
+  for folder in (".", "tokenlora_jax/**", "tests/**", "benchmarks/**")
+  for file in sorted(ROOT.glob(f"{folder}/*.py"))
+}
+OURS = {_name(f): f for f in TREES if f.is_relative_to(ROOT / "tokenlora_jax")}
+
+
+def _imports(file: Path) -> set[str]:
+  """Every module that a file imports, anywhere in it, by dotted name."""
+  found = set()
+  for node in ast.walk(TREES[file]):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f"{file}:{node.lineno}: write the import absolute"
+      for name in (f"{node.module}.{alias.name}" for alias in node.names):
+        found.add(name if name in OURS else node.module)
+  return found
+
+
+def _packages(file: Path) -> set[str]:
+  return {module.partition(".")[0] for module in _imports(file)}
+
+
+def test_imports_follow_the_arrows():
+  wrong = []
+  for module, file in OURS.items():
+    room = _room(module)
+    assert room in ARROWS, f"{module}: give its room a line in ARROWS"
+    for name in _imports(file):
+      allowed = {room, *ARROWS[room].split()}
+      if name.startswith("tokenlora_jax") and _room(name) not in allowed:
+        wrong.append(f"{module} imports {name}")
+  assert not wrong
+
+
+def test_imports_have_no_circle():
+  graph = {name: _imports(file) & set(OURS) for name, file in OURS.items()}
+  graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_foreign_formats_stay_in_interop():
+  for module, file in OURS.items():
+    if _room(module) != "interop":
+      assert not _packages(file) & ONLY_INTEROP, module
+
+
+def test_torch_never_runs():
+  for file in [*OURS.values(), *ROOT.glob("*.py")]:
+    assert "torch" not in _packages(file), file
+
+
+def test_files_are_short_and_named_for_one_idea():
+  for file, lines in ((f, len(f.read_text().splitlines())) for f in TREES):
+    assert lines <= 450, f"{file.relative_to(ROOT)} has {lines} lines"
+    assert "utils" not in file.relative_to(ROOT).with_suffix("").parts, file
+
+
+def test_every_folder_is_a_package():
+  # setuptools leaves a folder without __init__.py out of what it builds.
+  folders = {file.parent for file in OURS.values()}
+  assert not [f for f in folders if not (f / "__init__.py").exists()]
+
+
+def test_every_public_name_has_a_docstring():
+  kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+  missing = [
+    f"{module}.{getattr(node, 'name', '')}"
+    for module, file in OURS.items()
+    for node in [TREES[file], *TREES[file].body]
+    if isinstance(node, (ast.Module, *kinds))
+    and not getattr(node, "name", "").startswith("_")
+    and ast.get_docstring(node) is None
+  ]
+  assert not missing
