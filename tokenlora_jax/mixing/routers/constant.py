@@ -1,0 +1,188 @@
+"""Routers that look at nothing: the same gates for every text.
+
+`one-hot` on the expert of the prompt's own task is the oracle. What the paper's
+code calls uniform is `sum`; `uniform` here is the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenlora_jax.config import InputError, check_choice
+from tokenlora_jax.mixing.routers.router import Router, register_router
+
+_UNBOUND = (
+  "router: how many experts? give experts= or names=, or bind it to a bank"
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ConstantRouter(Router):
+  """The same gates for every sequence.
+
+  Attributes:
+    values: float32[E].
+  """
+
+  values: jax.Array
+
+  @property
+  def experts(self) -> int:
+    return self.values.shape[0]
+
+  def gates(self, batch, observation, hidden):
+    return jnp.broadcast_to(self.values, (batch, self.experts))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class UnboundRouter(Router):
+  """A constant router that has yet to meet the bank it is for.
+
+  Attributes:
+    values_for: the experts' names to float32[E].
+  """
+
+  values_for: Callable[[Sequence[str]], np.ndarray]
+
+  @property
+  def experts(self) -> int:
+    raise InputError(_UNBOUND)
+
+  def bind(self, names):
+    return ConstantRouter(jnp.asarray(self.values_for(names), jnp.float32))
+
+  def gates(self, batch, observation, hidden):
+    raise InputError(_UNBOUND)
+
+
+def _constant(
+  values_for: Callable[[Sequence[str]], np.ndarray],
+  experts: int | None,
+  names: Sequence[str],
+) -> Router:
+  router = UnboundRouter(values_for)
+  if experts is None:
+    return router.bind(tuple(names)) if names else router
+  if not isinstance(experts, int) or experts < 1:
+    raise InputError(
+      f"router.experts: {experts!r} is not allowed; want a number of at least 1"
+    )
+  bound = router.bind(tuple(names) or tuple(map(str, range(experts))))
+  if bound.experts != experts:
+    raise InputError(
+      f"router.experts: {experts} experts, but {len(names)} names"
+    )
+  return bound
+
+
+@register_router("base")
+def base(experts: int | None = None, names: Sequence[str] = ()) -> Router:
+  """Gates of 0: the base model alone.
+
+  Args:
+    experts: E; left out, the bank decides.
+    names: the experts' names, instead of `experts`.
+
+  Example:
+    >>> base(experts=2).gates(1, (), None).tolist()
+    [[0.0, 0.0]]
+  """
+  return _constant(lambda names: np.zeros(len(names)), experts, names)
+
+
+@register_router("sum")
+def all_summed(experts: int | None = None, names: Sequence[str] = ()) -> Router:
+  """Gates of 1: every adapter at full strength.
+
+  Args:
+    experts: E; left out, the bank decides.
+    names: the experts' names, instead of `experts`.
+
+  Example:
+    >>> all_summed(experts=2).gates(1, (), None).tolist()
+    [[1.0, 1.0]]
+  """
+  return _constant(lambda names: np.ones(len(names)), experts, names)
+
+
+@register_router("uniform")
+def uniform(experts: int | None = None, names: Sequence[str] = ()) -> Router:
+  """Gates of 1/E: the mean of the adapters.
+
+  Args:
+    experts: E; left out, the bank decides.
+    names: the experts' names, instead of `experts`.
+
+  Example:
+    >>> uniform(experts=2).gates(1, (), None).tolist()
+    [[0.5, 0.5]]
+  """
+  return _constant(
+    lambda names: np.full(len(names), 1 / len(names)), experts, names
+  )
+
+
+@register_router("one-hot")
+def one_hot(
+  expert: str | int, experts: int | None = None, names: Sequence[str] = ()
+) -> Router:
+  """A gate of 1 for one expert: that adapter alone.
+
+  Args:
+    expert: its name, or its place in the bank, from 0.
+    experts: E; left out, the bank decides.
+    names: the experts' names, instead of `experts`.
+
+  Raises:
+    InputError: there is no such expert.
+
+  Example:
+    >>> one_hot("b", names=["a", "b"]).gates(1, (), None).tolist()
+    [[0.0, 1.0]]
+  """
+
+  def values_for(names: Sequence[str]) -> np.ndarray:
+    if isinstance(expert, str):
+      check_choice("router.expert", expert, names)
+      return np.eye(len(names))[list(names).index(expert)]
+    if not isinstance(expert, int) or not 0 <= expert < len(names):
+      raise InputError(
+        f"router.expert: {expert!r} is not allowed; want 0 to {len(names) - 1}"
+        f" or one of {', '.join(names)}"
+      )
+    return np.eye(len(names))[expert]
+
+  return _constant(values_for, experts, names)
+
+
+@register_router("fixed")
+def fixed(gates: Sequence[float]) -> Router:
+  """The gates you say; they need not sum to 1.
+
+  Args:
+    gates: one number an expert.
+
+  Raises:
+    InputError: `gates` is not a list of finite numbers.
+
+  Example:
+    >>> fixed([0.25, 0.75]).gates(1, (), None).tolist()
+    [[0.25, 0.75]]
+  """
+  try:
+    values = np.asarray(gates, np.float32)
+  except (TypeError, ValueError):
+    values = np.empty(0)
+  if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
+    raise InputError(
+      f"router.gates: {gates!r} is not allowed; want one finite number an "
+      "expert"
+    )
+  return ConstantRouter(jnp.asarray(values))
