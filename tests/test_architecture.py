@@ -16,7 +16,7 @@ ARROWS = {
   "model": "config",
   "sharding": "config",
   "tasks": "config",
-  "mixing": "model config",
+  "mixing": "model text config",
   "decoding": "mixing model text config",
   "data": "tasks text config",
   "checkpoint": "model config sharding",
