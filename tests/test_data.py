@@ -13,10 +13,10 @@ from tokenlora_jax.config import DataConfig, InputError
 from tokenlora_jax.data import (
   Row,
   batches,
-  encode_prompt,
   held_out,
   tokenize,
 )
+from tokenlora_jax.text import encode_prompt
 
 BOS, EOS = 0, 1
 

@@ -6,9 +6,10 @@ instance in a file of `configs/`; the command line overrides single fields.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import difflib
+import json
 from typing import Literal
 
 # The seven linear maps of a Llama layer, by our names, in the order they run.
@@ -271,7 +272,12 @@ class DataConfig:
   def __post_init__(self):
     _check(self.rows >= 1, "data.rows", self.rows, "at least 1")
     _check(self.length >= 8, "data.length", self.length, "at least 8 tokens")
-    _check(self.train_rows >= 0, "data.train-rows", self.train_rows, "0 (all) or more")
+    _check(
+      self.train_rows >= 0,
+      "data.train-rows",
+      self.train_rows,
+      "0 (all) or more",
+    )
     _check(self.eval_rows >= 1, "data.eval-rows", self.eval_rows, "at least 1")
     _check(len(self.tasks) >= 1, "data.tasks", self.tasks, "at least one task")
     _check(
@@ -319,24 +325,29 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """How many devices each axis of the mesh takes; the product is used.
+  """How many devices each axis of the mesh takes.
 
   Attributes:
     expert: devices over which experts are split; they never communicate.
     data: devices over which rows are split.
     fsdp: devices over which rows and the frozen weights are split.
+      0 takes the devices that the other axes leave.
     tensor: devices over which heads and the MLP are split.
+    processes: start as one of several processes (`jax.distributed`), as on a
+      TPU pod or under Slurm.
   """
 
   expert: int = 1
   data: int = 1
-  fsdp: int = 1
+  fsdp: int = 0
   tensor: int = 1
+  processes: bool = False
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      _check(value >= 1, f"mesh.{field.name}", value, "at least 1")
+    for field in ("expert", "data", "tensor"):
+      value = getattr(self, field)
+      _check(value >= 1, f"mesh.{field}", value, "at least 1")
+    _check(self.fsdp >= 0, "mesh.fsdp", self.fsdp, "0 (what is left) or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -429,6 +440,7 @@ class Config:
     eval_every: steps between two held-out losses; 0 is only at the end.
     save_every: steps between two checkpoints.
     keep: how many checkpoints stay.
+    resume: go on with the run in `workdir`, if there is one.
   """
 
   workdir: str = "runs/default"
@@ -444,6 +456,7 @@ class Config:
   eval_every: int = 0
   save_every: int = 50
   keep: int = 2
+  resume: bool = True
 
   def __post_init__(self):
     _check(self.eval_every >= 0, "eval-every", self.eval_every, "0 or more")
@@ -454,8 +467,33 @@ class Config:
       "mesh.expert", self.mesh.expert,
       f"a divisor of the {len(self.data.tasks)} experts",
     )  # fmt: skip
-    shards = self.mesh.data * self.mesh.fsdp
-    _check(
-      self.data.rows % shards == 0,
-      "data.rows", self.data.rows, f"a multiple of mesh data x fsdp = {shards}",
-    )  # fmt: skip
+
+  def to_json(self) -> dict:
+    """Returns the settings as nested dicts of JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def differences(
+  old: Mapping, new: Mapping, ignored: Sequence[str] = ()
+) -> list[str]:
+  """Returns the settings in which two configs differ, a line each.
+
+  Args:
+    old: nested dicts of settings.
+    new: the same.
+    ignored: top-level settings that may differ.
+
+  Example:
+    >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 4}, ["c"])
+    ['a.b 1 (now 3)']
+  """
+  lines = []
+  for name in sorted(old.keys() | new.keys()):
+    if name in ignored:
+      continue
+    was, now = old.get(name), new.get(name)
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+      lines += [f"{name}.{line}" for line in differences(was, now)]
+    elif was != now:
+      lines.append(f"{name} {was!r} (now {now!r})")
+  return lines

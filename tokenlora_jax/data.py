@@ -26,6 +26,7 @@ from tokenlora_jax.config import (
   nearest,
 )
 from tokenlora_jax.tasks import Task, get_task
+from tokenlora_jax.text import encode_prompt
 
 # How many rows the built-in generators give.
 BUILTIN_ROWS = {"train": 4096, "test": 512}
@@ -220,22 +221,6 @@ def _decoded(value: Any) -> Any:
 # Tokens.
 
 
-def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
-  """Returns a prompt's tokens, the same for training and for decoding.
-
-  The tokenizer's own special tokens are kept at the front (BOS, where it has
-  one) and dropped at the end, since the text goes on.
-
-  Args:
-    prompt: the text.
-    tokenizer: a transformers-style tokenizer.
-  """
-  tokens = list(tokenizer.encode(prompt))
-  while tokens and tokens[-1] == tokenizer.eos_token_id:
-    tokens.pop()
-  return tokens
-
-
 def tokenize(row: Row, tokenizer: Any, config: DataConfig) -> Example | None:
   """Returns a row's tokens: prompt, answer and end token.
 
@@ -379,9 +364,8 @@ def batches(
       for stream in streams
     ]
     # The length is that of all processes' rows: they form one global array.
-    longest = max(len(e.tokens) for _, e in itertools.chain(*picked))
-    length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, config.length)
-    return _stack([examples[mine] for examples in picked], length)
+    length = _length(picked, config)
+    return _stack([examples[mine] for examples in picked], share, length)
 
   steps = grain.MapDataset.range(sys.maxsize // config.rows).map(batch)
   return steps.to_iter_dataset(
@@ -389,10 +373,41 @@ def batches(
   )
 
 
+def held_out_batches(
+  rows_by_task: Mapping[str, Sequence[Row]], tokenizer: Any, config: DataConfig
+) -> list[dict[str, np.ndarray]]:
+  """Returns every held-out row once, in batches as `batches` gives them.
+
+  Rows go by length, so that little is padding. Where a task has fewer rows than
+  another, empty ones fill up, without tokens or targets.
+
+  Args:
+    rows_by_task: the held-out rows of each task of `config.tasks`.
+    tokenizer: a transformers-style tokenizer.
+    config: the experts' order, B and the longest T.
+  """
+  examples = [
+    sorted(
+      _examples(rows_by_task[task], tokenizer, config),
+      key=lambda pair: len(pair[1].tokens),
+    )
+    for task in config.tasks
+  ]
+  starts = range(0, max(map(len, examples)), config.rows)
+  picked = [[e[i : i + config.rows] for e in examples] for i in starts]
+  return [_stack(p, config.rows, _length(p, config)) for p in picked]
+
+
+def _length(picked: list[list[tuple[int, Example]]], config: DataConfig) -> int:
+  """The padded T of a batch."""
+  longest = max(len(e.tokens) for _, e in itertools.chain(*picked))
+  return min(-(-longest // LENGTH_STEP) * LENGTH_STEP, config.length)
+
+
 def _stack(
-  experts: list[list[tuple[int, Example]]], length: int
+  experts: list[list[tuple[int, Example]]], rows: int, length: int
 ) -> dict[str, np.ndarray]:
-  shape = (len(experts), len(experts[0]), length)
+  shape = (len(experts), rows, length)
   batch = {
     "tokens": np.zeros(shape, np.int32),
     "positions": np.broadcast_to(

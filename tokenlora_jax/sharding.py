@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import re
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tokenlora_jax.config import InputError, MeshConfig
 
@@ -53,31 +53,42 @@ MESH_AXIS_OF = {
 BATCH_SPEC = P("expert", ("data", "fsdp"), None)
 
 
-def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
+def make_mesh(
+  config: MeshConfig, rows: int = 0, devices: Sequence | None = None
+) -> Mesh:
   """Returns the mesh of a run.
 
   Args:
     config: devices an axis.
-    devices: all devices that exist by default; the product of `config` must be
-      as many.
+    rows: B, the rows an expert a step that the mesh has to split; 0 is none.
+    devices: all devices that exist by default.
 
   Raises:
-    InputError: there are more or fewer devices than the mesh takes.
+    InputError: the mesh takes more or fewer devices, or cannot split the rows.
 
   Example:
-    >>> dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape)
+    >>> dict(make_mesh(MeshConfig(), devices=jax.devices()[:1]).shape)
     {'expert': 1, 'data': 1, 'fsdp': 1, 'tensor': 1}
   """
   devices = jax.devices() if devices is None else devices
-  shape = (config.expert, config.data, config.fsdp, config.tensor)
-  if np.prod(shape) != len(devices):
+  others = config.expert * config.data * config.tensor
+  fsdp = config.fsdp or max(1, len(devices) // others)
+  if others * fsdp != len(devices):
     raise InputError(
-      f"mesh: expert {config.expert} x data {config.data} x fsdp {config.fsdp}"
-      f" x tensor {config.tensor} takes {np.prod(shape)} devices, but there are"
+      f"mesh: expert {config.expert} x data {config.data} x fsdp {fsdp} x"
+      f" tensor {config.tensor} takes {others * fsdp} devices, but there are"
       f" {len(devices)}; set --mesh.data or --mesh.fsdp so that they agree"
     )
+  if rows % (config.data * fsdp):
+    raise InputError(
+      f"data.rows: {rows} is not a multiple of mesh data {config.data} x fsdp"
+      f" {fsdp}, which split them"
+    )
   return jax.make_mesh(
-    shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
+    (config.expert, config.data, fsdp, config.tensor),
+    MESH_AXES,
+    axis_types=(AxisType.Auto,) * len(MESH_AXES),
+    devices=devices,
   )
 
 

@@ -1,0 +1,37 @@
+"""The paper's experiment: four adapters of Llama-2-7b (Belofsky, 2023).
+
+What: R 64, alpha 16, dropout 0.1 on q and v; prompt and answer are both
+targets. The original keeps the base in 4 bits; here it is bfloat16.
+Data: the four data sets from the hub.
+Hardware: a TPU v5e of 8 chips (experts over 4, weights and rows over 2), or
+GPUs with --mesh.expert 1.
+Expect: not run by us; no result is claimed.
+  python train.py --config configs/llama2_7b.py --base PATH_TO_LLAMA_2_7B
+"""
+
+from tokenlora_jax.config import (
+  BaseConfig,
+  Config,
+  DataConfig,
+  DecodeConfig,
+  LoraConfig,
+  MeshConfig,
+  OptimConfig,
+  RouterConfig,
+)
+
+config = Config(
+  workdir="runs/llama2_7b",
+  base=BaseConfig(path="meta-llama/Llama-2-7b-hf", dtype="bfloat16"),
+  lora=LoraConfig(rank=64, alpha=16.0, dropout=0.1),
+  data=DataConfig(
+    source="hub", rows=8, length=1024, loss_on="all", bad_rows="skip"
+  ),
+  optim=OptimConfig(steps=1000, learning_rate=2e-4, warmup_steps=30),
+  mesh=MeshConfig(expert=4, processes=True),
+  router=RouterConfig(centroid_rows=1000),
+  decode=DecodeConfig(max_new_tokens=256, refresh_every=2),
+  remat=True,
+  eval_every=100,
+  save_every=100,
+)

@@ -1,0 +1,203 @@
+"""Mixes a bank of LoRA adapters while a frozen Llama makes text.
+
+  python infer.py --prompt TEXT ...       make text, with who led each token
+  python infer.py evaluate ...            held-out losses, a table
+
+Prompts come from --prompt, --prompts-file (a prompt a line), --examples, or
+standard input (a prompt a line).
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+from pathlib import Path
+import sys
+from typing import Annotated
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from tokenlora_jax.interop.tokenizers import load_tokenizer
+import tyro
+
+from tokenlora_jax import cli, report
+from tokenlora_jax.checkpoint import write_atomically
+from tokenlora_jax.config import Config, InputError
+from tokenlora_jax.data import held_out, load_rows
+from tokenlora_jax.decoding import Decoder, Generation
+from tokenlora_jax.evaluation import Evaluator, mean_loss, standard_variants
+from tokenlora_jax.interop.bank import Bank, load_bank
+from tokenlora_jax.interop.load import load_base
+from tokenlora_jax.mixing.routers import make_router
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(Config):
+  """What infer.py takes besides the config.
+
+  Attributes:
+    bank: the folder that train.py wrote; WORKDIR/bank by default.
+    prompt: a prompt; may be given several times.
+    prompts_file: a file with a prompt a line.
+    examples: take the first so many held-out prompts of each task.
+    compare: show base, each adapter, uniform, prompt-level and token-level
+      gates side by side.
+    output: write each text with its tokens and gates to this new JSONL file
+      (`evaluate`: the table to this new JSON file).
+  """
+
+  bank: str = ""
+  prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+  prompts_file: str = ""
+  examples: int = 0
+  compare: bool = False
+  output: str = ""
+
+
+def read_prompts(args: Arguments) -> list[str]:
+  """Returns the prompts of a command line, or raises `InputError`."""
+  prompts = list(args.prompt)
+  if args.prompts_file:
+    try:
+      lines = Path(args.prompts_file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+      raise InputError(f"--prompts-file {args.prompts_file}: {error}") from None
+    found = [line for line in lines if line.strip()]
+    if not found:
+      raise InputError(f"--prompts-file {args.prompts_file}: holds no prompt")
+    prompts += found
+  for task in args.data.tasks if args.examples else ():
+    rows = load_rows(args.data, task, "test")[: args.examples]
+    prompts += [row.prompt for row in rows]
+  if not prompts and not sys.stdin.isatty():
+    prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+  if not prompts:
+    raise InputError("--prompt: there is none; give one, or --examples 1")
+  return prompts
+
+
+def generate(args: Arguments, console: Console) -> None:
+  """Makes a text for each prompt."""
+  prompts = read_prompts(args)
+  base, tokenizer, bank = load(args)
+  names = bank.adapters.names
+  router = bank.router(args.router)
+  records = []
+  console.print(report.legend(names))
+  for prompt in prompts:
+    console.rule()
+    console.print(prompt, style="dim", markup=False)
+    if args.compare:
+      console.print(compare(args, base, tokenizer, bank, router, prompt))
+      continue
+    decoder = Decoder(
+      base, [prompt], bank.adapters, router, args.decode, tokenizer,
+      chunked=True,
+    )  # fmt: skip
+    shown = 0
+    for out in decoder:
+      pieces = report.token_pieces(tokenizer, visible(out))
+      console.print(
+        report.trace(pieces[shown:], out.gates[0, shown : len(pieces)], names),
+        end="", soft_wrap=True,
+      )  # fmt: skip
+      shown = len(pieces)
+    gates = out.gates[0, : out.lengths[0]]
+    console.print(f"\n[dim]{report.summary(gates, names)}")
+    console.print(f"[dim]{out.stats['tokens_per_second']:.1f} tokens/s")
+    records.append(
+      {
+        "prompt": prompt,
+        "text": out.texts[0],
+        "tokens": out.tokens[0, : out.lengths[0]].tolist(),
+        "gates": np.round(gates, 6).tolist(),
+        "experts": names,
+        "router": dataclasses.asdict(args.router),
+        "decode": dataclasses.asdict(args.decode),
+      }
+    )
+  if args.output:
+    lines = [json.dumps(record) + "\n" for record in records]
+    write_atomically(Path(args.output), "".join(lines))
+
+
+def visible(out: Generation) -> list[int]:
+  """The tokens of the first text that are shown."""
+  return out.tokens[0, : out.lengths[0]].tolist()
+
+
+def compare(args, base, tokenizer, bank: Bank, router, prompt: str) -> Table:
+  """Returns one prompt's texts under different gates, as a table."""
+  adapters, decode = bank.adapters, args.decode
+  once = dataclasses.replace(decode, refresh_every=0)
+  every = decode.refresh_every or 1
+  refreshed = dataclasses.replace(decode, refresh_every=every)
+  variants = [("base", None, None, once)]
+  variants += [
+    (name, adapters, make_router("one-hot", expert=name), once)
+    for name in adapters.names
+  ]
+  variants += [
+    ("uniform", adapters, make_router("uniform"), once),
+    ("router, at the prompt", adapters, router, once),
+    (f"router, every {every}", adapters, router, refreshed),
+  ]
+  table = Table("gates", "text", show_lines=True)
+  for name, some, chosen, config in variants:
+    *_, out = Decoder(base, [prompt], some, chosen, config, tokenizer)
+    pieces = report.token_pieces(tokenizer, visible(out))
+    text = out.texts[0]
+    if some is not None:
+      text = report.trace(pieces, out.gates[0, : len(pieces)], adapters.names)
+    table.add_row(name, text)
+  return table
+
+
+def evaluate(args: Arguments, console: Console) -> None:
+  """Prints the held-out losses of several ways to set the gates."""
+  base, tokenizer, bank = load(args)
+  tests = {
+    task: held_out(load_rows(args.data, task, "test"), tokenizer, args.data)
+    for task in args.data.tasks
+  }
+  for task in tests:
+    bank.adapters.index(task)
+  evaluator = Evaluator(base, bank.adapters, tokenizer)
+  variants = standard_variants(bank.router(args.router))
+  losses = {variant.name: {} for variant in variants}
+  work = [(variant, task) for variant in variants for task in tests]
+  for variant, task in track(work, "evaluate", console=console):
+    found = dict(evaluator.losses(variant, task, tests[task]))
+    losses[variant.name][task] = mean_loss(found)
+  counts = {task: len(examples) for task, examples in tests.items()}
+  console.print(report.loss_table(losses, counts))
+  if args.output:
+    result = {"rows": counts, "losses": losses}
+    write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")
+
+
+def load(args: Arguments):
+  """Returns (base, tokenizer, bank), checked to belong together."""
+  if args.output and Path(args.output).exists():
+    raise InputError(f"--output {args.output}: exists; choose a new file")
+  folder = args.bank or str(Path(args.workdir) / "bank")
+  tokenizer = load_tokenizer(args.base.path)
+  base = load_base(args.base.path, args.base.dtype)
+  return base, tokenizer, load_bank(folder, base)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the program with these arguments."""
+  argv = list(argv)
+  commands = {"generate": generate, "evaluate": evaluate}
+  command = "generate"
+  if argv and not argv[0].startswith("-"):
+    command = argv.pop(0)
+    if command not in commands:
+      raise InputError(f"{command!r}: is no command; want {', '.join(commands)}")
+  commands[command](cli.parse(Arguments, argv, __doc__), cli.console())
+
+
+if __name__ == "__main__":
+  cli.run(main)

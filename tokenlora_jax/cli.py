@@ -1,0 +1,156 @@
+"""From a command line to one validated config, or one clear line and exit 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+import io
+import logging
+import os
+from pathlib import Path
+import re
+import runpy
+import sys
+from typing import TypeVar
+
+from rich.console import Console
+import tyro
+
+from tokenlora_jax.config import Config, InputError, nearest
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+# Short forms of much used flags.
+SHORT = {"--base": "--base.path"}
+
+
+def read_config(path: str) -> Config:
+  """Returns the `config` of an experiment file.
+
+  Args:
+    path: a Python file that sets `config` to a `Config`. It is run: it is the
+      user's own code, as train.py is.
+
+  Raises:
+    InputError: there is no such file, it fails, or it sets no config.
+  """
+  file = Path(path)
+  if not file.is_file():
+    names = [str(p) for p in file.parent.glob("*.py")]
+    raise InputError(
+      f"--config {path}: there is no such file{nearest(path, names)}"
+    )
+  try:
+    config = runpy.run_path(str(file)).get("config")
+  except InputError as error:
+    raise InputError(f"{path}: {error}") from None
+  except Exception as error:
+    raise InputError(f"{path}: {type(error).__name__}: {error}") from None
+  if not isinstance(config, Config):
+    raise InputError(f"{path}: sets no `config = Config(...)`")
+  return config
+
+
+def parse(
+  cls: type[ConfigT],
+  argv: Sequence[str],
+  description: str,
+  default: str = "configs/demo.py",
+) -> ConfigT:
+  """Returns the settings of a command line: a config file, then overrides.
+
+  Args:
+    cls: `Config`, or a dataclass that adds fields with defaults to it.
+    argv: the arguments, without the program's name.
+    description: for --help.
+    default: the config file where none is given.
+
+  Raises:
+    InputError: a flag or value that does not exist or is not allowed.
+  """
+  argv = list(argv)
+  path = default
+  rest = []
+  while argv:
+    flag, equals, value = argv.pop(0).partition("=")
+    if flag == "--config":
+      if not equals and not argv:
+        raise InputError("--config: wants the path of a config file")
+      path = value if equals else argv.pop(0)
+    else:
+      rest.append(SHORT.get(flag, flag) + equals + value)
+  flags = _flags(cls)
+  for argument in rest:
+    flag = argument.partition("=")[0]
+    known = flag in flags or flag in ("-h", "--help")
+    if flag.startswith("--") and not known:
+      raise InputError(
+        f"{flag}: there is no such flag{nearest(flag, flags)}; see --help"
+      )
+  fields = {
+    f.name: getattr(read_config(path), f.name)
+    for f in dataclasses.fields(Config)
+  }
+  description += (
+    f"\n\n--config FILE (default {default}) is read first; every other flag"
+    " overrides one of its settings. --base is short for --base.path."
+  )
+  errors = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(errors):
+      return tyro.cli(
+        cls,
+        args=rest,
+        default=cls(**fields),
+        description=description,
+        config=(tyro.conf.AvoidSubcommands,),
+      )
+  except SystemExit as stop:
+    if not stop.code:
+      raise
+    words = re.sub(r"[─│╭╮╰╯]|\x1b\[[0-9;]*m", " ", errors.getvalue()).split()
+    text = " ".join(words).partition("For full helptext")[0]
+    raise InputError(text.removeprefix("Parsing error").strip()) from None
+
+
+def _flags(cls, prefix: str = "--") -> list[str]:
+  flags = []
+  for field in dataclasses.fields(cls):
+    name = prefix + field.name.replace("_", "-")
+    if dataclasses.is_dataclass(field.default):
+      flags += _flags(type(field.default), name + ".")
+    else:
+      flags.append(name)
+      if isinstance(field.default, bool):
+        head, _, tail = name.rpartition(".")
+        flags.append(f"{head}.no-{tail}" if head else f"--no-{name[2:]}")
+  return flags
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+  """Runs an entry point: bad input is one line on stderr and exit status 2."""
+  quiet()
+  try:
+    main(sys.argv[1:])
+  except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    print("\nstopped", file=sys.stderr)
+    sys.exit(130)
+  except BrokenPipeError:
+    # The reader of our output has gone; nothing is left to say.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def quiet() -> None:
+  """Silences the libraries' chatter; warnings of ours are shown in one line."""
+  for name in ("absl", "orbax", "jax", "transformers", "huggingface_hub"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+  logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+
+
+def console() -> Console:
+  """Returns the console that programs print to."""
+  return Console(highlight=False)

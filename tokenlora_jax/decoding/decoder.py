@@ -1,0 +1,362 @@
+"""Text from a base and a mixture of adapters whose gates a router refreshes.
+
+Token n of a text (n = 0, 1, ...) is made under the gates of its chunk,
+floor(n / refresh_every), which the router decided from the prompt and the
+tokens before that chunk. Prompts are padded on the left to a bucket, and all
+but their last token are read in one pass (prefill) under the first gates; then
+each step reads one token and makes the next, so that a chunk is one router call
+and one inner `lax.scan`, for the first chunk as for all others. Keys and values
+stay as the gates of their own time made them (cache policy `reuse`).
+
+Routers that look inside the graph run whole texts in one compiled call; a
+router that reads text returns to the host once a chunk, for its tokenizer.
+
+Axis letters: B batch, P prompt bucket, N new tokens, E experts, D width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenlora_jax.config import DecodeConfig, InputError
+from tokenlora_jax.decoding import graph
+from tokenlora_jax.decoding.sampling import Sampler
+from tokenlora_jax.mixing.routers import Router
+from tokenlora_jax.mixing.rules import get_rule
+from tokenlora_jax.model.llama import Llama
+from tokenlora_jax.model.lora import Adapters
+from tokenlora_jax.text import encode_prompt
+
+# Steps of a chunk where the gates are decided once, at the prompt.
+UNREFRESHED_CHUNK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """What `generate` returns.
+
+  Attributes:
+    tokens: int32[B, N], the tokens made; the end token after the end.
+    gates: float32[B, N, E], the gates under which each was made.
+    lengths: int32[B], how many tokens of each row count, the end token
+      included.
+    texts: what the tokens say, without end token and stop string; None
+      without a tokenizer.
+    stats: `prompt_tokens`, `new_tokens`, `prefill_seconds`, `router_seconds`
+      (on the host's side), `decode_seconds` and `tokens_per_second`; the first
+      call of a shape compiles.
+  """
+
+  tokens: np.ndarray
+  gates: np.ndarray
+  lengths: np.ndarray
+  texts: list[str] | None
+  stats: dict[str, float]
+
+
+def bucket(length: int) -> int:
+  """Returns the padded length of a prompt, so that few shapes compile.
+
+  Powers of two from 32 to 256, then multiples of 256.
+
+  Example:
+    >>> [bucket(n) for n in (1, 33, 256, 257)]
+    [32, 64, 256, 512]
+  """
+  if length > 256:
+    return -(-length // 256) * 256
+  return max(32, 1 << (length - 1).bit_length())
+
+
+class Decoder:
+  """One batch of texts being made; iterate over it for chunks as they come.
+
+  Args:
+    base: with its layers in a list.
+    prompts: texts, or lists of token ids.
+    adapters: the experts; none is the base alone.
+    router: who decides the gates; needed with adapters.
+    config: how.
+    tokenizer: needed for text in, text out, the end token and text routers.
+    rule: what the gates mean.
+    chunked: come back to the host after each chunk, to show it.
+
+  Raises:
+    InputError: something of these does not fit together.
+  """
+
+  def __init__(
+    self,
+    base: Llama,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    adapters: Adapters | None = None,
+    router: Router | None = None,
+    config: DecodeConfig = DecodeConfig(),
+    tokenizer: Any = None,
+    rule: str = "exact",
+    chunked: bool = False,
+  ):
+    self.config = config
+    self.tokenizer = tokenizer
+    self._base = base
+    self._loras, self._rule = None, None
+    if adapters is not None:
+      adapters.check(base.config)
+      if router is None:
+        raise InputError("router: adapters need one, such as 'uniform'")
+      router = router.bind(adapters.names)
+      self._loras, self._rule = adapters.layers, get_rule(rule)
+    elif router is not None:
+      raise InputError("router: there are no adapters to route among")
+    self._router = router
+    self._prompts = self._encode(prompts)
+    self._chunk = config.refresh_every or UNREFRESHED_CHUNK
+    self._sampler = Sampler(config.temperature, config.top_k, config.top_p)
+    self._end = -1
+    if tokenizer is not None and config.stop_at_eos:
+      self._end = tokenizer.eos_token_id
+    if config.stop and tokenizer is None:
+      raise InputError("decode.stop: stop strings need a tokenizer")
+    looks = router.needs if router is not None else "nothing"
+    if looks == "text" and tokenizer is None:
+      raise InputError("router: one that reads text needs a tokenizer")
+    # Whether the router runs on the host's side between chunks, or inside.
+    refreshes = config.refresh_every > 0
+    self._host_router = router if looks == "text" and refreshes else None
+    self._graph_router = router if looks == "hidden" and refreshes else None
+    stops = self._host_router is not None or bool(config.stop) or chunked
+    self._chunks_a_call = 1 if stops else 1 << 30
+    self.stats = dict.fromkeys(
+      ("prefill_seconds", "router_seconds", "decode_seconds"), 0.0
+    )
+
+  def _encode(self, prompts) -> list[list[int]]:
+    if len(prompts) == 0:
+      raise InputError("prompts: there are none")
+    encoded = []
+    for i, prompt in enumerate(prompts):
+      if isinstance(prompt, str):
+        if self.tokenizer is None:
+          raise InputError(f"prompt {i}: text needs a tokenizer")
+        prompt = encode_prompt(prompt, self.tokenizer)
+      if len(prompt) == 0:
+        raise InputError(f"prompt {i}: is empty")
+      vocab = self._base.config.vocab
+      if not 0 <= min(prompt) <= max(prompt) < vocab:
+        raise InputError(f"prompt {i}: has tokens outside 0..{vocab - 1}")
+      encoded.append([int(token) for token in prompt])
+    longest = max(map(len, encoded)) + self.config.max_new_tokens
+    if longest > self._base.config.max_length:
+      raise InputError(
+        f"decode.max-new-tokens: {self.config.max_new_tokens} after a prompt"
+        f" of {longest - self.config.max_new_tokens} tokens is more than the"
+        f" base's {self._base.config.max_length} positions"
+      )
+    return encoded
+
+  def _gates(self, hidden, made) -> jax.Array:
+    """Asks the router about the texts so far: float32[B, E]."""
+    if self._router is None:
+      return jnp.zeros((len(self._prompts), 0))
+    start = time.perf_counter()
+    observation = ()
+    if self._router.needs == "text":
+      observation = self._router.observe(
+        [
+          self.tokenizer.decode([*prompt, *more], skip_special_tokens=True)
+          for prompt, more in zip(self._prompts, made, strict=True)
+        ]
+      )
+    gates = graph.route(
+      self._router, observation, hidden, np.zeros(len(self._prompts))
+    )
+    gates.block_until_ready()
+    self.stats["router_seconds"] += time.perf_counter() - start
+    return gates
+
+  def _start(self) -> graph.DecodeState:
+    """Decides the first gates and reads the prompts."""
+    batch = len(self._prompts)
+    lengths = np.array([len(p) for p in self._prompts], np.int32)
+    size = bucket(int(lengths.max()) - 1)
+    new = math.ceil(self.config.max_new_tokens / self._chunk) * self._chunk
+    hidden = jnp.zeros((batch, self._base.config.width))
+    if self._router is not None and self._router.needs == "hidden":
+      # What the base alone makes of the whole prompt, its last token included.
+      whole = bucket(int(lengths.max()))
+      tokens, pad = _left_pad(self._prompts, whole)
+      _, hidden = graph.prefill(
+        self._base, None, None, tokens, pad, rule=None, slots=whole
+      )
+    mean = hidden / lengths[:, None]
+    gates = self._gates(mean, [[]] * batch)
+    start = time.perf_counter()
+    tokens, pad = _left_pad([p[:-1] for p in self._prompts], size)
+    cache, _ = graph.prefill(
+      self._base,
+      self._loras,
+      gates,
+      tokens,
+      pad,
+      rule=self._rule,
+      slots=size + new,
+    )
+    jax.block_until_ready(cache)
+    self.stats["prefill_seconds"] += time.perf_counter() - start
+    return graph.DecodeState(
+      cache=cache,
+      token=jnp.array([p[-1] for p in self._prompts], jnp.int32),
+      gates=gates,
+      hidden=hidden,
+      lengths=jnp.asarray(lengths),
+      made=jnp.int32(0),
+      done=jnp.zeros(batch, bool),
+      tokens=jnp.full((batch, new), max(self._end, 0), jnp.int32),
+      trace=jnp.zeros((batch, new, gates.shape[1])),
+      key=jax.random.key(self.config.seed),
+    )
+
+  def __iter__(self) -> Iterator[Generation]:
+    """Makes the texts; yields all that is made so far, again and again."""
+    state = self._start()
+    while True:
+      start = time.perf_counter()
+      state = graph.decode(
+        self._base,
+        self._loras,
+        self._graph_router,
+        state,
+        self._chunks_a_call,
+        self._end,
+        rule=self._rule,
+        sampler=self._sampler,
+        chunk=self._chunk,
+      )
+      made = min(int(state.made), self.config.max_new_tokens)
+      self.stats["decode_seconds"] += time.perf_counter() - start
+      so_far, ended = self._read_out(state, made)
+      yield so_far
+      if made == self.config.max_new_tokens or ended.all():
+        return
+      state = dataclasses.replace(state, done=jnp.asarray(ended))
+      if self._host_router is not None:
+        texts = zip(so_far.tokens.tolist(), so_far.lengths, strict=True)
+        gates = self._gates(state.mean_hidden, [row[:n] for row, n in texts])
+        state = dataclasses.replace(state, gates=gates)
+
+  def _read_out(
+    self, state: graph.DecodeState, made: int
+  ) -> tuple[Generation, np.ndarray]:
+    """Returns what is made so far, and bool[B], which texts have ended."""
+    # Copies, since the state's buffers are given to the next call.
+    tokens = np.array(state.tokens[:, :made])
+    gates = np.array(state.trace[:, :made])
+    at_end = tokens == self._end
+    ended = at_end.any(axis=1)
+    lengths = np.where(ended, at_end.argmax(axis=1) + 1, made)
+    texts = None
+    if self.tokenizer is not None:
+      texts = []
+      for i, row in enumerate(tokens):
+        text, lengths[i], stopped = self._until_stop(row[: lengths[i]])
+        ended[i] |= stopped
+        texts.append(text)
+    seconds = self.stats["decode_seconds"] + self.stats["router_seconds"]
+    stats = {
+      **self.stats,
+      "prompt_tokens": sum(map(len, self._prompts)),
+      "new_tokens": int(lengths.sum()),
+      "tokens_per_second": int(lengths.sum()) / max(seconds, 1e-9),
+    }
+    return Generation(tokens, gates, lengths, texts, stats), ended
+
+  def _until_stop(self, row: np.ndarray) -> tuple[str, int, bool]:
+    """Returns (text before the first stop string, its tokens, if it stopped).
+
+    The tokens are the fewest whose text holds the stop string.
+    """
+
+    def decode(n):
+      return self.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True)
+
+    def first_stop(text):
+      found = [text.find(stop) for stop in self.config.stop]
+      return min((place for place in found if place >= 0), default=None)
+
+    text = decode(len(row))
+    if first_stop(text) is None:
+      return text, len(row), False
+    count = next(
+      n for n in range(1, len(row) + 1) if first_stop(decode(n)) is not None
+    )
+    return text[: first_stop(text)], count, True
+
+
+def _left_pad(
+  prompts: Sequence[Sequence[int]], length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (int32[B, length] with zeros in front, int32[B] how many)."""
+  tokens = np.zeros((len(prompts), length), np.int32)
+  for row, prompt in zip(tokens, prompts, strict=True):
+    row[length - len(prompt) :] = prompt
+  pad = np.array([length - len(prompt) for prompt in prompts], np.int32)
+  return tokens, pad
+
+
+def generate(
+  base: Llama,
+  prompts: Sequence[str] | Sequence[Sequence[int]],
+  adapters: Adapters | None = None,
+  router: Router | None = None,
+  config: DecodeConfig = DecodeConfig(),
+  tokenizer: Any = None,
+  rule: str = "exact",
+) -> Generation:
+  """Makes texts with a mixture of adapters.
+
+  Token n is made under gates that the router decided from the prompt and the
+  first floor(n / refresh_every) * refresh_every tokens made (Belofsky, 2023,
+  "Token-Level Adaptation of LoRA Adapters"); with refresh_every 0, from the
+  prompt alone.
+
+  Args:
+    base: from `load_base`.
+    prompts: B texts, or B lists of token ids, of any lengths.
+    adapters: from `load_adapters`; none is the base alone.
+    router: from `make_router`; needed with adapters.
+    config: how many tokens, how often gates are refreshed, how tokens are
+      picked.
+    tokenizer: from `load_tokenizer`; needed for text in, text out, the end
+      token and routers that read text.
+    rule: what the gates mean.
+
+  Returns:
+    A `Generation`: tokens [B, N], gates [B, N, E], texts, stats.
+
+  Raises:
+    InputError: something of these does not fit together.
+
+  Example:
+    >>> from tokenlora_jax import load_base, make_router, random_adapters
+    >>> base = load_base("random:tiny")
+    >>> out = generate(
+    ...   base,
+    ...   [[1, 2, 3]],
+    ...   random_adapters(base, experts=2, rank=4),
+    ...   make_router("uniform", experts=2),
+    ...   DecodeConfig(max_new_tokens=4),
+    ... )
+    >>> out.tokens.shape, out.gates[0, 0].tolist()
+    ((1, 4), [0.5, 0.5])
+  """
+  *_, last = Decoder(base, prompts, adapters, router, config, tokenizer, rule)
+  return last

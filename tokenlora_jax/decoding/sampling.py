@@ -1,0 +1,51 @@
+"""How the next token is picked."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """Picks the next token.
+
+  With temperature t > 0, of softmax(z / t) restricted to the `top_k` most
+  likely tokens and to the most likely ones whose probabilities reach `top_p`
+  (nucleus sampling, Holtzman et al., 2020, eq. 2-3); with t = 0, argmax z.
+
+  Args:
+    logits: float32[B, V].
+    key: a PRNG key.
+
+  Returns:
+    int32[B].
+
+  Example:
+    >>> Sampler()(jnp.array([[0.0, 2.0, 1.0]]), jax.random.key(0)).tolist()
+    [1]
+  """
+
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __call__(self, logits: jax.Array, key: jax.Array) -> jax.Array:
+    if self.temperature == 0:
+      return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / self.temperature
+    if 0 < self.top_k < logits.shape[-1]:
+      least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+      logits = jnp.where(logits < least, -jnp.inf, logits)
+    if self.top_p < 1:
+      ordered = jnp.sort(logits, axis=-1, descending=True)
+      shares = jax.nn.softmax(ordered, axis=-1)
+      # A token stays if those before it do not reach top_p yet.
+      stays = jnp.cumsum(shares, axis=-1) - shares < self.top_p
+      least = jnp.min(
+        jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True
+      )
+      logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits).astype(jnp.int32)

@@ -1,0 +1,218 @@
+"""Held-out loss of answers under gates that a router refreshes.
+
+An answer is scored as the decoder would make it: its token n (n = 0, 1, ...,
+the end token included) is predicted under the gates of chunk
+floor(n / refresh_every), which the router decided from the prompt and the
+answer's tokens before that chunk; the prompt is read under the first gates.
+Since the answer is given, all gates are known beforehand and a text is scored
+in one forward pass with gates [B, T, E].
+
+Axis letters: B batch, T length, N answer tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenlora_jax.config import InputError
+from tokenlora_jax.data import LENGTH_STEP, Example
+from tokenlora_jax.mixing.routers import Router, make_router
+from tokenlora_jax.mixing.rules import Rule, get_rule, mixture
+from tokenlora_jax.model.llama import Llama, causal_mask
+from tokenlora_jax.model.lora import Adapters
+from tokenlora_jax.model.loss import token_losses
+
+# Rows that are scored, or texts that are routed, at once.
+BATCH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """One way to set the gates, to be compared with others.
+
+  Attributes:
+    name: what tables call it.
+    router: who decides; None is the base alone, `own` one-hot on the expert of
+      the row's own task, which no router can know: the oracle.
+    refresh_every: tokens between two router calls; 0 is once, at the prompt.
+  """
+
+  name: str
+  router: Router | str | None
+  refresh_every: int = 0
+
+
+def standard_variants(
+  router: Router, refresh_every: Sequence[int] = (1, 2, 4)
+) -> list[Variant]:
+  """Returns base, own adapter, uniform, and a router at several paces.
+
+  Example:
+    >>> router = make_router("fixed", gates=[0.5, 0.5])
+    >>> [v.name for v in standard_variants(router)][3:]
+    ['prompt', 'every 1', 'every 2', 'every 4']
+  """
+  return [
+    Variant("base", None),
+    Variant("own adapter", "own"),
+    Variant("uniform", make_router("uniform")),
+    Variant("prompt", router),
+    *(Variant(f"every {n}", router, n) for n in refresh_every),
+  ]
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def _losses(base, loras, gates, tokens, lengths, *, rule: Rule | None):
+  """Loss of predicting token t + 1 at t, float32[B, T]."""
+  batch, length = tokens.shape
+  positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+  real = (positions < lengths[:, None]).astype(jnp.int32)
+  adapt = None if rule is None else mixture(rule, gates)
+  hidden, _ = base(
+    tokens, positions, causal_mask(real), loras=loras, adapt=adapt
+  )
+  return token_losses(base, hidden, jnp.roll(tokens, -1, axis=1))
+
+
+@jax.jit
+def _gates(router, observation, batch):
+  return router.gates(batch.shape[0], observation, None)
+
+
+class Evaluator:
+  """Scores held-out answers of one base and bank.
+
+  Router calls are remembered: variants that differ only in `refresh_every` ask
+  about many of the same texts.
+
+  Args:
+    base: with its layers in a list.
+    adapters: the experts.
+    tokenizer: the base's.
+    rule: what the gates mean.
+  """
+
+  def __init__(
+    self, base: Llama, adapters: Adapters, tokenizer: Any, rule: str = "exact"
+  ):
+    adapters.check(base.config)
+    self._base = base
+    self._adapters = adapters
+    self._tokenizer = tokenizer
+    self._rule = get_rule(rule)
+    self._routed: dict[int, dict[bytes, np.ndarray]] = {}
+
+  def losses(
+    self, variant: Variant, expert: str, examples: Sequence[Example]
+  ) -> Iterator[tuple[int, np.ndarray]]:
+    """Scores answers, a batch after the other.
+
+    Args:
+      variant: who decides the gates.
+      expert: the expert of the rows' own task.
+      examples: rows as tokens.
+
+    Yields:
+      (place in `examples`, float32[N], the loss of each answer token in nats),
+      in some order.
+    """
+    router = variant.router
+    if router == "own":
+      router = make_router("one-hot", expert=self._adapters.index(expert))
+    if router is not None:
+      router = router.bind(self._adapters.names)
+    order = sorted(
+      range(len(examples)), key=lambda i: -len(examples[i].tokens)
+    )
+    for start in range(0, len(order), BATCH):
+      places = order[start : start + BATCH]
+      batch = [examples[i] for i in places]
+      gates = None
+      if router is not None:
+        gates = self.gates(router, variant.refresh_every, batch)
+      yield from zip(places, self._score(batch, gates), strict=True)
+
+  def gates(
+    self, router: Router, refresh_every: int, examples: Sequence[Example]
+  ) -> list[np.ndarray]:
+    """Returns the gates under which each answer token is made, [N, E] each.
+
+    Raises:
+      InputError: the router looks at hidden states, which depend on the gates
+        before, and is to be refreshed within the answer.
+    """
+    if router.needs == "hidden":
+      raise InputError(
+        "router: one that looks at hidden states cannot be scored in one pass;"
+        " use router.encoder minilm"
+      )
+    asked, texts = [], {}
+    for example in examples:
+      count = len(example.tokens) - example.prompt_length
+      pace = refresh_every or count
+      prefixes = [
+        example.tokens[: example.prompt_length + n // pace * pace].tobytes()
+        for n in range(count)
+      ]
+      asked.append(prefixes)
+      texts |= dict.fromkeys(prefixes)
+    known = self._routed.setdefault(id(router), {})
+    new = [text for text in texts if text not in known]
+    # By length, so that little is padding; a short batch is filled up, so
+    # that it does not compile anew.
+    new.sort(key=len)
+    for start in range(0, len(new), 4 * BATCH):
+      part = new[start : start + 4 * BATCH]
+      filled = part + part[-1:] * (4 * BATCH - len(part))
+      observation = router.observe(
+        [
+          self._tokenizer.decode(
+            np.frombuffer(text, np.int32).tolist(), skip_special_tokens=True
+          )
+          for text in filled
+        ]
+      )
+      gates = np.asarray(_gates(router, observation, np.zeros(len(filled))))
+      known |= dict(zip(part, gates, strict=False))
+    return [np.stack([known[text] for text in row]) for row in asked]
+
+  def _score(self, batch, gates) -> list[np.ndarray]:
+    lengths = np.ones(BATCH, np.int32)
+    lengths[: len(batch)] = [len(e.tokens) for e in batch]
+    size = -(-int(lengths.max()) // LENGTH_STEP) * LENGTH_STEP
+    tokens = np.zeros((BATCH, size), np.int32)
+    for row, example in zip(tokens, batch, strict=False):
+      row[: len(example.tokens)] = example.tokens
+    loras = rule = table = None
+    if gates is not None:
+      loras, rule = self._adapters.layers, self._rule
+      table = np.zeros((BATCH, size, len(self._adapters.names)), np.float32)
+      for row, example, answer in zip(table, batch, gates, strict=False):
+        # Token n is made at the position before it.
+        first = example.prompt_length - 1
+        row[:first] = answer[0]
+        row[first : first + len(answer)] = answer
+    losses = np.asarray(
+      _losses(self._base, loras, table, tokens, lengths, rule=rule)
+    )
+    return [
+      losses[i, e.prompt_length - 1 : len(e.tokens) - 1]
+      for i, e in enumerate(batch)
+    ]
+
+
+def mean_loss(losses: Mapping[int, np.ndarray]) -> float:
+  """Returns the mean over all tokens of all rows, nats a token.
+
+  Example:
+    >>> mean_loss({0: np.array([1.0, 2.0]), 1: np.array([6.0])})
+    3.0
+  """
+  return float(np.concatenate(list(losses.values())).mean())

@@ -1,0 +1,121 @@
+"""What a person looks at: the table of losses and the trace of gates.
+
+Axis letters: N tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import itertools
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+# Colours that colour-blind people can tell apart (Okabe and Ito, 2008).
+COLOURS = (
+  "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442",
+)  # fmt: skip
+
+
+def loss_table(
+  losses: Mapping[str, Mapping[str, float]], rows: Mapping[str, int]
+) -> Table:
+  """Returns a table of losses: a row a variant, a column a task.
+
+  Args:
+    losses: {variant: {task: nats a token}}; missing ones are left blank.
+    rows: how many held-out rows each task has.
+  """
+  table = Table(title="held-out loss, nats an answer token")
+  table.add_column("gates")
+  for task, count in rows.items():
+    table.add_column(f"{task}\n({count} rows)", justify="right")
+  table.add_column("average", justify="right")
+  best = {
+    task: min(row[task] for row in losses.values() if task in row)
+    for task in rows
+    if any(task in row for row in losses.values())
+  }
+  for variant, row in losses.items():
+    cells = []
+    for task in rows:
+      if task not in row:
+        cells.append("")
+        continue
+      text = f"{row[task]:.3f}"
+      cells.append(f"[bold]{text}[/]" if row[task] == best[task] else text)
+    done = len(row) == len(rows)
+    average = f"{np.mean(list(row.values())):.3f}" if done else ""
+    table.add_row(variant, *cells, average)
+  return table
+
+
+def legend(names: Sequence[str]) -> Text:
+  """Returns the experts' names, each in its colour."""
+  text = Text()
+  for i, name in enumerate(names):
+    text.append(f"■ {name}  ", style=COLOURS[i % len(COLOURS)])
+  return text
+
+
+def trace(
+  pieces: Sequence[str], gates: np.ndarray, names: Sequence[str]
+) -> Text:
+  """Returns a text in which each token has its leading expert's colour.
+
+  Args:
+    pieces: the N tokens as text.
+    gates: float[N, E].
+    names: of the experts.
+
+  Example:
+    >>> trace(["a", "b"], np.eye(2), ["x", "y"]).plain
+    'ab'
+  """
+  text = Text()
+  for piece, row in zip(pieces, gates, strict=True):
+    lead = int(np.argmax(row))
+    text.append(piece, style=COLOURS[lead % len(COLOURS)])
+  return text
+
+
+def summary(gates: np.ndarray, names: Sequence[str]) -> str:
+  """Returns, in words, who led when and with what share.
+
+  Args:
+    gates: float[N, E].
+    names: of the experts.
+
+  Example:
+    >>> summary(np.array([[0.75, 0.25], [0.75, 0.25], [0.25, 0.75]]), "xy")
+    'led: x 2, y 1 | mean gates: x .58, y .42'
+  """
+  if not gates.size:
+    return "no adapters"
+  runs = [
+    f"{names[lead]} {len(list(run))}"
+    for lead, run in itertools.groupby(np.argmax(gates, axis=1).tolist())
+  ]
+  if len(runs) > 12:
+    runs = [*runs[:12], f"... ({len(runs)} runs)"]
+  means = [
+    f"{name} {mean:.2f}".replace(" 0.", " .")
+    for name, mean in zip(names, gates.mean(axis=0), strict=True)
+  ]
+  return f"led: {', '.join(runs)} | mean gates: {', '.join(means)}"
+
+
+def token_pieces(tokenizer, tokens: Sequence[int]) -> list[str]:
+  """Returns what each token adds to the text; joined, they are the text.
+
+  A character that several tokens spell is given to the last of them.
+  """
+  pieces, shown = [], ""
+  for n in range(1, len(tokens) + 1):
+    text = tokenizer.decode(list(tokens[:n]), skip_special_tokens=True)
+    # An unfinished character shows as U+FFFD until its last byte comes.
+    whole = text if n == len(tokens) else text.rstrip("\ufffd")
+    pieces.append(whole[len(shown) :] if whole.startswith(shown) else "")
+    shown = whole if whole.startswith(shown) else shown
+  return pieces

@@ -1,0 +1,89 @@
+"""Trains one LoRA adapter a task, all at once, on one frozen Llama.
+
+At the end the folder WORKDIR/bank holds a PEFT folder an expert, the centroids
+that a router compares texts with, and bank.json; infer.py mixes them. A run
+that was stopped goes on where its newest checkpoint stands.
+"""
+
+from collections.abc import Sequence
+
+import jax
+from rich.pretty import pprint
+from tokenlora_jax.interop.tokenizers import load_tokenizer
+
+from tokenlora_jax import cli
+from tokenlora_jax.checkpoint import claim_workdir
+from tokenlora_jax.config import Config
+from tokenlora_jax.data import batches, held_out_batches, load_rows
+from tokenlora_jax.interop.bank import Bank, save_bank
+from tokenlora_jax.interop.load import load_base
+from tokenlora_jax.interop.minilm import load_minilm
+from tokenlora_jax.mixing.encoders import HiddenEncoder
+from tokenlora_jax.mixing.routers import centroids
+from tokenlora_jax.sharding import make_mesh
+from tokenlora_jax.training import put_batch, train, trained_adapters
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the program with these arguments."""
+  config = cli.parse(Config, argv, __doc__)
+  console = cli.console()
+
+  # ---- Whatever can be wrong is found out before anything is written. ----
+  if config.mesh.processes:
+    jax.distributed.initialize()
+  mesh = make_mesh(config.mesh, config.data.rows)
+  tokenizer = load_tokenizer(config.base.path)
+  tasks = config.data.tasks
+  rows = {task: load_rows(config.data, task, "train") for task in tasks}
+  held_out = {task: load_rows(config.data, task, "test") for task in tasks}
+  encoders = {}
+  if config.router.encoder == "minilm":
+    encoders["minilm"] = load_minilm(config.router.minilm)
+  base = load_base(config.base.path, config.base.dtype, mesh, stacked=True)
+  data = batches(
+    rows,
+    tokenizer,
+    config.data,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  tests = held_out_batches(held_out, tokenizer, config.data)
+  tests = [put_batch(batch, mesh) for batch in tests]
+  encoders["hidden"] = HiddenEncoder(base, tokenizer, config.data.length)
+
+  # ---- Train. ----
+  workdir = claim_workdir(config)
+  if jax.process_index() == 0:
+    pprint(config, console=console, expand_all=True)
+    devices = ", ".join(sorted({d.device_kind for d in jax.devices()}))
+    console.print(
+      f"{len(tasks)} experts on {config.base.path},"
+      f" {jax.device_count()} x {devices}, into {workdir}"
+    )
+  state = train(config, base, mesh, data, tests, workdir, console)
+
+  # ---- The bank. ----
+  texts = [
+    [
+      row.prompt + row.answer
+      for row in rows[task][: config.router.centroid_rows]
+    ]
+    for task in tasks
+  ]
+  tables = {}
+  for name, encoder in encoders.items():
+    with console.status(f"{name} centroids of {sum(map(len, texts))} texts"):
+      tables[name] = centroids(encoder, texts)
+  adapters = trained_adapters(config, state)
+  if jax.process_index() == 0:
+    bank = Bank(adapters, config.base.path, base.fingerprint, tables)
+    save_bank(workdir / "bank", bank)
+    console.print(
+      f"bank: {workdir / 'bank'}\nnext: python infer.py --config ..."
+      f" --bank {workdir / 'bank'} --prompt '...'"
+    )
+
+
+if __name__ == "__main__":
+  cli.run(main)
