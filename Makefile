@@ -13,7 +13,7 @@ CONFIG := configs/demo.py
 demo: .venv/.run
 	$(BIN)/python train.py --config $(CONFIG)
 	$(BIN)/python infer.py evaluate --config $(CONFIG)
-	$(BIN)/python infer.py --config $(CONFIG) --examples
+	$(BIN)/python infer.py --config $(CONFIG) --examples 1
 
 test: .venv/.test
 	$(BIN)/python -m pytest -m "not realdata"
