@@ -1,0 +1,299 @@
+"""What readers of foreign bases share: our names, all checks, one interface.
+
+Our matmul kernels are [in, out]; every format here stores them [out, in].
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Collection, Mapping
+import dataclasses
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tokenlora_jax.config import InputError, LlamaConfig, nearest
+
+# How many names an error shows before it counts the rest.
+_SHOWN = 8
+# Bytes of each end of a tensor that a fingerprint reads.
+END = 4096
+
+
+class Stored(NamedTuple):
+  """A tensor in a file: its shape as stored, and its type by the format's name."""
+
+  shape: tuple[int, ...]
+  dtype: str
+
+
+class BaseReader(abc.ABC):
+  """A base in a foreign file, read tensor by tensor under our names.
+
+  Names are `embedding` [V, D], `norm` [D], `head` [D, V] (absent when tied) and,
+  for every layer i, `layers.i.attention_norm` [D], `layers.i.mlp_norm` [D],
+  `layers.i.P.kernel` [in, out] and `layers.i.P.bias` [out] where the config has
+  one, with P of q, k, v, o, gate, up, down. Rows of q and k are in the order of
+  Hugging Face's rotary embedding, which rotates halves.
+
+  Attributes:
+    config: the shape of the Llama.
+  """
+
+  def __init__(
+    self,
+    where: str,
+    config: LlamaConfig,
+    modules: Mapping[str, str],
+    stored: Mapping[str, Stored],
+    readable: Collection[str],
+    ignore: Callable[[str], object],
+  ):
+    """Checks that the stored tensors are those of the config.
+
+    Args:
+      where: the file or folder, for errors.
+      config: the shape of the Llama.
+      modules: the format's module of each of ours; {} is the layer's number.
+      stored: the tensors that the file has.
+      readable: the stored types that can be read.
+      ignore: whether a tensor that has no place here does no harm.
+
+    Raises:
+      InputError: naming, all at once, what is missing, has no place, or has
+        another shape or type than it should.
+    """
+    # Also keeps a made-up number of layers from being counted through.
+    if config.layers > len(stored):
+      raise InputError(
+        f"{where}: the config has {config.layers} layers, but there are only"
+        f" {len(stored)} tensors"
+      )
+    self.config = config
+    self._stored = stored
+    self._shapes = parameter_shapes(config)
+    self._keys = {name: _key(name, modules) for name in self._shapes}
+    problems = []
+    for name, key in self._keys.items():
+      want = self._shapes[name]
+      want = want[::-1] if _is_transposed(name) else want
+      if key not in stored:
+        problems.append(f"{key!r} is missing")
+      elif stored[key].shape != want:
+        problems.append(f"{key!r} is {[*stored[key].shape]}, want {[*want]}")
+      elif stored[key].dtype not in readable:
+        problems.append(
+          f"{key!r} is {stored[key].dtype}, want {', '.join(sorted(readable))}"
+        )
+    places = set(self._keys.values())
+    problems += [
+      f"{key!r} has no place"
+      for key in sorted(stored.keys() - places)
+      if not ignore(key)
+    ]
+    if problems:
+      raise InputError(f"{where}: {shorten(problems)}")
+
+  @property
+  def names(self) -> frozenset[str]:
+    """Our names of all parameters."""
+    return frozenset(self._shapes)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """Returns the shape of a parameter in our layout."""
+    return self._shapes[name]
+
+  def read(
+    self, name: str, index: tuple[slice, ...] | None = None
+  ) -> np.ndarray:
+    """Reads one parameter, or the part of it that `index` takes.
+
+    Args:
+      name: our name.
+      index: one slice a dimension, without steps; everything by default.
+
+    Returns:
+      The values, in the type they are stored in (float32 where quantised).
+
+    Raises:
+      ValueError: `index` has a step, or not one slice a dimension.
+    """
+    shape = self._shapes[name]
+    index = (slice(None),) * len(shape) if index is None else index
+    index = tuple(
+      slice(*s.indices(n)) for s, n in zip(index, shape, strict=True)
+    )
+    if any(s.step != 1 for s in index):
+      raise ValueError(f"{name}: cannot be read in steps: {index}")
+    if _is_transposed(name):
+      return self._read(self._keys[name], index[::-1]).T
+    return self._read(self._keys[name], index)
+
+  def fingerprint(self) -> str:
+    """Returns a SHA-256, in hex, that tells bases apart at little cost.
+
+    It covers the config and every tensor's name, shape and stored type, but of
+    the values only both ends (4 KiB, or a row where that is longer): a change
+    in the middle of a tensor alone goes unseen.
+    """
+    config = json.dumps(dataclasses.asdict(self.config), sort_keys=True)
+    digest = hashlib.sha256(config.encode())
+    for name, key in sorted(self._keys.items()):
+      digest.update(f"\n{name} {self._shapes[name]} ".encode())
+      digest.update(self._stored[key].dtype.encode())
+      for end in self._ends(key):
+        digest.update(end)
+    return digest.hexdigest()
+
+  @abc.abstractmethod
+  def _read(self, key: str, index: tuple[slice, ...]) -> np.ndarray:
+    """Reads part of a tensor as it is stored; every slice has both ends."""
+
+  @abc.abstractmethod
+  def _ends(self, key: str) -> tuple[bytes, bytes]:
+    """The first and the last stored bytes of a tensor, about `END` of each."""
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+  """Returns the shape of every parameter by our names.
+
+  Args:
+    config: the shape of the Llama.
+
+  Example:
+    >>> from tokenlora_jax.config import PRESETS
+    >>> parameter_shapes(PRESETS["tiny"])["layers.1.k.kernel"]
+    (64, 32)
+  """
+  width = config.width
+  shapes: dict[str, tuple[int, ...]] = {
+    "embedding": (config.vocab, width),
+    "norm": (width,),
+  }
+  if not config.tied:
+    shapes["head"] = (width, config.vocab)
+  has_bias = dict.fromkeys(("q", "k", "v"), config.qkv_bias)
+  has_bias["o"] = config.o_bias
+  for i in range(config.layers):
+    shapes[f"layers.{i}.attention_norm"] = (width,)
+    shapes[f"layers.{i}.mlp_norm"] = (width,)
+    for projection, shape in config.projection_shapes.items():
+      shapes[f"layers.{i}.{projection}.kernel"] = shape
+      if has_bias.get(projection, config.mlp_bias):
+        shapes[f"layers.{i}.{projection}.bias"] = shape[1:]
+  return shapes
+
+
+def _is_transposed(name: str) -> bool:
+  return name == "head" or name.endswith(".kernel")
+
+
+def _key(name: str, modules: Mapping[str, str]) -> str:
+  """Our parameter's name in the file: layers.0.q.bias -> blk.0.attn_q.bias."""
+  leaf = "bias" if name.endswith(".bias") else "weight"
+  _, layer, module, *_ = (
+    name.split(".") if name.startswith("layers.") else ("", "", name)
+  )
+  return f"{modules[module].format(layer)}.{leaf}"
+
+
+def shorten(items: Collection[str]) -> str:
+  """Joins what is wrong into one line, and counts what is too much for it.
+
+  Example:
+    >>> shorten([*"abcdefghij"])
+    'a; b; c; d; e; f; g; h; and 2 more'
+  """
+  shown = "; ".join(list(items)[:_SHOWN])
+  more = len(items) - _SHOWN
+  return f"{shown}; and {more} more" if more > 0 else shown
+
+
+class Fields:
+  """A foreign config, taken apart field by field until nothing is left.
+
+  So that no field is skipped unseen: what nobody takes is an error. A field
+  that is null counts as absent.
+
+  Args:
+    values: the fields.
+    where: the file, for errors.
+    prefix: what stands before a field's name in errors.
+  """
+
+  def __init__(self, values: Mapping[str, Any], where: str, prefix: str = ""):
+    self._left = {k: v for k, v in values.items() if v is not None}
+    self._where = where
+    self._prefix = prefix
+    self._asked: set[str] = set()
+
+  def __contains__(self, name: str) -> bool:
+    return name in self._left
+
+  def error(self, name: str, value: object, want: str) -> InputError:
+    """Returns the error for a field's value."""
+    return InputError(
+      f"{self._where}: {self._prefix}{name} is {_short(value)}, want {want}"
+    )
+
+  def take(self, name: str, default: Any = None) -> Any:
+    """Takes a field out."""
+    self._asked.add(name)
+    return self._left.pop(name, default)
+
+  def integer(self, name: str, default: int | None = None) -> int:
+    """Takes a whole number of at least 1; without a default it must be there."""
+    value = self.take(name, default)
+    # A bool is an int in Python.
+    if type(value) is not int or value < 1:
+      raise self.error(name, value, "a whole number of at least 1")
+    return value
+
+  def real(self, name: str, default: float | None = None) -> float:
+    """Takes a number above 0; without a default it must be there."""
+    value = self.take(name, default)
+    # JSON as Python reads it has infinities, NaN and endless integers.
+    if type(value) not in (int, float) or not 0 < value < 1e38:
+      raise self.error(name, value, "a number above 0")
+    return float(value)
+
+  def flag(self, name: str) -> bool:
+    """Takes true or false; false by default."""
+    value = self.take(name, False)
+    if type(value) is not bool:
+      raise self.error(name, value, "true or false")
+    return value
+
+  def only(self, name: str, *allowed: Any) -> None:
+    """Takes a field that we can only read at the values we calculate with."""
+    value = self.take(name)
+    if value is not None and value not in allowed:
+      want = " or ".join([*map(_short, allowed)] or ["null"])
+      raise self.error(name, value, f"{want}; nothing else is supported")
+
+  def finish(self, harmless: Collection[str] = ()) -> None:
+    """Refuses what is left but for the fields that change no calculation."""
+    left = sorted(self._left.keys() - set(harmless))
+    if left:
+      told = [
+        f"{self._prefix}{name} = {_short(self._left[name])}"
+        f"{nearest(name, self._asked)}"
+        for name in left
+      ]
+      raise InputError(
+        f"{self._where}: unknown fields, which may change the model; remove"
+        f" them if they do not: {shorten(told)}"
+      )
+
+
+def _short(value: object) -> str:
+  text = json.dumps(value, default=repr, ensure_ascii=False)
+  return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def one_line(error: Exception) -> str:
+  """Returns a foreign library's message as one line of bearable length."""
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= 200 else f"{text[:197]}..."
