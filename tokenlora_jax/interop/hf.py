@@ -13,6 +13,7 @@ from pathlib import Path
 import re
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16)
 import numpy as np
 
 from tokenlora_jax.config import InputError, LlamaConfig, RopeScaling, nearest
@@ -138,7 +139,9 @@ def parse_config(values: Mapping[str, Any], where: str) -> LlamaConfig:
     fields.take("sliding_window")
   else:
     fields.only("sliding_window")
-  fields.only("layer_types", ["full_attention"] * shape["layers"])
+  kinds = fields.take("layer_types", [])
+  if not isinstance(kinds, list) or any(k != "full_attention" for k in kinds):
+    raise fields.error("layer_types", kinds, "full_attention in every layer")
   fields.only("hidden_act", "silu", "swish")
   fields.only("partial_rotary_factor", 1)
   fields.only("quantization_config")
@@ -241,8 +244,9 @@ class HfReader(BaseReader):
     """A tied head may be stored once more, but not with other values."""
     theirs = "lm_head.weight", "model.embed_tokens.weight"
     equal = len({self._stored[key] for key in theirs}) == 1
-    for start in range(0, self.config.vocab, 4096):
-      rows = slice(start, start + 4096), slice(None)
+    vocab = self.config.vocab
+    for start in range(0, vocab, 4096):
+      rows = slice(start, min(start + 4096, vocab)), slice(None)
       equal = equal and np.array_equal(*(self._read(k, rows) for k in theirs))
     if not equal:
       raise InputError(
@@ -274,11 +278,7 @@ def read_json(path: Path) -> dict[str, Any]:
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError as error:
-    folder = path.parent
-    beside = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    raise InputError(
-      f"{path}: there is no such file{nearest(path.name, beside)}"
-    ) from error
+    raise InputError(f"{path}: there is no such file") from error
   # RecursionError: brackets nested without end.
   except (OSError, ValueError, RecursionError) as error:
     raise InputError(f"{path}: not JSON ({one_line(error)})") from error

@@ -230,6 +230,7 @@ class Fields:
     self._asked: set[str] = set()
 
   def __contains__(self, name: str) -> bool:
+    self._asked.add(name)
     return name in self._left
 
   def error(self, name: str, value: object, want: str) -> InputError:
