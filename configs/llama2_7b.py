@@ -31,7 +31,7 @@ config = Config(
   mesh=MeshConfig(expert=4, processes=True),
   router=RouterConfig(centroid_rows=1000),
   decode=DecodeConfig(max_new_tokens=256, refresh_every=2),
-  remat=True,
+  remat="full",
   eval_every=100,
   save_every=100,
 )

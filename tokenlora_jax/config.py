@@ -253,7 +253,7 @@ class DataConfig:
       end is cut) or `fatal`.
     bad_rows: what happens to a row that breaks its schema: `fatal` or `skip`.
     train_rows: how many training rows a task uses at most; 0 is all.
-    eval_rows: how many held-out rows a task uses at most.
+    eval_rows: how many held-out rows a task uses at most: its first that fit.
     seed: of the order of rows, and of the built-in rows.
   """
 
@@ -435,8 +435,9 @@ class Config:
     router: who decides the gates.
     decode: how text is made.
     seed: of the adapters' first weights and of dropout.
-    remat: recompute a layer's activations in the backward pass instead of
-      keeping them: less memory, a third more work.
+    remat: what of a layer the backward pass recomputes: `none`, `elementwise`
+      (all but the matrix products with weights: little work, a third of the
+      memory) or `full` (half as much work again, the least memory).
     eval_every: steps between two held-out losses; 0 is only at the end.
     save_every: steps between two checkpoints.
     keep: how many checkpoints stay.
@@ -452,7 +453,7 @@ class Config:
   router: RouterConfig = RouterConfig()
   decode: DecodeConfig = DecodeConfig()
   seed: int = 0
-  remat: bool = False
+  remat: Literal["none", "elementwise", "full"] = "elementwise"
   eval_every: int = 0
   save_every: int = 50
   keep: int = 2

@@ -76,8 +76,7 @@ def load_rows(config: DataConfig, task_name: str, split: str) -> list[Row]:
   Args:
     config: the source, its folder, the caps and what to do with bad rows.
     task_name: a name of `tasks.TASKS`.
-    split: `train`, at most `config.train_rows` rows (0 is all), or `test`, at
-      most `config.eval_rows`.
+    split: `train`, at most `config.train_rows` rows (0 is all), or `test`.
 
   Raises:
     InputError: a file or package is missing, a row breaks its schema (and
@@ -90,13 +89,11 @@ def load_rows(config: DataConfig, task_name: str, split: str) -> list[Row]:
   """
   check_choice("split", split, ("train", "test"))
   task = get_task(task_name)
-  cap = (
-    config.eval_rows if split == "test" else config.train_rows or sys.maxsize
-  )
+  cap = config.train_rows if split == "train" else 0
   rows: list[Row] = []
   skipped: list[InputError] = []
   for origin, raw in _SOURCES[config.source](config, task, split):
-    if len(rows) == cap:
+    if cap and len(rows) == cap:
       break
     try:
       rows.append(Row(task.prompt(raw), task.answer(raw), origin))
@@ -270,7 +267,7 @@ def tokenize(row: Row, tokenizer: Any, config: DataConfig) -> Example | None:
 def held_out(
   rows: Sequence[Row], tokenizer: Any, config: DataConfig
 ) -> list[Example]:
-  """Returns the examples of one task's rows, without those left out.
+  """Returns one task's first `config.eval_rows` rows that fit, as tokens.
 
   Args:
     rows: of one task.
@@ -280,26 +277,34 @@ def held_out(
   Raises:
     InputError: no row is left.
   """
-  return [example for _, example in _examples(rows, tokenizer, config)]
+  found = _examples(rows, tokenizer, config, config.eval_rows)
+  return [example for _, example in found]
 
 
 def _examples(
-  rows: Sequence[Row], tokenizer: Any, config: DataConfig
+  rows: Sequence[Row],
+  tokenizer: Any,
+  config: DataConfig,
+  most: int = sys.maxsize,
 ) -> list[tuple[int, Example]]:
-  """Returns (index in rows, example) of the rows that fit."""
-  tokenized = (
-    (i, tokenize(row, tokenizer, config)) for i, row in enumerate(rows)
-  )
-  examples = [(i, example) for i, example in tokenized if example is not None]
+  """Returns (index in rows, example) of the first `most` rows that fit."""
+  examples = []
+  for i, row in enumerate(rows):
+    if len(examples) == most:
+      break
+    example = tokenize(row, tokenizer, config)
+    if example is not None:
+      examples.append((i, example))
   if not examples:
     raise InputError(
       f"data.length: {config.length} tokens hold none of {len(rows)} rows"
       + (f", the first from {rows[0].origin}" if rows else "")
     )
-  if len(examples) < len(rows):
+  seen = examples[-1][0] + 1 if len(examples) == most else len(rows)
+  if len(examples) < seen:
     _log.warning(
       "left out %d of %d rows that data.length %d does not hold (first row: %s)",
-      len(rows) - len(examples), len(rows), config.length, rows[0].origin,
+      seen - len(examples), seen, config.length, rows[0].origin,
     )  # fmt: skip
   return examples
 
@@ -376,7 +381,7 @@ def batches(
 def held_out_batches(
   rows_by_task: Mapping[str, Sequence[Row]], tokenizer: Any, config: DataConfig
 ) -> list[dict[str, np.ndarray]]:
-  """Returns every held-out row once, in batches as `batches` gives them.
+  """Returns the rows of `held_out`, in batches as `batches` gives them.
 
   Rows go by length, so that little is padding. Where a task has fewer rows than
   another, empty ones fill up, without tokens or targets.
@@ -388,7 +393,7 @@ def held_out_batches(
   """
   examples = [
     sorted(
-      _examples(rows_by_task[task], tokenizer, config),
+      _examples(rows_by_task[task], tokenizer, config, config.eval_rows),
       key=lambda pair: len(pair[1].tokens),
     )
     for task in config.tasks

@@ -105,7 +105,7 @@ def expert_losses(
   batch: Batch,
   key: jax.Array | None = None,
   dropout: float = 0.0,
-  remat: bool = False,
+  remat: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
   """Losses of one expert's rows under its own adapter.
 
@@ -115,7 +115,7 @@ def expert_losses(
     batch: arrays [B, T].
     key: of the dropout; none is no dropout.
     dropout: share of the adapters' inputs that is zeroed.
-    remat: recompute layers in the backward pass.
+    remat: what the backward pass recomputes.
 
   Returns:
     (float32[B, T], the loss in nats of predicting token t + 1 at t, 0 where

@@ -2,7 +2,8 @@
 
 Token n of a text (n = 0, 1, ...) is made under the gates of its chunk,
 floor(n / refresh_every), which the router decided from the prompt and the
-tokens before that chunk. Prompts are padded on the left to a bucket, and all
+tokens before that chunk (one that looks at hidden states: all but the newest of
+them, which is not read yet). Prompts are padded on the left to a bucket, and all
 but their last token are read in one pass (prefill) under the first gates; then
 each step reads one token and makes the next, so that a chunk is one router call
 and one inner `lax.scan`, for the first chunk as for all others. Keys and values
@@ -46,6 +47,8 @@ class Generation:
 
   Attributes:
     tokens: int32[B, N], the tokens made; the end token after the end.
+    log_probs: float32[B, N], the log-probability of each, before temperature
+      and restriction; 0 after the end.
     gates: float32[B, N, E], the gates under which each was made.
     lengths: int32[B], how many tokens of each row count, the end token
       included.
@@ -57,6 +60,7 @@ class Generation:
   """
 
   tokens: np.ndarray
+  log_probs: np.ndarray
   gates: np.ndarray
   lengths: np.ndarray
   texts: list[str] | None
@@ -89,6 +93,8 @@ class Decoder:
     tokenizer: needed for text in, text out, the end token and text routers.
     rule: what the gates mean.
     chunked: come back to the host after each chunk, to show it.
+    forced: int32[B, N], N at least `config.max_new_tokens`: tokens that are
+      taken instead of picking some, for their `log_probs`.
 
   Raises:
     InputError: something of these does not fit together.
@@ -104,6 +110,7 @@ class Decoder:
     tokenizer: Any = None,
     rule: str = "exact",
     chunked: bool = False,
+    forced: np.ndarray | None = None,
   ):
     self.config = config
     self.tokenizer = tokenizer
@@ -118,28 +125,42 @@ class Decoder:
     elif router is not None:
       raise InputError("router: there are no adapters to route among")
     self._router = router
+    new = config.max_new_tokens
+    refreshes = 0 < config.refresh_every < new
+    chunk = config.refresh_every if refreshes else UNREFRESHED_CHUNK
+    self._chunk = min(chunk, new)
+    chunks = math.ceil(new / self._chunk)
+    # Room for the tokens made: whole chunks, or more, so that forced texts of
+    # several lengths share a shape.
+    self._room = chunks * self._chunk
+    self._forced = None
+    if forced is not None:
+      self._room = max(self._room, forced.shape[1])
+      missing = self._room - forced.shape[1]
+      self._forced = np.pad(forced, ((0, 0), (0, missing)))
     self._prompts = self._encode(prompts)
-    self._chunk = config.refresh_every or UNREFRESHED_CHUNK
     self._sampler = Sampler(config.temperature, config.top_k, config.top_p)
     self._end = -1
     if tokenizer is not None and config.stop_at_eos:
-      self._end = tokenizer.eos_token_id
+      end = tokenizer.eos_token_id
+      self._end = -1 if end is None else end
     if config.stop and tokenizer is None:
       raise InputError("decode.stop: stop strings need a tokenizer")
     looks = router.needs if router is not None else "nothing"
     if looks == "text" and tokenizer is None:
       raise InputError("router: one that reads text needs a tokenizer")
     # Whether the router runs on the host's side between chunks, or inside.
-    refreshes = config.refresh_every > 0
     self._host_router = router if looks == "text" and refreshes else None
     self._graph_router = router if looks == "hidden" and refreshes else None
     stops = self._host_router is not None or bool(config.stop) or chunked
-    self._chunks_a_call = 1 if stops else 1 << 30
+    self._chunks_a_call = 1 if stops else chunks
     self.stats = dict.fromkeys(
       ("prefill_seconds", "router_seconds", "decode_seconds"), 0.0
     )
 
   def _encode(self, prompts) -> list[list[int]]:
+    if isinstance(prompts, str):
+      raise InputError("prompts: want a list of texts, not one text")
     if len(prompts) == 0:
       raise InputError("prompts: there are none")
     encoded = []
@@ -155,7 +176,8 @@ class Decoder:
         raise InputError(f"prompt {i}: has tokens outside 0..{vocab - 1}")
       encoded.append([int(token) for token in prompt])
     longest = max(map(len, encoded)) + self.config.max_new_tokens
-    if longest > self._base.config.max_length:
+    # Forced texts were cut to length before; their padding may reach beyond.
+    if self._forced is None and longest > self._base.config.max_length:
       raise InputError(
         f"decode.max-new-tokens: {self.config.max_new_tokens} after a prompt"
         f" of {longest - self.config.max_new_tokens} tokens is more than the"
@@ -163,7 +185,7 @@ class Decoder:
       )
     return encoded
 
-  def _gates(self, hidden, made) -> jax.Array:
+  def _gates(self, made=(), hidden=None) -> jax.Array:
     """Asks the router about the texts so far: float32[B, E]."""
     if self._router is None:
       return jnp.zeros((len(self._prompts), 0))
@@ -188,8 +210,6 @@ class Decoder:
     batch = len(self._prompts)
     lengths = np.array([len(p) for p in self._prompts], np.int32)
     size = bucket(int(lengths.max()) - 1)
-    new = math.ceil(self.config.max_new_tokens / self._chunk) * self._chunk
-    hidden = jnp.zeros((batch, self._base.config.width))
     if self._router is not None and self._router.needs == "hidden":
       # What the base alone makes of the whole prompt, its last token included.
       whole = bucket(int(lengths.max()))
@@ -197,8 +217,10 @@ class Decoder:
       _, hidden = graph.prefill(
         self._base, None, None, tokens, pad, rule=None, slots=whole
       )
-    mean = hidden / lengths[:, None]
-    gates = self._gates(mean, [[]] * batch)
+      gates = self._gates(hidden=hidden / lengths[:, None])
+    else:
+      hidden = jnp.zeros((batch, self._base.config.width))
+      gates = self._gates(made=[[]] * batch)
     start = time.perf_counter()
     tokens, pad = _left_pad([p[:-1] for p in self._prompts], size)
     cache, _ = graph.prefill(
@@ -208,7 +230,7 @@ class Decoder:
       tokens,
       pad,
       rule=self._rule,
-      slots=size + new,
+      slots=size + self._room,
     )
     jax.block_until_ready(cache)
     self.stats["prefill_seconds"] += time.perf_counter() - start
@@ -220,8 +242,9 @@ class Decoder:
       lengths=jnp.asarray(lengths),
       made=jnp.int32(0),
       done=jnp.zeros(batch, bool),
-      tokens=jnp.full((batch, new), max(self._end, 0), jnp.int32),
-      trace=jnp.zeros((batch, new, gates.shape[1])),
+      tokens=jnp.full((batch, self._room), max(self._end, 0), jnp.int32),
+      log_probs=jnp.zeros((batch, self._room)),
+      trace=jnp.zeros((batch, self._room, gates.shape[1])),
       key=jax.random.key(self.config.seed),
     )
 
@@ -235,6 +258,7 @@ class Decoder:
         self._loras,
         self._graph_router,
         state,
+        self._forced,
         self._chunks_a_call,
         self._end,
         rule=self._rule,
@@ -250,7 +274,7 @@ class Decoder:
       state = dataclasses.replace(state, done=jnp.asarray(ended))
       if self._host_router is not None:
         texts = zip(so_far.tokens.tolist(), so_far.lengths, strict=True)
-        gates = self._gates(state.mean_hidden, [row[:n] for row, n in texts])
+        gates = self._gates([row[:n] for row, n in texts])
         state = dataclasses.replace(state, gates=gates)
 
   def _read_out(
@@ -259,10 +283,11 @@ class Decoder:
     """Returns what is made so far, and bool[B], which texts have ended."""
     # Copies, since the state's buffers are given to the next call.
     tokens = np.array(state.tokens[:, :made])
+    log_probs = np.array(state.log_probs[:, :made])
     gates = np.array(state.trace[:, :made])
     at_end = tokens == self._end
     ended = at_end.any(axis=1)
-    lengths = np.where(ended, at_end.argmax(axis=1) + 1, made)
+    lengths = np.where(ended, at_end.argmax(axis=1) + 1, made).astype(np.int32)
     texts = None
     if self.tokenizer is not None:
       texts = []
@@ -277,7 +302,10 @@ class Decoder:
       "new_tokens": int(lengths.sum()),
       "tokens_per_second": int(lengths.sum()) / max(seconds, 1e-9),
     }
-    return Generation(tokens, gates, lengths, texts, stats), ended
+    after = np.arange(made)[None] >= lengths[:, None]
+    tokens[after], log_probs[after] = max(self._end, 0), 0
+    so_far = Generation(tokens, log_probs, gates, lengths, texts, stats)
+    return so_far, ended
 
   def _until_stop(self, row: np.ndarray) -> tuple[str, int, bool]:
     """Returns (text before the first stop string, its tokens, if it stopped).

@@ -30,6 +30,7 @@ class DecodeState:
     made: int32 scalar, tokens made of each text.
     done: bool[B], texts that have ended.
     tokens: int32[B, N], the tokens made; filler after the end.
+    log_probs: float32[B, N], their log-probabilities.
     trace: float32[B, N, E], the gates of each token made.
     key: of the sampling.
   """
@@ -42,6 +43,7 @@ class DecodeState:
   made: jax.Array
   done: jax.Array
   tokens: jax.Array
+  log_probs: jax.Array
   trace: jax.Array
   key: jax.Array
 
@@ -72,6 +74,7 @@ def prefill(base, loras, gates, tokens, pad, *, rule, slots):
 
 @jax.jit
 def route(router, observation, hidden, batch):
+  """Asks a router: float32[B, E]. Only the length of `batch` [B] matters."""
   with jax.named_scope("router"):
     return router.gates(batch.shape[0], observation, hidden)
 
@@ -82,11 +85,12 @@ def route(router, observation, hidden, batch):
   donate_argnames="state",
 )
 def decode(
-  base, loras, router, state, limit, end, *, rule, sampler, chunk
+  base, loras, router, state, forced, limit, end, *, rule, sampler, chunk
 ) -> DecodeState:
   """Makes up to `limit` chunks of tokens, until all texts have ended.
 
-  `router` is None where the gates of the state are to be kept.
+  `router` is None where the gates of the state are to be kept, and `forced`
+  where tokens are to be picked: otherwise they are int32[B, N], given.
   """
 
   def step(state, _):
@@ -101,8 +105,11 @@ def decode(
         loras=loras,
         adapt=None if rule is None else mixture(rule, state.gates),
       )
-      token = sampler(base.logits(hidden[:, 0]), now)
+      logits = base.logits(hidden[:, 0])
+      token = sampler(logits, now) if forced is None else forced[:, state.made]
     token = jnp.where(state.done, jnp.maximum(end, 0), token)
+    log_probs = jax.nn.log_softmax(logits)
+    log_prob = jnp.take_along_axis(log_probs, token[:, None], axis=1)
     # The first token read is the prompt's last, which is in the sum already.
     fresh = jnp.where(state.made > 0, hidden[:, 0], 0).astype(jnp.float32)
     at = (0, state.made)
@@ -115,6 +122,7 @@ def decode(
       made=state.made + 1,
       done=state.done | (token == end),
       tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], at),
+      log_probs=jax.lax.dynamic_update_slice(state.log_probs, log_prob, at),
       trace=jax.lax.dynamic_update_slice(
         state.trace, state.gates[:, None], (*at, 0)
       ),

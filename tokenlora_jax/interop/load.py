@@ -68,12 +68,22 @@ def _random(name, shape, *, dtype, mesh):
   if "norm" in name:
     return jnp.ones(shape, dtype, device=sharding)
   scale = 0.02 if name == "embedding" else 1 / math.sqrt(shape[-2])
+  stacked = ".*." in name
+  # A layer draws from its own name, so that both layouts are one model.
+  names = [name]
+  if stacked:
+    names = [name.replace("*", str(i)) for i in range(shape[0])]
+  seeds = np.array([zlib.crc32(n.encode()) for n in names], np.uint32)
 
   @functools.partial(jax.jit, out_shardings=sharding)
-  def draw(key):
-    return (scale * jax.random.normal(key, shape)).astype(dtype)
+  def draw(seeds):
+    def one(seed):
+      normal = jax.random.normal(jax.random.key(seed), shape[stacked:])
+      return (scale * normal).astype(dtype)
 
-  return draw(jax.random.key(zlib.crc32(name.encode())))
+    return jax.lax.map(one, seeds) if stacked else one(seeds[0])
+
+  return draw(seeds)
 
 
 def _load(reader: BaseReader, name, shape, *, dtype, mesh):

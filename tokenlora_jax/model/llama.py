@@ -34,6 +34,14 @@ MakeParameter = Callable[[str, tuple[int, ...]], jax.Array]
 # The adapters' part of a linear map: (lora, x [B, T, in], key) -> [B, T, out].
 Adapt = Callable[[Lora, jax.Array, jax.Array | None], jax.Array]
 
+# What a layer keeps for the backward pass. `elementwise` keeps products with
+# weights and recomputes norms, activations and attention from them.
+REMAT_POLICIES = {
+  "none": jax.checkpoint_policies.everything_saveable,
+  "elementwise": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 class Linear(nnx.Module):
   """y = x W + b, with W kept [in, out]."""
@@ -66,7 +74,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
   Example:
     >>> rms_norm(jnp.array([3.0, 4.0]), jnp.ones(2), 0.0).round(4).tolist()
-    [0.8485000133514404, 1.1313999891281128]
+    [0.8485, 1.1314]
   """
   wide = x.astype(jnp.float32)
   mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
@@ -275,7 +283,7 @@ class Llama(nnx.Module):
     loras: Sequence[LayerLoras] | Mapping[str, Lora] | None = None,
     adapt: Adapt | None = None,
     key: jax.Array | None = None,
-    remat: bool = False,
+    remat: str = "none",
   ) -> tuple[jax.Array, Cache | None]:
     """Runs the layers.
 
@@ -288,7 +296,8 @@ class Llama(nnx.Module):
         leaves have a leading L.
       adapt: what the adapters add to a linear map (a mixing rule).
       key: of the adapters' dropout.
-      remat: recompute each layer in the backward pass.
+      remat: what the backward pass recomputes of each layer, of
+        `REMAT_POLICIES`.
 
     Returns:
       (hidden [B, T, D] after the final norm, the advanced cache).
@@ -301,8 +310,8 @@ class Llama(nnx.Module):
     x = self.embedding[...][tokens]
     keys = None if key is None else jax.random.split(key, config.layers)
     run = functools.partial(Layer.__call__, adapt=adapt)
-    if remat:
-      run = jax.checkpoint(run)
+    if remat != "none":
+      run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
     if self.stacked:
       if cache is not None:
         raise ValueError("decoding wants the list layout: load_base(path)")

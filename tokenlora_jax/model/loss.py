@@ -37,7 +37,7 @@ def token_losses(base, hidden: jax.Array, targets: jax.Array) -> jax.Array:
     >>> token_losses(
     ...   base, jnp.zeros((1, 2, 64)), jnp.array([[1, 2]])
     ... ).round(3).tolist()
-    [[5.560999870300293, 5.560999870300293]]
+    [[5.561, 5.561]]
   """
   return _in_chunks(_chunk_losses, base, hidden, targets)
 
