@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import jax
 from rich.pretty import pprint
-from tokenlora_jax.interop.tokenizers import load_tokenizer
 
 from tokenlora_jax import cli
 from tokenlora_jax.checkpoint import claim_workdir
@@ -18,6 +17,7 @@ from tokenlora_jax.data import batches, held_out_batches, load_rows
 from tokenlora_jax.interop.bank import Bank, save_bank
 from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.minilm import load_minilm
+from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.encoders import HiddenEncoder
 from tokenlora_jax.mixing.routers import centroids
 from tokenlora_jax.sharding import make_mesh

@@ -8,9 +8,10 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tokenlora_jax.config import InputError, LlamaConfig, RopeScaling
+from tokenlora_jax.config import InputError
 from tokenlora_jax.interop.base import open_base
 from tokenlora_jax.interop.reader import parameter_shapes
+from tokenlora_jax.model.config import LlamaConfig, RopeScaling
 
 # Blocks are 32 wide, so every width is a multiple of it. Heads are wider than
 # D / N, so that no two numbers can be taken for one another.

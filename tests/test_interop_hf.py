@@ -9,9 +9,10 @@ from safetensors.numpy import load_file, save_file
 import torch
 import transformers
 
-from tokenlora_jax.config import InputError, LlamaConfig, RopeScaling
+from tokenlora_jax.config import InputError
 from tokenlora_jax.interop.base import open_base
 from tokenlora_jax.interop.hf import parse_config
+from tokenlora_jax.model.config import LlamaConfig, RopeScaling
 
 SIZES = {
   "vocab_size": 50,

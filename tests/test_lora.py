@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenlora_jax.config import InputError, LlamaConfig, LoraConfig
+from tokenlora_jax.config import InputError, LoraConfig
 from tokenlora_jax.mixing.rules import Exact, forward
+from tokenlora_jax.model.config import LlamaConfig
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import (
   Adapters,

@@ -56,137 +56,14 @@ def check_choice(field: str, value: str, allowed: Sequence[str]) -> None:
     )
 
 
-def _check(condition: bool, field: str, value: object, allowed: str) -> None:
+def check(condition: bool, field: str, value: object, allowed: str) -> None:
+  """Raises `InputError` naming field, value and what is allowed, unless true.
+
+  Example:
+    >>> check(3 > 0, "data.rows", 3, "at least 1")
+  """
   if not condition:
     raise InputError(f"{field}: {value!r} is not allowed; want {allowed}")
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """How rotary frequencies are stretched beyond the trained length.
-
-  Attributes:
-    kind: `none`, `linear` (all frequencies divided by `factor`) or `llama3`
-      (only low frequencies, with a ramp between the two wavelengths).
-    factor: the stretch.
-    low_frequency_factor: `llama3`: wavelengths above original_length / this are
-      stretched whole.
-    high_frequency_factor: `llama3`: wavelengths below original_length / this
-      stay as they are.
-    original_length: `llama3`: the length trained on, tokens.
-  """
-
-  kind: Literal["none", "linear", "llama3"] = "none"
-  factor: float = 1.0
-  low_frequency_factor: float = 1.0
-  high_frequency_factor: float = 4.0
-  original_length: int = 8192
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-  """The shape of one Llama.
-
-  Attributes:
-    vocab: V, size of the vocabulary.
-    width: D, model width.
-    mlp_width: F, width of the gated MLP.
-    layers: L.
-    heads: N, query heads.
-    kv_heads: K, key and value heads; divides N.
-    head_width: H, width of a head; need not be D / N.
-    norm_eps: added to the mean square in RMSNorm.
-    rope_theta: base of the rotary frequencies.
-    rope_scaling: how those are stretched.
-    tied: whether the output projection is the embedding.
-    qkv_bias: bias on q, k and v (Llama `attention_bias`, Qwen2).
-    o_bias: bias on o.
-    mlp_bias: bias on gate, up and down.
-    max_length: the longest sequence trained on, tokens.
-  """
-
-  vocab: int
-  width: int
-  mlp_width: int
-  layers: int
-  heads: int
-  kv_heads: int
-  head_width: int
-  norm_eps: float = 1e-5
-  rope_theta: float = 10_000.0
-  rope_scaling: RopeScaling = RopeScaling()
-  tied: bool = False
-  qkv_bias: bool = False
-  o_bias: bool = False
-  mlp_bias: bool = False
-  max_length: int = 4096
-
-  def __post_init__(self):
-    for field in ("vocab", "width", "mlp_width", "layers", "heads", "kv_heads"):
-      value = getattr(self, field)
-      _check(value >= 1, f"base config {field}", value, "at least 1")
-    _check(
-      self.heads % self.kv_heads == 0,
-      "base config kv_heads",
-      self.kv_heads,
-      f"a divisor of the {self.heads} query heads",
-    )
-    _check(
-      self.head_width >= 2 and self.head_width % 2 == 0,
-      "base config head_width",
-      self.head_width,
-      "an even number of at least 2",
-    )
-
-  @property
-  def projection_shapes(self) -> dict[str, tuple[int, int]]:
-    """The [in, out] shape of each of the seven linear maps of a layer."""
-    queries = self.heads * self.head_width
-    keys = self.kv_heads * self.head_width
-    return {
-      "q": (self.width, queries),
-      "k": (self.width, keys),
-      "v": (self.width, keys),
-      "o": (queries, self.width),
-      "gate": (self.width, self.mlp_width),
-      "up": (self.width, self.mlp_width),
-      "down": (self.mlp_width, self.width),
-    }
-
-  @property
-  def matmul_parameters(self) -> int:
-    """Parameters a token is multiplied with: the layers and the output map."""
-    layer = sum(i * o for i, o in self.projection_shapes.values())
-    return self.layers * layer + self.vocab * self.width
-
-
-# Shapes that `random:NAME` builds with seeded random weights.
-PRESETS = {
-  "tiny": LlamaConfig(
-    vocab=260, width=64, mlp_width=128, layers=2, heads=4, kv_heads=2,
-    head_width=16, tied=True, max_length=1024,
-  ),
-  "smollm2-135m": LlamaConfig(
-    vocab=49152, width=576, mlp_width=1536, layers=30, heads=9, kv_heads=3,
-    head_width=64, rope_theta=100_000.0, tied=True, max_length=8192,
-  ),
-  "tinyllama-1.1b": LlamaConfig(
-    vocab=32000, width=2048, mlp_width=5632, layers=22, heads=32, kv_heads=4,
-    head_width=64, max_length=2048,
-  ),
-  "llama2-7b": LlamaConfig(
-    vocab=32000, width=4096, mlp_width=11008, layers=32, heads=32, kv_heads=32,
-    head_width=128,
-  ),
-  "llama2-13b": LlamaConfig(
-    vocab=32000, width=5120, mlp_width=13824, layers=40, heads=40, kv_heads=40,
-    head_width=128,
-  ),
-  "llama2-70b": LlamaConfig(
-    vocab=32000, width=8192, mlp_width=28672, layers=80, heads=64, kv_heads=8,
-    head_width=128,
-  ),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,9 +101,9 @@ class LoraConfig:
   targets: tuple[str, ...] = ("q", "v")
 
   def __post_init__(self):
-    _check(self.rank >= 1, "lora.rank", self.rank, "at least 1")
-    _check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "0 <= p < 1")
-    _check(len(self.targets) >= 1, "lora.targets", self.targets, "at least one")
+    check(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+    check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "0 <= p < 1")
+    check(len(self.targets) >= 1, "lora.targets", self.targets, "at least one")
     for target in self.targets:
       check_choice("lora.targets", target, PROJECTIONS)
 
@@ -270,21 +147,21 @@ class DataConfig:
   seed: int = 0
 
   def __post_init__(self):
-    _check(self.rows >= 1, "data.rows", self.rows, "at least 1")
-    _check(self.length >= 8, "data.length", self.length, "at least 8 tokens")
-    _check(
+    check(self.rows >= 1, "data.rows", self.rows, "at least 1")
+    check(self.length >= 8, "data.length", self.length, "at least 8 tokens")
+    check(
       self.train_rows >= 0,
       "data.train-rows",
       self.train_rows,
       "0 (all) or more",
     )
-    _check(self.eval_rows >= 1, "data.eval-rows", self.eval_rows, "at least 1")
-    _check(len(self.tasks) >= 1, "data.tasks", self.tasks, "at least one task")
-    _check(
+    check(self.eval_rows >= 1, "data.eval-rows", self.eval_rows, "at least 1")
+    check(len(self.tasks) >= 1, "data.tasks", self.tasks, "at least one task")
+    check(
       len(set(self.tasks)) == len(self.tasks),
       "data.tasks", self.tasks, "each task once",
     )  # fmt: skip
-    _check(
+    check(
       self.source != "local" or bool(self.dir),
       "data.dir", self.dir, "the folder that holds the task folders",
     )  # fmt: skip
@@ -311,16 +188,16 @@ class OptimConfig:
   clip: float = 1.0
 
   def __post_init__(self):
-    _check(self.steps >= 1, "optim.steps", self.steps, "at least 1")
-    _check(
+    check(self.steps >= 1, "optim.steps", self.steps, "at least 1")
+    check(
       self.learning_rate > 0,
       "optim.learning-rate", self.learning_rate, "more than 0",
     )  # fmt: skip
-    _check(
+    check(
       0 <= self.warmup_steps <= self.steps,
       "optim.warmup-steps", self.warmup_steps, f"0 to steps ({self.steps})",
     )  # fmt: skip
-    _check(self.clip >= 0, "optim.clip", self.clip, "0 (off) or more")
+    check(self.clip >= 0, "optim.clip", self.clip, "0 (off) or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,8 +223,8 @@ class MeshConfig:
   def __post_init__(self):
     for field in ("expert", "data", "tensor"):
       value = getattr(self, field)
-      _check(value >= 1, f"mesh.{field}", value, "at least 1")
-    _check(self.fsdp >= 0, "mesh.fsdp", self.fsdp, "0 (what is left) or more")
+      check(value >= 1, f"mesh.{field}", value, "at least 1")
+    check(self.fsdp >= 0, "mesh.fsdp", self.fsdp, "0 (what is left) or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,7 +252,7 @@ class RouterConfig:
   centroid_rows: int = 256
 
   def __post_init__(self):
-    _check(
+    check(
       self.centroid_rows >= 1,
       "router.centroid-rows", self.centroid_rows, "at least 1",
     )  # fmt: skip
@@ -406,19 +283,19 @@ class DecodeConfig:
   stop: tuple[str, ...] = ()
 
   def __post_init__(self):
-    _check(
+    check(
       self.max_new_tokens >= 1,
       "decode.max-new-tokens", self.max_new_tokens, "at least 1",
     )  # fmt: skip
-    _check(
+    check(
       self.refresh_every >= 0,
       "decode.refresh-every", self.refresh_every, "0 (once) or more",
     )  # fmt: skip
-    _check(
+    check(
       self.temperature >= 0, "decode.temperature", self.temperature, "0 or more"
     )
-    _check(self.top_k >= 0, "decode.top-k", self.top_k, "0 (all) or more")
-    _check(0 < self.top_p <= 1, "decode.top-p", self.top_p, "0 < p <= 1")
+    check(self.top_k >= 0, "decode.top-k", self.top_k, "0 (all) or more")
+    check(0 < self.top_p <= 1, "decode.top-p", self.top_p, "0 < p <= 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -460,10 +337,10 @@ class Config:
   resume: bool = True
 
   def __post_init__(self):
-    _check(self.eval_every >= 0, "eval-every", self.eval_every, "0 or more")
-    _check(self.save_every >= 1, "save-every", self.save_every, "at least 1")
-    _check(self.keep >= 1, "keep", self.keep, "at least 1")
-    _check(
+    check(self.eval_every >= 0, "eval-every", self.eval_every, "0 or more")
+    check(self.save_every >= 1, "save-every", self.save_every, "at least 1")
+    check(self.keep >= 1, "keep", self.keep, "at least 1")
+    check(
       len(self.data.tasks) % self.mesh.expert == 0,
       "mesh.expert", self.mesh.expert,
       f"a divisor of the {len(self.data.tasks)} experts",

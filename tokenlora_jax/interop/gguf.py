@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokenlora_jax.config import InputError, LlamaConfig, RopeScaling, nearest
+from tokenlora_jax.config import InputError, nearest
 from tokenlora_jax.interop.reader import (
   END,
   BaseReader,
@@ -21,6 +21,7 @@ from tokenlora_jax.interop.reader import (
   Stored,
   one_line,
 )
+from tokenlora_jax.model.config import LlamaConfig, RopeScaling
 
 if TYPE_CHECKING:
   from gguf import GGUFReader

@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16)
 import numpy as np
 
-from tokenlora_jax.config import InputError, LlamaConfig, RopeScaling, nearest
+from tokenlora_jax.config import InputError, nearest
 from tokenlora_jax.interop.reader import (
   END,
   BaseReader,
@@ -25,6 +25,7 @@ from tokenlora_jax.interop.reader import (
   one_line,
   shorten,
 )
+from tokenlora_jax.model.config import LlamaConfig, RopeScaling
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 import numpy as np
 
-from tokenlora_jax.config import PRESETS, check_choice
+from tokenlora_jax.config import check_choice
 from tokenlora_jax.interop.base import BaseReader, open_base
+from tokenlora_jax.model.config import PRESETS
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.sharding import parameter_spec
 

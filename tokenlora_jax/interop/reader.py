@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenlora_jax.config import InputError, LlamaConfig, nearest
+from tokenlora_jax.config import InputError, nearest
+from tokenlora_jax.model.config import LlamaConfig
 
 # How many names an error shows before it counts the rest.
 _SHOWN = 8
@@ -163,7 +164,7 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     config: the shape of the Llama.
 
   Example:
-    >>> from tokenlora_jax.config import PRESETS
+    >>> from tokenlora_jax.model.config import PRESETS
     >>> parameter_shapes(PRESETS["tiny"])["layers.1.k.kernel"]
     (64, 32)
   """

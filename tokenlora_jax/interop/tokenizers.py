@@ -8,10 +8,11 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenlora_jax.config import PRESETS, InputError, check_choice, nearest
+from tokenlora_jax.config import InputError, check_choice, nearest
 from tokenlora_jax.interop.base import TOKENIZER_FILES, locate
 from tokenlora_jax.interop.gguf import metadata, open_gguf
 from tokenlora_jax.interop.reader import one_line
+from tokenlora_jax.model.config import PRESETS
 
 if TYPE_CHECKING:
   from tokenizers import Tokenizer

@@ -15,7 +15,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tokenlora_jax.config import LlamaConfig
+from tokenlora_jax.model.config import LlamaConfig
 
 
 @jax.tree_util.register_dataclass

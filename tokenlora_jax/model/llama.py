@@ -23,8 +23,9 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from tokenlora_jax.config import PROJECTIONS, LlamaConfig, RopeScaling
+from tokenlora_jax.config import PROJECTIONS
 from tokenlora_jax.model.cache import KV, Cache
+from tokenlora_jax.model.config import LlamaConfig, RopeScaling
 from tokenlora_jax.model.lora import LayerLoras, Lora
 
 # Gives the parameter of a name and shape: drawn, loaded, or only described.
@@ -239,7 +240,7 @@ class Llama(nnx.Module):
       whether it was trained on this base.
 
   Example:
-    >>> from tokenlora_jax.config import PRESETS
+    >>> from tokenlora_jax.model.config import PRESETS
     >>> base = Llama(PRESETS["tiny"], lambda name, shape: jnp.ones(shape))
     >>> base.layers[0].q.kernel.shape
     (64, 64)

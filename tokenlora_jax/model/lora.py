@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenlora_jax.config import InputError, LlamaConfig, LoraConfig, nearest
+from tokenlora_jax.config import InputError, LoraConfig, nearest
+from tokenlora_jax.model.config import LlamaConfig
 
 
 @jax.tree_util.register_dataclass
