@@ -124,7 +124,8 @@ def _download(hub_id: str, patterns: Sequence[str], hint: str) -> Path:
   # The hub's client lets its HTTP library's own errors through.
   except Exception as error:
     raise InputError(
-      f"{hub_id}: there is no such folder{hint}, and the hub does not give it:"
-      f" {type(error).__name__}: {one_line(error)}"
+      f"{hub_id}: there is no such folder{hint}, and the hub does not give it"
+      f" ({type(error).__name__}: {one_line(error)}); name a folder, or one of"
+      f" package:{', package:'.join(_PACKAGES)}"
     ) from error
   return Path(folder)

