@@ -317,7 +317,9 @@ class TestGradients:
     adapters = random_adapters(base, experts=2, rank=3)
     loras = adapters.layers
     if stacked:
-      loras = jax.tree.map(lambda x: x.swapaxes(0, 1), adapters.stack())
+      loras = jax.tree.map(
+        lambda x: x.swapaxes(0, 1), adapters.stack(base.config.layers)
+      )
     traced = {
       remat: self.adapter_gradient(base, loras, remat)
       for remat in ("none", "elementwise", "full")

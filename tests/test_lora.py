@@ -122,7 +122,7 @@ class TestInit:
 class TestAdapters:
   def test_stack_and_unstack_are_inverse(self):
     adapters = full_adapters()
-    stacked = adapters.stack()
+    stacked = adapters.stack(depth=2)
     assert stacked["down"].a.shape == (3, 2, 4, 36)
     np.testing.assert_array_equal(
       stacked["k"].b[2, 1], adapters.layers[1]["k"].b[2]
@@ -131,16 +131,18 @@ class TestAdapters:
     assert again.names == adapters.names
     assert_same(again.layers, adapters.layers)
 
-  @pytest.mark.parametrize("change", ["missing map", "other rank"])
-  def test_layers_that_differ_do_not_stack(self, change):
+  def test_layers_that_lack_a_map_or_rows_are_stacked_as_zeros(self):
     first, second = full_adapters().layers
-    if change == "missing map":
-      second = {name: second[name] for name in ("q", "v")}
-    else:
-      lora = second["q"]
-      second = second | {"q": Lora(lora.a[:, :2], lora.b[:, :2], lora.scaling)}
-    with pytest.raises(InputError, match="layer 1 is not adapted as layer 0"):
-      Adapters(("x", "y", "z"), (first, second)).stack()
+    lora = second["q"]
+    small = Lora(lora.a[:, :2], lora.b[:, :2], lora.scaling)
+    uneven = Adapters(("x", "y", "z"), ({"k": first["k"]}, {"q": small}))
+    stacked = uneven.stack(depth=3)
+    assert stacked["k"].a.shape[1] == stacked["q"].b.shape[1] == 3
+    np.testing.assert_array_equal(stacked["k"].a[:, 0], first["k"].a)
+    np.testing.assert_array_equal(stacked["q"].b[:, 1], small.b)
+    for absent in (stacked["k"].a[:, 1:], stacked["q"].a[:, [0, 2]]):
+      assert not np.any(absent)
+    np.testing.assert_array_equal(stacked["q"].scaling[:, 0], 0)
 
   def test_select_keeps_one_expert_and_its_axis(self):
     adapters = full_adapters()

@@ -116,7 +116,8 @@ def forward(
   gates = check_gates(gates, tokens.shape, len(adapters.names))
   loras = adapters.layers
   if base.stacked:
-    loras = jax.tree.map(lambda x: x.swapaxes(0, 1), adapters.stack())
+    stacked = adapters.stack(base.config.layers)
+    loras = jax.tree.map(lambda x: x.swapaxes(0, 1), stacked)
   return _forward(base, tokens, loras, gates, get_rule(rule))
 
 

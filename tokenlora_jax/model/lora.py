@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
+import numbers
 import zlib
 
 import jax
@@ -70,7 +71,7 @@ class Adapters:
       >>> Adapters(("a", "b"), ()).index("b")
       1
     """
-    if isinstance(expert, int):
+    if isinstance(expert, numbers.Integral):
       if not 0 <= expert < len(self.names):
         raise InputError(
           f"expert {expert}: the bank has experts 0 to {len(self.names) - 1}"
@@ -108,17 +109,37 @@ class Adapters:
             " was it trained on another base?"
           )
 
-  def stack(self) -> dict[str, Lora]:
+  def stack(self, depth: int) -> dict[str, Lora]:
     """Returns {projection: Lora} with leaves [E, L, ...], the training layout.
 
-    Raises:
-      InputError: the layers do not all adapt the same maps with one rank.
+    Layers that lack a map get zeros, and smaller ranks are padded with zeros.
+
+    Args:
+      depth: L, of the base.
     """
-    first = jax.tree.map(jnp.shape, self.layers[0])
-    for i, layer in enumerate(self.layers):
-      if jax.tree.map(jnp.shape, layer) != first:
-        raise InputError(f"layer {i} is not adapted as layer 0 is")
-    return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *self.layers)
+    maps: dict[str, list[Lora]] = {}
+    for layer in self.layers:
+      for name, lora in layer.items():
+        maps.setdefault(name, []).append(lora)
+
+    def one(name):
+      rank = max(lora.a.shape[1] for lora in maps[name])
+      absent = jax.tree.map(jnp.zeros_like, maps[name][0])
+      layers = [layer.get(name, absent) for layer in self.layers]
+      layers += [absent] * (depth - len(layers))
+
+      def join(parts):
+        widths = [((0, 0), (0, rank - p.shape[1]), (0, 0)) for p in parts]
+        padded = map(jnp.pad, parts, widths)
+        return jnp.stack(list(padded), axis=1)
+
+      return Lora(
+        join([lora.a for lora in layers]),
+        join([lora.b for lora in layers]),
+        jnp.stack([lora.scaling for lora in layers], axis=1),
+      )
+
+    return {name: one(name) for name in maps}
 
   @classmethod
   def unstack(
