@@ -4,8 +4,9 @@ An answer is scored as the decoder would make it: its token n (n = 0, 1, ...,
 the end token included) is predicted under the gates of chunk
 floor(n / refresh_every), which the router decided from the prompt and the
 answer's tokens before that chunk; the prompt is read under the first gates.
-Since the answer is given, all gates are known beforehand and a text is scored
-in one forward pass with gates [B, T, E].
+Since the answer is given, a router that reads text can say all gates beforehand
+and a text is scored in one forward pass with gates [B, T, E]. One that looks at
+hidden states, which depend on the gates before, is followed by the decoder.
 
 Axis letters: B batch, T length, N answer tokens, E experts.
 """
@@ -21,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenlora_jax.config import InputError
+from tokenlora_jax.config import DecodeConfig
 from tokenlora_jax.data import LENGTH_STEP, Example
+from tokenlora_jax.decoding import Decoder
 from tokenlora_jax.mixing.routers import Router, make_router
 from tokenlora_jax.mixing.rules import Rule, get_rule, mixture
 from tokenlora_jax.model.llama import Llama, causal_mask
@@ -106,8 +108,9 @@ class Evaluator:
     self._base = base
     self._adapters = adapters
     self._tokenizer = tokenizer
-    self._rule = get_rule(rule)
-    self._routed: dict[int, dict[bytes, np.ndarray]] = {}
+    self._rule = rule
+    # By the router's id, with the router, so that the id is not given again.
+    self._routed: dict[int, tuple[Router, dict[bytes, np.ndarray]]] = {}
 
   def losses(
     self, variant: Variant, expert: str, examples: Sequence[Example]
@@ -121,7 +124,7 @@ class Evaluator:
 
     Yields:
       (place in `examples`, float32[N], the loss of each answer token in nats),
-      in some order.
+      in some order; rows that were cut before the answer are left out.
     """
     router = variant.router
     if router == "own":
@@ -129,30 +132,31 @@ class Evaluator:
     if router is not None:
       router = router.bind(self._adapters.names)
     order = sorted(
-      range(len(examples)), key=lambda i: -len(examples[i].tokens)
+      (i for i, e in enumerate(examples) if len(e.tokens) > e.prompt_length),
+      key=lambda i: -len(examples[i].tokens),
     )
     for start in range(0, len(order), BATCH):
       places = order[start : start + BATCH]
       batch = [examples[i] for i in places]
-      gates = None
-      if router is not None:
-        gates = self.gates(router, variant.refresh_every, batch)
-      yield from zip(places, self._score(batch, gates), strict=True)
+      if router is not None and router.needs == "hidden":
+        losses = self._decode(batch, router, variant.refresh_every)
+      else:
+        gates = None
+        if router is not None:
+          gates = self.gates(router, variant.refresh_every, batch)
+        losses = self._score(batch, gates)
+      yield from zip(places, losses, strict=True)
 
   def gates(
     self, router: Router, refresh_every: int, examples: Sequence[Example]
   ) -> list[np.ndarray]:
     """Returns the gates under which each answer token is made, [N, E] each.
 
-    Raises:
-      InputError: the router looks at hidden states, which depend on the gates
-        before, and is to be refreshed within the answer.
+    Args:
+      router: one that does not look at hidden states.
+      refresh_every: tokens between two calls; 0 is once, at the prompt.
+      examples: rows as tokens.
     """
-    if router.needs == "hidden":
-      raise InputError(
-        "router: one that looks at hidden states cannot be scored in one pass;"
-        " use router.encoder minilm"
-      )
     asked, texts = [], {}
     for example in examples:
       count = len(example.tokens) - example.prompt_length
@@ -163,7 +167,7 @@ class Evaluator:
       ]
       asked.append(prefixes)
       texts |= dict.fromkeys(prefixes)
-    known = self._routed.setdefault(id(router), {})
+    _, known = self._routed.setdefault(id(router), (router, {}))
     new = [text for text in texts if text not in known]
     # By length, so that little is padding; a short batch is filled up, so
     # that it does not compile anew.
@@ -192,7 +196,7 @@ class Evaluator:
       row[: len(example.tokens)] = example.tokens
     loras = rule = table = None
     if gates is not None:
-      loras, rule = self._adapters.layers, self._rule
+      loras, rule = self._adapters.layers, get_rule(self._rule)
       table = np.zeros((BATCH, size, len(self._adapters.names)), np.float32)
       for row, example, answer in zip(table, batch, gates, strict=False):
         # Token n is made at the position before it.
@@ -206,6 +210,26 @@ class Evaluator:
       losses[i, e.prompt_length - 1 : len(e.tokens) - 1]
       for i, e in enumerate(batch)
     ]
+
+  def _decode(self, batch, router, refresh_every) -> list[np.ndarray]:
+    filled = batch + batch[-1:] * (BATCH - len(batch))
+    answers = [e.tokens[e.prompt_length :] for e in filled]
+    longest = max(map(len, answers))
+    size = -(-longest // LENGTH_STEP) * LENGTH_STEP
+    forced = np.zeros((BATCH, size), np.int32)
+    for row, answer in zip(forced, answers, strict=True):
+      row[: len(answer)] = answer
+    *_, out = Decoder(
+      self._base,
+      [e.tokens[: e.prompt_length].tolist() for e in filled],
+      self._adapters,
+      router,
+      DecodeConfig(longest, refresh_every),
+      rule=self._rule,
+      forced=forced,
+    )
+    pairs = zip(out.log_probs, answers[: len(batch)], strict=False)
+    return [-row[: len(answer)] for row, answer in pairs]
 
 
 def mean_loss(losses: Mapping[int, np.ndarray]) -> float:
