@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import difflib
 import json
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 # The seven linear maps of a Llama layer, by our names, in the order they run.
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -66,6 +66,14 @@ def check(condition: bool, field: str, value: object, allowed: str) -> None:
     raise InputError(f"{field}: {value!r} is not allowed; want {allowed}")
 
 
+def _check_literals(settings: object, section: str) -> None:
+  """Checks every field that allows only some words."""
+  for field, hint in get_type_hints(type(settings)).items():
+    if get_origin(hint) is Literal:
+      name = f"{section}{field.replace('_', '-')}"
+      check_choice(name, getattr(settings, field), get_args(hint))
+
+
 @dataclasses.dataclass(frozen=True)
 class BaseConfig:
   """The frozen language model.
@@ -79,6 +87,9 @@ class BaseConfig:
 
   path: str = "random:tiny"
   dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+  def __post_init__(self):
+    _check_literals(self, "base.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +158,7 @@ class DataConfig:
   seed: int = 0
 
   def __post_init__(self):
+    _check_literals(self, "data.")
     check(self.rows >= 1, "data.rows", self.rows, "at least 1")
     check(self.length >= 8, "data.length", self.length, "at least 8 tokens")
     check(
@@ -188,6 +200,7 @@ class OptimConfig:
   clip: float = 1.0
 
   def __post_init__(self):
+    _check_literals(self, "optim.")
     check(self.steps >= 1, "optim.steps", self.steps, "at least 1")
     check(
       self.learning_rate > 0,
@@ -252,6 +265,7 @@ class RouterConfig:
   centroid_rows: int = 256
 
   def __post_init__(self):
+    _check_literals(self, "router.")
     check(
       self.centroid_rows >= 1,
       "router.centroid-rows", self.centroid_rows, "at least 1",
@@ -337,6 +351,7 @@ class Config:
   resume: bool = True
 
   def __post_init__(self):
+    _check_literals(self, "")
     check(self.eval_every >= 0, "eval-every", self.eval_every, "0 or more")
     check(self.save_every >= 1, "save-every", self.save_every, "at least 1")
     check(self.keep >= 1, "keep", self.keep, "at least 1")
