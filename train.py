@@ -41,13 +41,7 @@ def main(argv: Sequence[str]) -> None:
   if config.router.encoder == "minilm":
     encoders["minilm"] = load_minilm(config.router.minilm)
   base = load_base(config.base.path, config.base.dtype, mesh, stacked=True)
-  data = batches(
-    rows,
-    tokenizer,
-    config.data,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+  data = batches(rows, tokenizer, config.data)
   tests = held_out_batches(held_out, tokenizer, config.data)
   tests = [put_batch(batch, mesh) for batch in tests]
   encoders["hidden"] = HiddenEncoder(base, tokenizer, config.data.length)

@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 from tokenlora_jax.config import Config, InputError, differences
 from tokenlora_jax.sharding import tree_shardings
 
 # Settings that may change between two starts of one run.
-MAY_CHANGE = ("workdir", "resume", "decode", "eval_every", "save_every", "keep")
+MAY_CHANGE = (
+  "workdir", "mesh", "decode", "remat", "eval_every", "save_every", "keep",
+  "resume",
+)  # fmt: skip
 
 
 class Checkpoints:
@@ -53,6 +57,11 @@ class Checkpoints:
       ),
     )
 
+  def newest(self) -> int | None:
+    """Returns the newest checkpoint's step once it is whole, or None."""
+    self._manager.wait_until_finished()
+    return self._manager.latest_step()
+
   def restore(self, like: Any, mesh: jax.sharding.Mesh) -> Any:
     """Returns (state, data_state) of the newest checkpoint, or None.
 
@@ -60,7 +69,7 @@ class Checkpoints:
       like: a pytree of arrays or shapes as the state's.
       mesh: where the state goes, which need not be the mesh it was saved from.
     """
-    step = self._manager.latest_step()
+    step = self.newest()
     if step is None:
       return None
     abstract = jax.tree.map(
@@ -92,16 +101,16 @@ def claim_workdir(config: Config) -> Path:
 
   Raises:
     InputError: it holds a run of another config, or `resume` is off and it
-      holds any.
+      holds any, or it cannot be written to.
   """
   workdir = Path(config.workdir)
   file = workdir / "config.json"
   if file.exists():
     try:
       old = json.loads(file.read_text())
-    except ValueError as error:
-      raise InputError(f"{file}: not JSON ({error}); is it a run?") from None
-    changed = differences(old, config.to_json(), MAY_CHANGE)
+      changed = differences(old, config.to_json(), MAY_CHANGE)
+    except (ValueError, AttributeError) as error:
+      raise InputError(f"{file}: not a run's config ({error})") from None
     if changed:
       raise InputError(
         f"--workdir {workdir}: holds a run with {changed[0]}; choose another"
@@ -112,11 +121,21 @@ def claim_workdir(config: Config) -> Path:
         f"--workdir {workdir}: holds this run already; choose another, or"
         " leave out --no-resume to go on with it"
       )
-  elif workdir.exists() and not workdir.is_dir():
-    raise InputError(f"--workdir {workdir}: is a file; want a folder")
+  elif (workdir / "checkpoints").exists():
+    raise InputError(
+      f"--workdir {workdir}: holds checkpoints, but no config.json that says of"
+      " which run; choose another --workdir"
+    )
+  # No process may write before all have looked.
+  multihost_utils.sync_global_devices("claim_workdir")
   if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(config.to_json(), indent=2) + "\n")
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      write_atomically(file, json.dumps(config.to_json(), indent=2) + "\n")
+    except OSError as error:
+      raise InputError(
+        f"--workdir {workdir}: cannot be written to ({error.strerror})"
+      ) from None
   return workdir
 
 

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 from rich.console import Console
@@ -128,7 +130,11 @@ def expert_losses(
 
   def adapt(lora, x, key):
     if key is not None and dropout:
-      keep = jax.random.bernoulli(key, 1 - dropout, x.shape)
+      # A key a row: what is dropped must not depend on how long the batch is
+      # padded, which other experts' rows decide.
+      keep = jax.vmap(
+        lambda key: jax.random.bernoulli(key, 1 - dropout, x.shape[1:])
+      )(jax.random.split(key, x.shape[0]))
       x = jnp.where(keep, x / (1 - dropout), 0).astype(x.dtype)
     return rule(lora, x, one)
 
@@ -189,9 +195,14 @@ def make_step(config: Config, mesh: Mesh):
     loras, opt, metrics = jax.vmap(
       one_expert, in_axes=(0, 0, 0, 0, None), spmd_axis_name="expert"
     )(state.loras, state.opt, batch, expert_keys(key, config.data.tasks), base)
-    return TrainState(state.step + 1, loras, opt), metrics
+    state = TrainState(state.step + 1, loras, opt)
+    # Laid out as it came, so that its memory is used again and nothing moves.
+    layout = tree_shardings(state, mesh)
+    return jax.lax.with_sharding_constraint(state, layout), metrics
 
-  return jax.jit(step, donate_argnums=0)
+  # Every process reads the metrics of all experts.
+  everywhere = NamedSharding(mesh, P())
+  return jax.jit(step, donate_argnums=0, out_shardings=(None, everywhere))
 
 
 @jax.jit
@@ -206,22 +217,32 @@ def held_out_sums(loras, base, batch):
 
 
 def put_batch(batch, mesh: Mesh) -> Batch:
-  """Puts this process's rows of a batch on the mesh.
+  """Puts a batch on the mesh.
 
   Args:
-    batch: numpy arrays [E, B of this process, T].
+    batch: numpy arrays [E, B, T]. Every process has the whole batch, since it
+      may hold any of its experts and rows; a device gets its own part.
     mesh: the mesh.
   """
   sharding = NamedSharding(mesh, BATCH_SPEC)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, batch[name])
-    for name in ("tokens", "positions", "segment_ids", "loss_mask")
-  }
+
+  def put(array):
+    return jax.make_array_from_callback(
+      array.shape, sharding, lambda index: array[index]
+    )
+
+  names = ("tokens", "positions", "segment_ids", "loss_mask")
+  return {name: put(batch[name]) for name in names}
 
 
 def trained_adapters(config: Config, state: TrainState) -> Adapters:
   """Returns the bank that the state holds, in the decoding layout, on host."""
-  return Adapters.unstack(config.data.tasks, jax.device_get(state.loras))
+  return Adapters.unstack(config.data.tasks, _on_host(state.loras))
+
+
+def _on_host(tree):
+  """Returns a tree as numpy arrays, whole in every process."""
+  return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def held_out_losses(
@@ -237,7 +258,7 @@ def held_out_losses(
   """
   losses = targets = 0.0
   for batch in batches:
-    more = jax.device_get(held_out_sums(state.loras, base, batch))
+    more = _on_host(held_out_sums(state.loras, base, batch))
     losses, targets = losses + more[0], targets + more[1]
   return dict(zip(config.data.tasks, (losses / targets).tolist(), strict=True))
 
@@ -266,8 +287,9 @@ def train(
     The state after `config.optim.steps` steps.
 
   Raises:
-    FloatingPointError: a loss is not finite; names step, expert and rows. The
-      checkpoints before it stay as they are.
+    FloatingPointError: a loss or gradient is not finite; names step, expert and
+      rows. The checkpoints before it stay as they are.
+    KeyboardInterrupt: with Ctrl-C; says where the same command goes on.
   """
   checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
   data = iter(batches)
@@ -277,11 +299,12 @@ def train(
     # The newest checkpoint holds the state and where in the data it stood.
     state, data_state = restored
     data.set_state(data_state)
-    console.print(f"going on from step {int(state.step)}")
   first = int(state.step)
   step_function = make_step(config, mesh)
   log = None
   if jax.process_index() == 0:
+    if restored is not None:
+      console.print(f"going on from step {first} of {config.optim.steps}")
     log = RunLog(
       workdir,
       config.data.tasks,
@@ -295,12 +318,7 @@ def train(
       batch = next(data)
       state, metrics = step_function(state, base, put_batch(batch, mesh))
       metrics = jax.device_get(metrics)
-      for expert, loss in zip(config.data.tasks, metrics["loss"], strict=True):
-        if not np.isfinite(loss):
-          rows = batch["rows"][config.data.tasks.index(expert)].tolist()
-          raise FloatingPointError(
-            f"step {step}: the loss of {expert} is {loss} on rows {rows}"
-          )
+      _check_finite(step, config.data.tasks, metrics, batch)
       if log:
         log.step(step, metrics, batch)
       last = step == config.optim.steps
@@ -310,8 +328,25 @@ def train(
         losses = held_out_losses(config, state, base, held_out)
         if log:
           log.held_out(step, losses)
+  except KeyboardInterrupt:
+    newest = checkpoints.newest() or 0
+    raise KeyboardInterrupt(
+      f"stopped; the same command goes on from step {newest}"
+    ) from None
   finally:
     if log:
       log.close()
     checkpoints.close()
   return state
+
+
+def _check_finite(step, experts, metrics, batch):
+  # An infinite gradient leaves weights that are not numbers, and must be seen
+  # before they are saved.
+  for name in ("loss", "gradient_norm"):
+    for i, value in enumerate(metrics[name]):
+      if not np.isfinite(value):
+        raise FloatingPointError(
+          f"step {step}: the {name.replace('_', ' ')} of {experts[i]} is"
+          f" {value} on rows {batch['rows'][i].tolist()}"
+        )
