@@ -89,7 +89,10 @@ class RunLog:
     self._peak = peak_flops(jax.devices()[0]) * jax.device_count()
     self._flops_per_token = 4 * parameters
     self._file = (workdir / "metrics.jsonl").open("a")
-    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+    # A run that goes on may do again what it did after its last checkpoint.
+    self._board = tensorboardX.SummaryWriter(
+      str(workdir / "tensorboard"), purge_step=first + 1
+    )
     self._last = time.perf_counter()
     self._progress = Progress(
       TextColumn("train"),
@@ -136,7 +139,8 @@ class RunLog:
     line = f"{losses}  {values['tokens_per_second']:,.0f} tok/s  MFU {values['mfu']:.0%}"
     self._progress.update(self._task, completed=step, losses=line)
     every = max(1, self._steps // 20)
-    if not self._console.is_terminal and (step % every == 0 or step == 1):
+    shown = step % every == 0 or step in (1, self._steps)
+    if shown and not self._console.is_terminal:
       self._console.print(
         f"step {step}/{self._steps}  {line}", highlight=False, soft_wrap=True
       )
