@@ -12,13 +12,12 @@ import dataclasses
 import json
 from pathlib import Path
 import sys
-from typing import Annotated
+from typing import Annotated, TextIO
 
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from tokenlora_jax.interop.tokenizers import load_tokenizer
+from rich.text import Text
 import tyro
 
 from tokenlora_jax import cli, report
@@ -29,6 +28,7 @@ from tokenlora_jax.decoding import Decoder, Generation
 from tokenlora_jax.evaluation import Evaluator, mean_loss, standard_variants
 from tokenlora_jax.interop.bank import Bank, load_bank
 from tokenlora_jax.interop.load import load_base
+from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import make_router
 
 
@@ -57,28 +57,39 @@ class Arguments(Config):
 
 def read_prompts(args: Arguments) -> list[str]:
   """Returns the prompts of a command line, or raises `InputError`."""
+  if args.examples < 0:
+    raise InputError(
+      f"--examples: {args.examples} is not allowed; want 0 or more"
+    )
   prompts = list(args.prompt)
   if args.prompts_file:
-    try:
-      lines = Path(args.prompts_file).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-      raise InputError(f"--prompts-file {args.prompts_file}: {error}") from None
-    found = [line for line in lines if line.strip()]
-    if not found:
-      raise InputError(f"--prompts-file {args.prompts_file}: holds no prompt")
-    prompts += found
+    prompts += read_lines(Path(args.prompts_file), "--prompts-file")
   for task in args.data.tasks if args.examples else ():
     rows = load_rows(args.data, task, "test")[: args.examples]
     prompts += [row.prompt for row in rows]
-  if not prompts and not sys.stdin.isatty():
-    prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-  if not prompts:
+  if not prompts and sys.stdin.isatty():
     raise InputError("--prompt: there is none; give one, or --examples 1")
-  return prompts
+  return prompts or read_lines(sys.stdin, "standard input")
+
+
+def read_lines(source: Path | TextIO, name: str) -> list[str]:
+  """Returns the lines that are not blank, or raises `InputError`."""
+  try:
+    text = (
+      source.read_text("utf-8") if isinstance(source, Path) else source.read()
+    )
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(f"{name} cannot be read: {error}") from None
+  lines = [line for line in text.splitlines() if line.strip()]
+  if not lines:
+    raise InputError(f"{name}: holds no prompt")
+  return lines
 
 
 def generate(args: Arguments, console: Console) -> None:
   """Makes a text for each prompt."""
+  if args.compare and args.output:
+    raise InputError("--output: takes no --compare; leave out one of them")
   prompts = read_prompts(args)
   base, tokenizer, bank = load(args)
   names = bank.adapters.names
@@ -97,21 +108,24 @@ def generate(args: Arguments, console: Console) -> None:
     )  # fmt: skip
     shown = 0
     for out in decoder:
-      pieces = report.token_pieces(tokenizer, visible(out))
+      pieces = token_pieces(tokenizer, out)
       console.print(
         report.trace(pieces[shown:], out.gates[0, shown : len(pieces)], names),
         end="", soft_wrap=True,
       )  # fmt: skip
       shown = len(pieces)
     gates = out.gates[0, : out.lengths[0]]
-    console.print(f"\n[dim]{report.summary(gates, names)}")
-    console.print(f"[dim]{out.stats['tokens_per_second']:.1f} tokens/s")
+    speed = f"{out.stats['tokens_per_second']:.1f} tokens/s"
+    console.print(
+      f"\n{report.summary(gates, names)}", style="dim", markup=False
+    )
+    console.print(speed, style="dim")
     records.append(
       {
         "prompt": prompt,
         "text": out.texts[0],
         "tokens": out.tokens[0, : out.lengths[0]].tolist(),
-        "gates": np.round(gates, 6).tolist(),
+        "gates": gates.astype(float).round(6).tolist(),
         "experts": names,
         "router": dataclasses.asdict(args.router),
         "decode": dataclasses.asdict(args.decode),
@@ -122,9 +136,10 @@ def generate(args: Arguments, console: Console) -> None:
     write_atomically(Path(args.output), "".join(lines))
 
 
-def visible(out: Generation) -> list[int]:
-  """The tokens of the first text that are shown."""
-  return out.tokens[0, : out.lengths[0]].tolist()
+def token_pieces(tokenizer, out: Generation) -> list[str]:
+  """Returns what each token adds to the first text."""
+  tokens = out.tokens[0, : out.lengths[0]].tolist()
+  return report.token_pieces(tokenizer, tokens, out.texts[0])
 
 
 def compare(args, base, tokenizer, bank: Bank, router, prompt: str) -> Table:
@@ -146,11 +161,11 @@ def compare(args, base, tokenizer, bank: Bank, router, prompt: str) -> Table:
   table = Table("gates", "text", show_lines=True)
   for name, some, chosen, config in variants:
     *_, out = Decoder(base, [prompt], some, chosen, config, tokenizer)
-    pieces = report.token_pieces(tokenizer, visible(out))
-    text = out.texts[0]
+    pieces = token_pieces(tokenizer, out)
+    text = Text(out.texts[0])
     if some is not None:
       text = report.trace(pieces, out.gates[0, : len(pieces)], adapters.names)
-    table.add_row(name, text)
+    table.add_row(Text(name), text)
   return table
 
 
@@ -179,8 +194,11 @@ def evaluate(args: Arguments, console: Console) -> None:
 
 def load(args: Arguments):
   """Returns (base, tokenizer, bank), checked to belong together."""
-  if args.output and Path(args.output).exists():
-    raise InputError(f"--output {args.output}: exists; choose a new file")
+  output = Path(args.output)
+  if args.output and output.exists():
+    raise InputError(f"--output {output}: exists; choose a new file")
+  if not output.parent.is_dir():
+    raise InputError(f"--output {output}: there is no folder {output.parent}")
   folder = args.bank or str(Path(args.workdir) / "bank")
   tokenizer = load_tokenizer(args.base.path)
   base = load_base(args.base.path, args.base.dtype)
@@ -195,7 +213,9 @@ def main(argv: Sequence[str]) -> None:
   if argv and not argv[0].startswith("-"):
     command = argv.pop(0)
     if command not in commands:
-      raise InputError(f"{command!r}: is no command; want {', '.join(commands)}")
+      raise InputError(
+        f"{command!r}: is no command; want {', '.join(commands)}"
+      )
   commands[command](cli.parse(Arguments, argv, __doc__), cli.console())
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import io
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -92,9 +93,10 @@ def parse(
     f.name: getattr(read_config(path), f.name)
     for f in dataclasses.fields(Config)
   }
-  description += (
-    f"\n\n--config FILE (default {default}) is read first; every other flag"
-    " overrides one of its settings. --base is short for --base.path."
+  description = (
+    f"{description.strip()}\n\n--config FILE (default {default}) is read first;"
+    " every other flag overrides one of its settings. --base is short for"
+    " --base.path."
   )
   errors = io.StringIO()
   try:
@@ -109,9 +111,17 @@ def parse(
   except SystemExit as stop:
     if not stop.code:
       raise
-    words = re.sub(r"[─│╭╮╰╯]|\x1b\[[0-9;]*m", " ", errors.getvalue()).split()
-    text = " ".join(words).partition("For full helptext")[0]
-    raise InputError(text.removeprefix("Parsing error").strip()) from None
+    raise InputError(_reason(errors.getvalue())) from None
+
+
+def _reason(box: str) -> str:
+  """Returns in one line what a box of tyro's says about an error."""
+  lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
+  # The title, what is wrong, a rule, and help.
+  lines = [line.strip(" │") for line in lines[1:]]
+  text = " ".join(itertools.takewhile(lambda s: not s.startswith("─"), lines))
+  # A check of ours names the setting itself.
+  return re.sub(r"^Error parsing ((?!--)\S+: )?", "", text)
 
 
 def _flags(cls, prefix: str = "--") -> list[str]:
@@ -129,15 +139,21 @@ def _flags(cls, prefix: str = "--") -> list[str]:
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-  """Runs an entry point: bad input is one line on stderr and exit status 2."""
+  """Runs an entry point, and says how it ended in one line on stderr.
+
+  Exit status 2 is bad input, 1 a calculation that gave no number, 130 Ctrl-C.
+  """
   quiet()
   try:
     main(sys.argv[1:])
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
-  except KeyboardInterrupt:
-    print("\nstopped", file=sys.stderr)
+  except FloatingPointError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+  except KeyboardInterrupt as stop:
+    print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
     sys.exit(130)
   except BrokenPipeError:
     # The reader of our output has gone; nothing is left to say.

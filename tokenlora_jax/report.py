@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import itertools
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -106,16 +107,23 @@ def summary(gates: np.ndarray, names: Sequence[str]) -> str:
   return f"led: {', '.join(runs)} | mean gates: {', '.join(means)}"
 
 
-def token_pieces(tokenizer, tokens: Sequence[int]) -> list[str]:
-  """Returns what each token adds to the text; joined, they are the text.
+def token_pieces(tokenizer: Any, tokens: Sequence[int], text: str) -> list[str]:
+  """Returns what each token adds to a text; joined, they are the text.
 
-  A character that several tokens spell is given to the last of them.
+  A character that several tokens spell is given to the last of them, so that
+  pieces stay as they are when more tokens come.
+
+  Args:
+    tokenizer: a transformers-style tokenizer.
+    tokens: of the text.
+    text: what they say, perhaps cut before a stop string.
   """
   pieces, shown = [], ""
   for n in range(1, len(tokens) + 1):
-    text = tokenizer.decode(list(tokens[:n]), skip_special_tokens=True)
+    said = tokenizer.decode(list(tokens[:n]), skip_special_tokens=True)
     # An unfinished character shows as U+FFFD until its last byte comes.
-    whole = text if n == len(tokens) else text.rstrip("\ufffd")
-    pieces.append(whole[len(shown) :] if whole.startswith(shown) else "")
-    shown = whole if whole.startswith(shown) else shown
+    said = said.rstrip("\ufffd")
+    said = said if said.startswith(shown) else shown
+    pieces.append(said[len(shown) : len(text)])
+    shown = said
   return pieces

@@ -134,7 +134,9 @@ def load_bank(folder: str | Path, base: Llama | None = None) -> Bank:
   try:
     about = json.loads(file.read_text())
     version = about["format"]
-    path, fingerprint = about["base"]["path"], about["base"]["fingerprint"]
+    path, fingerprint = (
+      str(about["base"][name]) for name in ("path", "fingerprint")
+    )
     experts = [str(name) for name in about["experts"]]
     encoders = [str(name) for name in about["encoders"]]
   except (ValueError, KeyError, TypeError) as error:
@@ -151,6 +153,8 @@ def load_bank(folder: str | Path, base: Llama | None = None) -> Bank:
     if Path(name).name != name or name in ("", ".", ".."):
       raise InputError(f"{file}: experts: {name!r} is no folder's name")
   adapters = load_adapters([folder / name for name in experts], experts)
+  if base is not None:
+    adapters.check(base.config)
   try:
     centroids = load_file(folder / "centroids.safetensors")
   except (OSError, SafetensorError) as error:

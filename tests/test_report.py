@@ -1,0 +1,102 @@
+"""Tables and traces, as a person would see them."""
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tokenlora_jax import report
+from tokenlora_jax.interop.tokenizers import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return load_tokenizer("random:tiny")
+
+
+def shown(thing, **settings):
+  console = Console(file=io.StringIO(), width=100, **settings)
+  console.print(thing)
+  return console.file.getvalue()
+
+
+def test_loss_table_has_every_figure_and_marks_the_best():
+  losses = {
+    "base": {"gsm8k": 2.0, "squad": 4.0},
+    "every [2]": {"gsm8k": 0.5, "squad": 4.25},
+    "later": {"gsm8k": 1.25},
+    "none yet": {},
+  }
+  table = report.loss_table(losses, {"gsm8k": 8, "squad": 3})
+  lines = shown(table).splitlines()
+  rows = {
+    cells[0]: cells[1:]
+    for line in lines
+    if len(cells := [c.strip() for c in line.split("│")[1:-1]]) == 4
+  }
+  assert rows["base"] == ["2.000", "4.000", "3.000"]
+  assert rows["every [2]"] == ["0.500", "4.250", "2.375"]
+  assert rows["later"] == ["1.250", "", ""]
+  assert rows["none yet"] == ["", "", ""]
+  assert "(8 rows)" in shown(table)
+  coloured = shown(table, force_terminal=True)
+  bold = [part[:5] for part in coloured.split("\x1b[1m")[1:]]
+  assert [cell for cell in bold if cell[0].isdigit()] == ["4.000", "0.500"]
+
+
+def test_trace_gives_each_token_the_colour_of_its_leader():
+  gates = np.array([[0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
+  text = report.trace(["to", "[b]", "ken"], gates, ["x", "y"])
+  assert text.plain == "to[b]ken"
+  styles = [(span.start, span.end, span.style) for span in text.spans]
+  first, second = report.COLOURS[:2]
+  assert styles == [(0, 2, first), (2, 5, second), (5, 8, second)]
+  key = report.legend(["x", "[y]"])
+  assert key.plain == "■ x  ■ [y]  "
+  assert [span.style for span in key.spans] == [first, second]
+  # More experts than colours.
+  many = report.trace(["a"], np.eye(9)[8:], list("abcdefghi"))
+  assert many.spans[0].style == report.COLOURS[8 % len(report.COLOURS)]
+
+
+def test_summary_says_who_led():
+  gates = np.array([[0.5, 0.5], [0.1, 0.9], [0.2, 0.8]])
+  assert report.summary(gates, ["a", "b"]) == (
+    "led: a 1, b 2 | mean gates: a .27, b .73"
+  )
+  assert (
+    report.summary(np.ones((2, 1)), ["a"]) == "led: a 2 | mean gates: a 1.00"
+  )
+  flips = report.summary(np.eye(2)[np.arange(30) % 2], ["a", "b"])
+  assert "a 1, b 1, ... (30 runs)" in flips
+  assert report.summary(np.zeros((3, 0)), []) == "no adapters"
+
+
+@pytest.mark.parametrize(
+  "text", ["plain", "né €, 😀!", "ends in €", "", "[bold]x[/bold]"]
+)
+def test_pieces_join_to_the_text_and_never_change(tokenizer, text):
+  tokens = tokenizer.encode(text, add_special_tokens=False)
+  assert len(tokens) == len(text.encode())
+  pieces = report.token_pieces(tokenizer, tokens, text)
+  assert len(pieces) == len(tokens)
+  assert "".join(pieces) == text
+  for n in range(len(tokens)):
+    part = tokenizer.decode(tokens[:n])
+    assert report.token_pieces(tokenizer, tokens[:n], part) == pieces[:n]
+
+
+def test_pieces_of_what_is_no_text(tokenizer):
+  """Half a character, bytes that are none, the end token, a stop string."""
+  euro = tokenizer.encode("€", add_special_tokens=False)
+  assert report.token_pieces(tokenizer, euro[:2], "\ufffd") == ["", ""]
+  broken = [*euro[:2], *tokenizer.encode("ab", add_special_tokens=False)]
+  text = tokenizer.decode(broken)
+  pieces = report.token_pieces(tokenizer, broken, text)
+  assert "".join(pieces) == text
+  assert pieces[:2] == ["", ""]
+  ended = [*tokenizer.encode("ab", add_special_tokens=False), 2]
+  assert report.token_pieces(tokenizer, ended, "ab") == ["a", "b", ""]
+  stopped = tokenizer.encode("abSTOP", add_special_tokens=False)
+  assert report.token_pieces(tokenizer, stopped, "ab") == ["a", "b", *[""] * 4]
