@@ -94,8 +94,8 @@ def parse(
     for f in dataclasses.fields(Config)
   }
   description = (
-    f"{description.strip()}\n\n--config FILE (default {default}) is read first;"
-    " every other flag overrides one of its settings. --base is short for"
+    f"{description.strip()}\n\nSettings come from --config FILE (default"
+    f" {default}); every other flag overrides one of them. --base is short for"
     " --base.path."
   )
   errors = io.StringIO()
