@@ -172,12 +172,12 @@ def compare(args, base, tokenizer, bank: Bank, router, prompt: str) -> Table:
 def evaluate(args: Arguments, console: Console) -> None:
   """Prints the held-out losses of several ways to set the gates."""
   base, tokenizer, bank = load(args)
+  for task in args.data.tasks:
+    bank.adapters.index(task)
   tests = {
     task: held_out(load_rows(args.data, task, "test"), tokenizer, args.data)
     for task in args.data.tasks
   }
-  for task in tests:
-    bank.adapters.index(task)
   evaluator = Evaluator(base, bank.adapters, tokenizer)
   variants = standard_variants(bank.router(args.router))
   losses = {variant.name: {} for variant in variants}
