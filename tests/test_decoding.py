@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenlora_jax.config import DecodeConfig, InputError
+from tokenlora_jax.config import DecodeConfig
 from tokenlora_jax.decoding import Decoder, generate, graph
 from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import Router, make_router, register_router
@@ -403,70 +403,3 @@ def test_texts_in_texts_out(base, adapters, tokenizer, routers):
   count = told.lengths[0]
   row = told.tokens[0, :count].tolist()
   assert told.texts == [tokenizer.decode(row, skip_special_tokens=True)]
-
-
-# -----------------------------------------------------------------------------
-# Bad input.
-
-
-@pytest.mark.parametrize(
-  ("change", "told"),
-  [
-    ({"prompts": ["text"], "tokenizer": None}, "prompt 0: text needs a token"),
-    ({"prompts": "text"}, "prompts: want a list"),
-    ({"prompts": []}, "prompts: there are none"),
-    ({"prompts": [[1], []]}, "prompt 1: is empty"),
-    ({"prompts": [[260]]}, r"prompt 0: has tokens outside 0\.\.259"),
-    ({"prompts": [[-1]]}, r"prompt 0: has tokens outside 0\.\.259"),
-    ({"router": None}, "router: adapters need one"),
-    ({"adapters": None}, "router: there are no adapters"),
-    ({"tokenizer": None}, "router: one that reads text needs a tokenizer"),
-    (
-      {"router": make_router("fixed", gates=[1, 1])},
-      "made for 2 experts, but the bank has 3",
-    ),
-    (
-      {"router": make_router("one-hot", expert="e4")},
-      r"'e4' is not one of e0, e1, e2 \(did you mean",
-    ),
-    ({"rule": "exakt"}, r"rule: 'exakt' .*did you mean 'exact'"),
-    (
-      {"config": config(max_new_tokens=1020)},
-      r"decode\.max-new-tokens: 1020 after a prompt of 5 tokens .* 1024",
-    ),
-    (
-      {
-        "config": config(stop=("x",)), "tokenizer": None,
-        "router": make_router("sum"),
-      },
-      r"decode\.stop: stop strings need a tokenizer",
-    ),
-  ],
-)  # fmt: skip
-def test_errors_are_one_line(base, adapters, tokenizer, routers, change, told):
-  inputs = {
-    "prompts": PROMPTS[:1], "adapters": adapters, "router": routers["letters"],
-    "config": config(), "tokenizer": tokenizer,
-  }  # fmt: skip
-  with pytest.raises(InputError, match=told) as caught:
-    generate(base, **(inputs | change))
-  assert "\n" not in str(caught.value)
-
-
-def test_adapters_of_another_base_are_refused(base, adapters):
-  narrow = jax.tree.map(
-    lambda x: x[..., :32] if x.ndim == 3 else x, adapters.layers
-  )
-  with pytest.raises(InputError, match=r"layer 0 q is made for .*\[32, 32\]"):
-    generate(
-      base, [[1]], Adapters(adapters.names, narrow), make_router("uniform")
-    )
-  longer = Adapters(adapters.names, (*adapters.layers, *adapters.layers))
-  with pytest.raises(InputError, match=r"at least 4 layers, but .* has 2"):
-    generate(base, [[1]], longer, make_router("uniform"))
-
-
-def test_a_prompt_may_fill_all_positions_but_those_to_make(base):
-  Decoder(base, [[1] * 1018], config=config())
-  with pytest.raises(InputError, match="after a prompt of 1019 tokens"):
-    Decoder(base, [[1] * 1019], config=config())
