@@ -68,23 +68,28 @@ def _random(name, shape, *, dtype, mesh):
   sharding = _sharding(name, shape, mesh)
   if "norm" in name:
     return jnp.ones(shape, dtype, device=sharding)
-  scale = 0.02 if name == "embedding" else 1 / math.sqrt(shape[-2])
   stacked = ".*." in name
   # A layer draws from its own name, so that both layouts are one model.
   names = [name]
   if stacked:
     names = [name.replace("*", str(i)) for i in range(shape[0])]
   seeds = np.array([zlib.crc32(n.encode()) for n in names], np.uint32)
+  scale = 0.02 if name == "embedding" else 1 / math.sqrt(shape[-2])
+  return _drawer(shape, scale, dtype, sharding, stacked)(seeds)
 
-  @functools.partial(jax.jit, out_shardings=sharding)
+
+@functools.cache
+def _drawer(shape, scale, dtype, sharding, stacked):
+  """Compiles once for all tensors that are alike."""
+
+  def one(seed):
+    normal = jax.random.normal(jax.random.key(seed), shape[stacked:])
+    return (scale * normal).astype(dtype)
+
   def draw(seeds):
-    def one(seed):
-      normal = jax.random.normal(jax.random.key(seed), shape[stacked:])
-      return (scale * normal).astype(dtype)
-
     return jax.lax.map(one, seeds) if stacked else one(seeds[0])
 
-  return draw(seeds)
+  return jax.jit(draw, out_shardings=sharding)
 
 
 def _load(reader: BaseReader, name, shape, *, dtype, mesh):
