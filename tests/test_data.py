@@ -14,6 +14,7 @@ from tokenlora_jax.data import (
   Row,
   batches,
   held_out,
+  held_out_batches,
   tokenize,
 )
 from tokenlora_jax.text import encode_prompt
@@ -290,3 +291,31 @@ def test_processes_share_the_rows_and_agree_on_the_length(tokenizer):
       )
   with pytest.raises(InputError, match=r"data\.rows: 4 .* the 3 processes"):
     batches(rows, tokenizer, config, process_count=3)
+
+
+def test_held_out_takes_the_first_rows_that_fit(caplog):
+  tokenizer = byte_tokenizer()
+  rows = [Row("p" * n, " a", f"row {n}") for n in (2, 90, 3, 4, 5)]
+  config = DataConfig(eval_rows=3, length=16)
+  examples = held_out(rows, tokenizer, config)
+  assert [e.prompt_length for e in examples] == [3, 4, 5]
+  assert "left out 1 of 4 rows" in caplog.text
+
+
+def test_held_out_batches_hold_each_row_once():
+  tokenizer = byte_tokenizer()
+  config = DataConfig(tasks=("gsm8k", "squad"), rows=2, length=128)
+  rows = {
+    "gsm8k": [Row("p" * n, " a", "") for n in (90, 5, 4)],
+    "squad": [Row("q", " b", "")],
+  }
+  first, second = held_out_batches(rows, tokenizer, config)
+  assert first["tokens"].shape == (2, 2, 64)
+  assert second["tokens"].shape == (2, 2, 128)
+  assert first["rows"][0].tolist() == [2, 1]
+  assert second["rows"][0, 0] == 0
+  # Where a task has fewer rows, there is nothing to predict.
+  for empty in (first["loss_mask"][1, 1:], second["loss_mask"][1]):
+    assert not empty.any()
+  targets = first["loss_mask"].sum() + second["loss_mask"].sum()
+  assert targets == 4 * len([*b" a", "end"])

@@ -319,11 +319,11 @@ def whole_numbers(stored):
     ),
     (
       lambda folder: (folder / "config.json").write_text("{"),
-      r"config\.json: cannot be read as JSON",
+      r"config\.json: not JSON",
     ),
     (
       lambda folder: (folder / "config.json").write_text("[]"),
-      r"config\.json: holds list",
+      r"config\.json: a JSON list, want an object",
     ),
     (edit_json("config.json", hidden_act="relu"), "hidden_act is 'relu'"),
     (edit_json("config.json", hidden_size="24"), "hidden_size is '24'"),

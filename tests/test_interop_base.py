@@ -74,6 +74,6 @@ def test_hub_ids_are_downloaded(saved, monkeypatch, tmp_path):
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
   monkeypatch.chdir(tmp_path)
   assert open_base("some/llama").config.width == 32
-  assert "the hub does not give it: OSError: 404 not found" in error(
+  assert "the hub does not give it (OSError: 404 not found)" in error(
     "some/lama"
   )

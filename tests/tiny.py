@@ -1,0 +1,150 @@
+"""A tiny base, its rows and a short run, for the tests of training."""
+
+import dataclasses
+import functools
+import io
+import string
+from unittest import mock
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from tokenlora_jax import training
+from tokenlora_jax.config import (
+  Config,
+  DataConfig,
+  LoraConfig,
+  MeshConfig,
+  OptimConfig,
+)
+from tokenlora_jax.data import Row, batches, held_out_batches
+from tokenlora_jax.model.config import LlamaConfig
+from tokenlora_jax.model.llama import Llama
+from tokenlora_jax.sharding import make_mesh
+
+# Every axis that a mesh may split divides by 8, or by 2 for tensor.
+SHAPE = LlamaConfig(
+  vocab=48, width=32, mlp_width=48, layers=2, heads=4, kv_heads=2, head_width=8
+)
+FOUR = ("gsm8k", "arc_challenge", "codealpaca", "squad")
+TWO = ("gsm8k", "squad")
+
+
+def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
+  """A parameter that depends on its name and shape alone."""
+  rng = np.random.default_rng(zlib.crc32(name.encode()))
+  x = rng.standard_normal(shape, np.float32)
+  x = 1 + 0.1 * x if "norm" in name else x / np.sqrt(shape[-2])
+  return jnp.asarray(x)
+
+
+@functools.cache
+def make_base(dtype: str = "float32") -> Llama:
+  return Llama(SHAPE, lambda *args: draw(*args).astype(dtype), stacked=True)
+
+
+class Tokenizer:
+  """A token a letter; 0 starts and 1 ends a text."""
+
+  eos_token_id = 1
+
+  def encode(self, text, add_special_tokens=True):
+    letters = [2 + string.ascii_letters.index(c) % 46 for c in text]
+    return [0, *letters] if add_special_tokens else letters
+
+
+def make_rows(task: str, count: int = 20, longest: int = 12) -> list[Row]:
+  """Rows that depend on the task's name alone; their texts have no meaning."""
+  rng = np.random.default_rng(zlib.crc32(task.encode()))
+
+  def text(least):
+    size = rng.integers(least, longest)
+    return "".join(rng.choice(list(string.ascii_letters), size))
+
+  return [Row(text(4), text(1), f"{task}:{i}") for i in range(count)]
+
+
+def make_config(
+  tasks=TWO, rows=4, dropout=0.0, steps=12, targets=("q", "v"), **settings
+) -> Config:
+  optim = {"learning_rate": 1e-2, "warmup_steps": 2} | settings.pop("optim", {})
+  return Config(
+    lora=LoraConfig(4, 8.0, dropout=dropout, targets=targets),
+    data=DataConfig(tasks=tasks, rows=rows, length=24),
+    optim=OptimConfig(steps=steps, **optim),
+    **settings,
+  )
+
+
+def one_device() -> jax.sharding.Mesh:
+  return make_mesh(MeshConfig(), devices=jax.devices()[:1])
+
+
+def make_batches(config: Config, **rows):
+  """The run's endless batches; `rows` as in `make_rows`."""
+  rows = {task: make_rows(task, **rows) for task in config.data.tasks}
+  return batches(rows, Tokenizer(), config.data)
+
+
+def first_batches(config: Config, count: int, **rows) -> list:
+  """The first batches of the run, on the host."""
+  data = iter(make_batches(config, **rows))
+  return [next(data) for _ in range(count)]
+
+
+def random_state(config: Config, base: Llama, mesh) -> training.TrainState:
+  """The first state, but with B not zero, so that A has a gradient too."""
+  state = training.init_state(config, base, mesh)
+  rng = np.random.default_rng(1)
+
+  def fill(lora):
+    b = 0.1 * rng.standard_normal(lora.b.shape, np.float32)
+    return dataclasses.replace(lora, b=jax.device_put(b, lora.b.sharding))
+
+  loras = {name: fill(lora) for name, lora in state.loras.items()}
+  return dataclasses.replace(state, loras=loras)
+
+
+_make_step = functools.cache(training.make_step)
+
+
+def make_step(config: Config, mesh):
+  """`training.make_step`, once for all tests whose steps are the same."""
+  data = DataConfig(tasks=config.data.tasks)
+  settings = {"lora": config.lora, "optim": config.optim, "data": data}
+  return _make_step(
+    Config(seed=config.seed, remat=config.remat, **settings), mesh
+  )
+
+
+def run_steps(config, base, mesh, batches, state=None):
+  """Runs a step a batch: (last state, losses float32[steps, E], norms)."""
+  state = random_state(config, base, mesh) if state is None else state
+  step = make_step(config, mesh)
+  losses, norms = [], []
+  for batch in batches:
+    state, metrics = step(state, base, training.put_batch(batch, mesh))
+    losses.append(metrics["loss"])
+    norms.append(metrics["gradient_norm"])
+  return state, np.array(losses), np.array(norms)
+
+
+def train(config: Config, workdir, batches=None, mesh=None, console=None):
+  """`training.train` on the tiny base, quietly."""
+  mesh = mesh or one_device()
+  rows = {task: make_rows(task, count=6) for task in config.data.tasks}
+  held_out = held_out_batches(rows, Tokenizer(), config.data)
+  workdir.mkdir(exist_ok=True)
+  with mock.patch.object(training, "make_step", make_step):
+    return training.train(
+      config,
+      make_base(),
+      mesh,
+      make_batches(config) if batches is None else batches,
+      [training.put_batch(batch, mesh) for batch in held_out],
+      workdir,
+      console or Console(file=io.StringIO()),
+    )
