@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from tiny import (
+  assert_identical,
   first_batches,
   make_base,
   make_batches,
@@ -28,7 +29,12 @@ from tiny import (
 
 from tokenlora_jax import checkpoint
 from tokenlora_jax.checkpoint import Checkpoints, claim_workdir
-from tokenlora_jax.config import InputError, MeshConfig, OptimConfig
+from tokenlora_jax.config import (
+  InputError,
+  MeshConfig,
+  OptimConfig,
+  RouterConfig,
+)
 
 # Dropout shows that the random numbers go on where they stood, too.
 CONFIG = make_config(
@@ -47,13 +53,6 @@ def saved(workdir) -> list[int]:
   """The steps of the checkpoints on disk."""
   names = [path.name for path in (workdir / "checkpoints").iterdir()]
   return sorted(int(name) for name in names if name.isdigit())
-
-
-def assert_identical(left, right):
-  assert jax.tree.structure(left) == jax.tree.structure(right)
-  for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-    assert x.dtype == y.dtype
-    np.testing.assert_array_equal(x, y)
 
 
 class Stops:
@@ -288,7 +287,8 @@ def test_the_same_run_goes_on_where_its_result_stays_the_same(tmp_path):
   claim_workdir(in_folder(tmp_path))
   claim_workdir(in_folder(tmp_path))
   changes = {"save_every": 1, "eval_every": 0, "keep": 9, "remat": "full"}
-  config = in_folder(tmp_path, mesh=MeshConfig(data=2), **changes)
+  changes |= {"mesh": MeshConfig(data=2), "router": RouterConfig("uniform")}
+  config = in_folder(tmp_path, **changes)
   claim_workdir(config)
   assert json.loads((tmp_path / "config.json").read_text()) == config.to_json()
 

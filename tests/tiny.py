@@ -148,3 +148,19 @@ def train(config: Config, workdir, batches=None, mesh=None, console=None):
       workdir,
       console or Console(file=io.StringIO()),
     )
+
+
+def leaves(tree):
+  """The leaves by name, on the host."""
+  return {
+    jax.tree_util.keystr(path): np.array(leaf)
+    for path, leaf in jax.tree.leaves_with_path(tree)
+  }
+
+
+def assert_identical(left, right):
+  left, right = leaves(left), leaves(right)
+  assert left.keys() == right.keys()
+  for name, leaf in left.items():
+    assert leaf.dtype == right[name].dtype, name
+    np.testing.assert_array_equal(leaf, right[name], name)
