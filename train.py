@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
     devices = ", ".join(sorted({d.device_kind for d in jax.devices()}))
     console.print(
       f"{len(tasks)} experts on {config.base.path},"
-      f" {jax.device_count()} x {devices}, into {workdir}"
+      f" {jax.device_count()} x {devices}, into {workdir}",
+      soft_wrap=True,
     )
   state = train(config, base, mesh, data, tests, workdir, console)
 
@@ -75,7 +76,8 @@ def main(argv: Sequence[str]) -> None:
     save_bank(workdir / "bank", bank)
     console.print(
       f"bank: {workdir / 'bank'}\nnext: python infer.py --config ..."
-      f" --bank {workdir / 'bank'} --prompt '...'"
+      f" --bank {workdir / 'bank'} --prompt '...'",
+      soft_wrap=True,  # A command is copied whole.
     )
 
 
