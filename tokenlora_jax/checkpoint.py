@@ -21,8 +21,8 @@ from tokenlora_jax.sharding import tree_shardings
 
 # Settings that may change between two starts of one run.
 MAY_CHANGE = (
-  "workdir", "mesh", "router", "decode", "remat", "eval_every", "save_every", "keep",
-  "resume",
+  "workdir", "mesh", "router", "decode", "remat",
+  "eval_every", "save_every", "keep", "resume",
 )  # fmt: skip
 
 
