@@ -272,27 +272,6 @@ def test_a_restored_iterator_goes_on_where_it_was(tokenizer):
       np.testing.assert_array_equal(ours[name], theirs[name])
 
 
-def test_processes_share_the_rows_and_agree_on_the_length(tokenizer):
-  # Only one row of the four is long, so the others' shares must be as long.
-  rows = {"gsm8k": rows_of([90, 4, 4, 4]), "squad": rows_of([2] * 4)}
-  config = DataConfig(tasks=PAIR, rows=4)
-  whole = take(iter(batches(rows, tokenizer, config)), 3)
-  parts = [
-    take(
-      iter(batches(rows, tokenizer, config, process_index=i, process_count=2)),
-      3,
-    )
-    for i in range(2)
-  ]
-  for step in range(3):
-    for name, expected in whole[step].items():
-      np.testing.assert_array_equal(
-        np.concatenate([part[step][name] for part in parts], axis=1), expected
-      )
-  with pytest.raises(InputError, match=r"data\.rows: 4 .* the 3 processes"):
-    batches(rows, tokenizer, config, process_count=3)
-
-
 def test_held_out_takes_the_first_rows_that_fit(caplog):
   tokenizer = byte_tokenizer()
   rows = [Row("p" * n, " a", f"row {n}") for n in (2, 90, 3, 4, 5)]

@@ -317,9 +317,6 @@ def batches(
   rows_by_task: Mapping[str, Sequence[Row]],
   tokenizer: Any,
   config: DataConfig,
-  *,
-  process_index: int = 0,
-  process_count: int = 1,
 ) -> grain.IterDataset:
   """Returns an endless data set of batches, one element an optimizer step.
 
@@ -332,8 +329,6 @@ def batches(
     rows_by_task: the training rows of each task of `config.tasks`.
     tokenizer: a transformers-style tokenizer.
     config: the experts' order, B, the longest T and the seed.
-    process_index: of this process; it gets its own equal share of the B rows.
-    process_count: how many processes there are.
 
   Returns:
     Batches as dicts of arrays, experts in the order of `config.tasks`; T is
@@ -346,15 +341,8 @@ def batches(
       rows: int32[E, B], each row's index in `rows_by_task[task]`.
 
   Raises:
-    InputError: B does not divide among the processes, or no row of a task fits.
+    InputError: no row of a task fits.
   """
-  if config.rows % process_count:
-    raise InputError(
-      f"data.rows: {config.rows} is not a multiple of the {process_count} "
-      "processes"
-    )
-  share = config.rows // process_count
-  mine = slice(process_index * share, (process_index + 1) * share)
   streams = [
     grain.MapDataset.source(_examples(rows_by_task[task], tokenizer, config))
     .shuffle(zlib.crc32(f"{config.seed}:{task}".encode()))
@@ -368,9 +356,7 @@ def batches(
       [stream[i] for i in range(start, start + config.rows)]
       for stream in streams
     ]
-    # The length is that of all processes' rows: they form one global array.
-    length = _length(picked, config)
-    return _stack([examples[mine] for examples in picked], share, length)
+    return _stack(picked, config.rows, _length(picked, config))
 
   steps = grain.MapDataset.range(sys.maxsize // config.rows).map(batch)
   return steps.to_iter_dataset(
