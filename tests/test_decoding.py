@@ -13,8 +13,9 @@ from tokenlora_jax.decoding import Decoder, generate, graph
 from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import Router, make_router, register_router
 from tokenlora_jax.mixing.rules import Exact, forward, mixture
+from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.config import PRESETS
-from tokenlora_jax.model.llama import Llama, causal_mask
+from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters, random_adapters
 
 PROMPTS = [[1, 104, 50, 120, 88], [1, 99], [1, 70, 71, 72, 73, 74, 75, 76, 77]]

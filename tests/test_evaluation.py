@@ -19,8 +19,9 @@ from tokenlora_jax.evaluation import (
 from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import Router, make_router
 from tokenlora_jax.mixing.rules import forward
+from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.config import PRESETS
-from tokenlora_jax.model.llama import Llama, causal_mask
+from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import random_adapters
 
 ROWS = [

@@ -27,7 +27,8 @@ from tokenlora_jax.data import LENGTH_STEP, Example
 from tokenlora_jax.decoding import Decoder
 from tokenlora_jax.mixing.routers import Router, make_router
 from tokenlora_jax.mixing.rules import Rule, get_rule, mixture
-from tokenlora_jax.model.llama import Llama, causal_mask
+from tokenlora_jax.model.attention import causal_mask
+from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
 from tokenlora_jax.model.loss import token_losses
 

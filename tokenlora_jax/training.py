@@ -29,7 +29,8 @@ from tokenlora_jax.checkpoint import Checkpoints
 from tokenlora_jax.config import Config, OptimConfig
 from tokenlora_jax.metrics import RunLog
 from tokenlora_jax.mixing.rules import Exact
-from tokenlora_jax.model.llama import Llama, causal_mask
+from tokenlora_jax.model.attention import causal_mask
+from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import (
   Adapters,
   Lora,

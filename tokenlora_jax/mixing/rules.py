@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from tokenlora_jax.config import check_choice
-from tokenlora_jax.model.llama import Adapt, Llama, causal_mask
+from tokenlora_jax.model.attention import causal_mask
+from tokenlora_jax.model.llama import Adapt, Llama
 from tokenlora_jax.model.lora import Adapters, Lora
 
 # (lora, x [B, T, in], gates [B, E] or [B, T, E]) -> [B, T, out]
@@ -49,14 +50,13 @@ class Exact:
   def __call__(self, lora, x, gates):
     if gates.ndim == 2:
       gates = gates[:, None]
-    low = jnp.einsum(
-      "bti,eri->bter",
-      x,
-      lora.a.astype(x.dtype),
-      preferred_element_type=jnp.float32,
-    )
-    low = (low * (gates * lora.scaling)[..., None]).astype(x.dtype)
-    return jnp.einsum("bter,ero->bto", low, lora.b.astype(x.dtype))
+    experts, rank, _ = lora.a.shape
+    # One plain matrix each: a product over two axes would be transposed first.
+    a = lora.a.reshape(experts * rank, -1).astype(x.dtype)
+    b = lora.b.reshape(experts * rank, -1).astype(x.dtype)
+    low = jnp.einsum("bti,ki->btk", x, a, preferred_element_type=jnp.float32)
+    weights = jnp.repeat(gates * lora.scaling, rank, axis=-1)
+    return jnp.einsum("btk,ko->bto", (low * weights).astype(x.dtype), b)
 
 
 RULES: dict[str, Rule] = {"exact": Exact()}

@@ -21,9 +21,11 @@ import math
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from tokenlora_jax.config import PROJECTIONS
+from tokenlora_jax.model.attention import ATTENTION, attention
 from tokenlora_jax.model.cache import KV, Cache
 from tokenlora_jax.model.config import LlamaConfig, RopeScaling
 from tokenlora_jax.model.lora import LayerLoras, Lora
@@ -35,11 +37,13 @@ MakeParameter = Callable[[str, tuple[int, ...]], jax.Array]
 # The adapters' part of a linear map: (lora, x [B, T, in], key) -> [B, T, out].
 Adapt = Callable[[Lora, jax.Array, jax.Array | None], jax.Array]
 
-# What a layer keeps for the backward pass. `elementwise` keeps products with
-# weights and recomputes norms, activations and attention from them.
+# What a layer keeps for the backward pass. `elementwise` keeps what projections
+# and attention give and recomputes norms and activations from it.
 REMAT_POLICIES = {
   "none": jax.checkpoint_policies.everything_saveable,
-  "elementwise": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "elementwise": jax.checkpoint_policies.save_only_these_names(
+    ATTENTION, *PROJECTIONS
+  ),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -115,63 +119,20 @@ def rope_frequencies(
   return frequencies
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   """Rotary position embedding (Su et al., 2021, eq. 34), halves paired.
 
   Args:
     x: [B, T, heads, H]; dimension i is paired with i + H/2.
-    angles: float32[B, T, H/2], radians.
+    cos: float32[B, T, 1, H/2], of the angles position times frequency.
+    sin: float32[B, T, 1, H/2].
 
   Returns:
     x rotated, in x's dtype; the rotation itself is float32.
   """
-  cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = (first * cos - second * sin, second * cos + first * sin)
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
-
-
-def attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
-) -> jax.Array:
-  """Grouped-query attention (Ainslie et al., 2023), softmax in float32.
-
-  softmax(q k^T / sqrt(H)) v, where G = N/K query heads share a kv head.
-
-  Args:
-    q: [B, T, N, H].
-    k: [B, S, K, H].
-    v: [B, S, K, H].
-    mask: bool[B, T, S], true where a query may look. A row that may look
-      nowhere (padding) gets the mean of v, not NaN.
-
-  Returns:
-    [B, T, N, H].
-  """
-  batch, length, heads, width = q.shape
-  grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
-  scores = jnp.einsum(
-    "btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32
-  )
-  scores = jnp.where(mask[:, None, None], scores / math.sqrt(width), -1e30)
-  shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  mixed = jnp.einsum("bkgts,bskh->btkgh", shares, v)
-  return mixed.reshape(q.shape)
-
-
-def causal_mask(segment_ids: jax.Array) -> jax.Array:
-  """Returns bool[B, T, T]: each token sees its segment up to itself.
-
-  Args:
-    segment_ids: int32[B, T]; 0 is padding, equal ids belong together.
-
-  Example:
-    >>> causal_mask(jnp.array([[1, 1, 2]]))[0].astype(int).tolist()
-    [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
-  """
-  length = segment_ids.shape[1]
-  same = segment_ids[:, :, None] == segment_ids[:, None, :]
-  return same & jnp.tril(jnp.ones((length, length), bool))
 
 
 class Layer(nnx.Module):
@@ -193,7 +154,7 @@ class Layer(nnx.Module):
   def __call__(
     self,
     x: jax.Array,
-    angles: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
     mask: jax.Array,
     kv: KV | None = None,
     slot: jax.Array | None = None,
@@ -211,12 +172,12 @@ class Layer(nnx.Module):
         fold = PROJECTIONS.index(name)
         lora_key = None if key is None else jax.random.fold_in(key, fold)
         y = y + adapt(loras[name], h, lora_key)
-      return y
+      return checkpoint_name(y, name)
 
     with jax.named_scope("attention"):
       h = rms_norm(x, self.attention_norm[...], config.norm_eps)
-      q = rotate(project("q", h).reshape(heads), angles)
-      k = rotate(project("k", h).reshape(heads), angles)
+      q = rotate(project("q", h).reshape(heads), *rotation)
+      k = rotate(project("k", h).reshape(heads), *rotation)
       v = project("v", h).reshape(heads)
       if kv is not None:
         kv = kv.write(k, v, slot)
@@ -307,7 +268,8 @@ class Llama(nnx.Module):
     frequencies = rope_frequencies(
       config.head_width, config.rope_theta, config.rope_scaling
     )
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    rotation = jnp.cos(angles), jnp.sin(angles)
     x = self.embedding[...][tokens]
     keys = None if key is None else jax.random.split(key, config.layers)
     run = functools.partial(Layer.__call__, adapt=adapt)
@@ -319,7 +281,7 @@ class Llama(nnx.Module):
 
       def body(x, per_layer):
         layer, loras, key = per_layer
-        return run(layer, x, angles, mask, loras=loras, key=key)[0], None
+        return run(layer, x, rotation, mask, loras=loras, key=key)[0], None
 
       x, _ = jax.lax.scan(body, x, (self.layers, loras, keys))
     else:
@@ -328,7 +290,7 @@ class Llama(nnx.Module):
         x, kv = run(
           layer,
           x,
-          angles,
+          rotation,
           mask,
           kv=None if cache is None else cache.layers[i],
           slot=None if cache is None else cache.slot,

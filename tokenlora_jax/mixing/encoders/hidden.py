@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenlora_jax.model.llama import Llama, causal_mask
+from tokenlora_jax.model.attention import causal_mask
+from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.text import encode_prompt
 
 # Texts are padded to a multiple of this, so that few shapes compile.

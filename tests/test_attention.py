@@ -1,0 +1,80 @@
+"""Attention: against torch forwards, against plain autodiff backwards."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from tokenlora_jax.model.attention import attention
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def some(kv_heads):
+  """Queries, keys, values and a mask: B 2, T 5, S 7, N 4, H 6."""
+  q = normal(2, 5, 4, 6)
+  k = normal(2, 7, kv_heads, 6, seed=1)
+  v = normal(2, 7, kv_heads, 6, seed=2)
+  mask = np.random.default_rng(3).random((2, 5, 7)) < 0.5
+  mask[:, :, 0] = True
+  return q, k, v, mask
+
+
+def slow(q, k, v, mask):
+  """Softmax attention with every kv head repeated, for autodiff."""
+  k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+  scores = jnp.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(q.shape[-1])
+  scores = jnp.where(mask[:, None], scores, -1e30)
+  return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_is_torchs(kv_heads):
+  q, k, v, mask = some(kv_heads)
+  heads_first = [torch.tensor(x).transpose(1, 2) for x in (q, k, v)]
+  want = torch.nn.functional.scaled_dot_product_attention(
+    *heads_first, torch.tensor(mask)[:, None], enable_gqa=True
+  ).transpose(1, 2)
+  got = attention(*map(jnp.asarray, (q, k, v, mask)))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_gradients_are_those_of_plain_autodiff(kv_heads):
+  *qkv, mask = map(jnp.asarray, some(kv_heads))
+  # One query sees nothing.
+  mask = mask.at[1, 2].set(False)
+  weights = jnp.asarray(normal(2, 5, 4, 6, seed=4))
+
+  def gradients(function):
+    return jax.grad(
+      lambda *qkv: jnp.sum(weights * function(*qkv, mask)), argnums=(0, 1, 2)
+    )(*qkv)
+
+  for got, want in zip(gradients(attention), gradients(slow), strict=True):
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_gradients_keep_the_dtype():
+  q, k, v, mask = map(jnp.asarray, some(2))
+  q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+  out, pull = jax.vjp(lambda *qkv: attention(*qkv, mask), q, k, v)
+  assert out.dtype == jnp.bfloat16
+  assert all(x.dtype == jnp.bfloat16 for x in pull(out))
+  np.testing.assert_allclose(
+    out.astype(jnp.float32),
+    slow(*(x.astype(jnp.float32) for x in (q, k, v)), mask),
+    atol=0.03,
+  )
+
+
+def test_a_query_that_sees_nothing_gets_numbers():
+  q, kv = jnp.asarray(normal(1, 1, 2, 4)), jnp.asarray(normal(1, 3, 1, 4))
+  got = attention(q, kv, kv, jnp.zeros((1, 1, 3), bool))
+  want = np.broadcast_to(kv.mean(axis=1, keepdims=True), q.shape)
+  np.testing.assert_allclose(got, want, atol=1e-6)

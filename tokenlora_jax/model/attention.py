@@ -1,0 +1,138 @@
+"""Attention of grouped queries, with a backward pass written by hand.
+
+All products have the kv heads in front and the queries of one kv head in one
+matrix, so that nothing is transposed between them.
+
+Axis letters: B batch, T query length, S key/value length, N query heads, K kv
+heads, G = N/K, H head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+# The name under which the output and the sums of a forward pass may be saved
+# for the backward pass, which then need not run the forward pass again.
+ATTENTION = "attention"
+
+# Axes of [B, K, rows, x] times [B, K, columns, y] that a product sums over.
+_HEADS = ((0, 1), (0, 1))
+_X_AND_Y = (((3,), (3,)), _HEADS)
+_X_AND_COLUMNS = (((3,), (2,)), _HEADS)
+_ROWS_AND_COLUMNS = (((2,), (2,)), _HEADS)
+
+
+@jax.custom_vjp
+def attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """Grouped-query attention (Ainslie et al., 2023), softmax in float32.
+
+  softmax(q k^T / sqrt(H)) v, where G = N/K query heads share a kv head. As in
+  FlashAttention (Dao et al., 2022, algorithms 1 and 4) the weights are divided
+  by their sum after the product with v, and the backward pass makes them again
+  from q, k and the sum: it needs nothing of [T, S], and no sum over it.
+
+  Args:
+    q: [B, T, N, H].
+    k: [B, S, K, H].
+    v: [B, S, K, H].
+    mask: bool[B, T, S], true where a query may look. A row that may look
+      nowhere (padding) gets the mean of v, not NaN.
+
+  Returns:
+    [B, T, N, H].
+
+  Example:
+    >>> x = jnp.ones((1, 2, 1, 4))
+    >>> attention(x, x, 3 * x, causal_mask(jnp.ones((1, 2), int)))[0, 1, 0, 0]
+    Array(3., dtype=float32)
+  """
+  return _forward(q, k, v, mask)[0]
+
+
+def _forward(q, k, v, mask):
+  length = q.shape[1]
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+  q = _by_kv_head(q, k.shape[1])
+  scores = _scores(q, k, mask)
+  highest = scores.max(axis=-1, keepdims=True)
+  weights = jnp.exp(scores - highest)
+  total = weights.sum(axis=-1, keepdims=True)
+  mixed = _dot(weights.astype(v.dtype), v, _X_AND_COLUMNS) / total
+  mixed, highest, total = checkpoint_name(
+    (mixed.astype(v.dtype), highest, total), ATTENTION
+  )
+  return _by_token(mixed, length), (q, k, v, mask, mixed, highest, total)
+
+
+def _backward(saved, gradient):
+  q, k, v, mask, mixed, highest, total = saved
+  length = gradient.shape[1]
+  gradient = _by_kv_head(gradient, k.shape[1])
+  weights = jnp.exp(_scores(q, k, mask) - highest) / total
+  # The softmax's own sum, sum_s weight_s (gradient . v_s) = gradient . mixed.
+  own = jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1, keepdims=True)
+  of_scores = weights * (_dot(gradient, v, _X_AND_Y) - own)
+  of_scores = _where(mask, of_scores / math.sqrt(q.shape[-1]), 0.0)
+  of_scores = of_scores.astype(q.dtype)
+  of_q = _dot(of_scores, k, _X_AND_COLUMNS)
+  of_k = _dot(of_scores, q, _ROWS_AND_COLUMNS)
+  of_v = _dot(weights.astype(v.dtype), gradient, _ROWS_AND_COLUMNS)
+  return (
+    _by_token(of_q, length).astype(q.dtype),
+    of_k.swapaxes(1, 2).astype(k.dtype),
+    of_v.swapaxes(1, 2).astype(v.dtype),
+    None,
+  )
+
+
+attention.defvjp(_forward, _backward)
+
+
+def _dot(x, y, axes):
+  return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
+
+
+def _scores(q, k, mask):
+  """Returns float32[B, K, G*T, S], -1e30 where a query may not look."""
+  return _where(mask, _dot(q, k, _X_AND_Y) / math.sqrt(q.shape[-1]), -1e30)
+
+
+def _where(mask, scores, other):
+  by_query = scores.reshape(*scores.shape[:2], -1, *mask.shape[1:])
+  kept = jnp.where(mask[:, None, None], by_query, other)
+  return kept.reshape(scores.shape)
+
+
+def _by_kv_head(x, kv_heads):
+  """Returns [B, T, N, H] as [B, K, G*T, H]."""
+  batch, length, heads, width = x.shape
+  x = x.reshape(batch, length, kv_heads, heads // kv_heads, width)
+  return x.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width)
+
+
+def _by_token(x, length):
+  """Returns [B, K, G*T, H] as [B, T, N, H]."""
+  batch, kv_heads, _, width = x.shape
+  x = x.reshape(batch, kv_heads, -1, length, width)
+  return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, width)
+
+
+def causal_mask(segment_ids: jax.Array) -> jax.Array:
+  """Returns bool[B, T, T]: each token sees its segment up to itself.
+
+  Args:
+    segment_ids: int32[B, T]; 0 is padding, equal ids belong together.
+
+  Example:
+    >>> causal_mask(jnp.array([[1, 1, 2]]))[0].astype(int).tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+  """
+  length = segment_ids.shape[1]
+  same = segment_ids[:, :, None] == segment_ids[:, None, :]
+  return same & jnp.tril(jnp.ones((length, length), bool))
