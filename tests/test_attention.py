@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokenlora_jax.model.attention import attention
+from tokenlora_jax.model.attention import attention, cached_attention
 
 
 def normal(*shape, seed=0):
@@ -58,6 +58,16 @@ def test_gradients_are_those_of_plain_autodiff(kv_heads):
 
   for got, want in zip(gradients(attention), gradients(slow), strict=True):
     np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_a_cache_and_new_tokens_are_one_sequence():
+  q, k, v, _ = map(jnp.asarray, some(2))
+  mask = jnp.asarray(np.random.default_rng(5).random((2, 5, 7)) < 0.5)
+  mask = mask.at[0, 1].set(False)
+  q, mask = q[:, :3], mask[:, :3]
+  cached = (x[:, :4].swapaxes(1, 2) for x in (k, v))
+  got = cached_attention(q, k[:, 4:], v[:, 4:], *cached, mask)
+  np.testing.assert_allclose(got, attention(q, k, v, mask), atol=1e-6)
 
 
 def test_gradients_keep_the_dtype():

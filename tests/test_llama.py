@@ -1,5 +1,8 @@
 """The Llama against transformers: modules first, then whole models."""
 
+import functools
+import re
+
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -12,8 +15,8 @@ from transformers.models.llama import modeling_llama as theirs
 from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.mixing.rules import Exact, forward, mixture
 from tokenlora_jax.model.attention import causal_mask
-from tokenlora_jax.model.cache import Cache
-from tokenlora_jax.model.config import PRESETS, RopeScaling
+from tokenlora_jax.model.cache import KV, Cache
+from tokenlora_jax.model.config import RopeScaling
 from tokenlora_jax.model.llama import rms_norm, rope_frequencies, rotate
 from tokenlora_jax.model.lora import random_adapters
 from tokenlora_jax.model.loss import token_losses
@@ -168,7 +171,7 @@ class TestModules:
     mask = causal_mask(jnp.ones((2, 9), int))
     rotation = jnp.cos(angles), jnp.sin(angles)
     got, kv = base.layers[1](jnp.asarray(x), rotation, mask)
-    assert kv is None
+    assert kv.k.shape == (2, base.config.kv_heads, 9, 16)
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
@@ -212,13 +215,8 @@ class TestCache:
     adapters = random_adapters(base, experts=2, rank=3)
     gates = jnp.asarray([[0.4, 0.6], [1.0, 0.0], [-0.5, 1.0]])
     run = jax.jit(
-      lambda tokens, cache: base(
-        tokens,
-        cache.positions(tokens.shape[1]),
-        cache.mask(tokens.shape[1]),
-        cache=cache,
-        loras=adapters.layers,
-        adapt=mixture(Exact(), gates),
+      functools.partial(
+        base, loras=adapters.layers, adapt=mixture(Exact(), gates)
       )
     )
     # Row b reads tokens[b]; its pad slots hold a token that must not be seen.
@@ -226,13 +224,25 @@ class TestCache:
     prompt = np.full((3, 7), 49)
     for row, n in enumerate(lengths):
       prompt[row, 7 - n :] = tokens[row, :n]
-    cache = Cache.empty(base.config, jnp.asarray(pad), 7 + steps + 2, "float32")
-    hidden, cache = run(jnp.asarray(prompt), cache)
+    places = np.arange(7) - pad[:, None]
+    hidden, layers = run(
+      jnp.asarray(prompt),
+      jnp.maximum(places, 0),
+      causal_mask(jnp.asarray(places >= 0, int)),
+    )
+    cache = Cache.of_prompt(layers, jnp.asarray(pad), 7 + steps + 2)
     assert cache.slot == 7
     outputs = [hidden]
-    for i in range(steps):
-      token = tokens[np.arange(3), lengths + i][:, None]
-      hidden, cache = run(jnp.asarray(token), cache)
+    # One token, then three at once, then one by one.
+    for first, last in ((0, 1), (1, 4), (4, 5), (5, 6)):
+      columns = lengths[:, None] + np.arange(first, last)
+      new = np.take_along_axis(tokens, columns, axis=1)
+      hidden, cache = run(
+        jnp.asarray(new),
+        cache.positions(last - first),
+        cache.mask(last - first),
+        cache,
+      )
       outputs.append(hidden)
     assert cache.slot == 7 + steps
     got = base.logits(jnp.concatenate(outputs, axis=1))
@@ -243,23 +253,50 @@ class TestCache:
       )
 
   def test_positions_and_mask_of_a_padded_row(self):
-    cache = Cache.empty(
-      PRESETS["tiny"], jnp.asarray([0, 2]), slots=6, dtype="bfloat16"
-    )
-    assert cache.positions(4).tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
-    assert cache.mask(4)[1].astype(int).tolist() == [
-      [0, 0, 0, 0, 0, 0],
-      [0, 0, 0, 0, 0, 0],
-      [0, 0, 1, 0, 0, 0],
-      [0, 0, 1, 1, 0, 0],
+    empty = KV(jnp.zeros((2, 1, 3, 4)), jnp.zeros((2, 1, 3, 4)))
+    cache = Cache.of_prompt([empty], jnp.asarray([0, 2]), slots=6)
+    assert cache.layers[0].k.shape == (2, 1, 6, 4)
+    assert cache.positions(2).tolist() == [[3, 4], [1, 2]]
+    assert cache.mask(2).astype(int).tolist() == [
+      [[1, 1, 1, 0, 0, 0, 1, 0], [1, 1, 1, 0, 0, 0, 1, 1]],
+      [[0, 0, 1, 0, 0, 0, 1, 0], [0, 0, 1, 0, 0, 0, 1, 1]],
     ]
-    later = Cache(cache.layers, jnp.int32(3), cache.pad)
-    assert later.positions(1).tolist() == [[3], [1]]
-    assert later.mask(1)[1].astype(int).tolist() == [[0, 0, 1, 1, 0, 0]]
+
+  def test_appended_tokens_lie_in_their_slots(self):
+    old = KV(jnp.zeros((1, 1, 2, 1)), jnp.zeros((1, 1, 2, 1)))
+    new = KV(jnp.ones((1, 1, 1, 1)), 2 * jnp.ones((1, 1, 1, 1)))
+    cache = Cache.of_prompt([old], jnp.zeros(1, int), slots=4)
+    # Whatever `after` is, it moves nothing.
+    for after, slot in ((jnp.nan, 3), (-7.0, 4)):
+      cache = cache.append([new], jnp.full(2, after))
+      assert cache.slot == slot
+    assert cache.layers[0].k.ravel().tolist() == [0, 0, 1, 1]
+    assert cache.layers[0].v.ravel().tolist() == [0, 0, 2, 2]
+
+  def test_steps_write_it_in_place(self):
+    base = load_base("random:tiny", "float32")
+    tokens = jnp.ones((1, 3), int)
+    _, layers = base(tokens, jnp.arange(3)[None], causal_mask(tokens))
+    cache = Cache.of_prompt(layers, jnp.zeros(1, int), slots=8)
+
+    def steps(base, cache):
+      def step(carry, _):
+        token, cache = carry
+        hidden, cache = base(token, cache.positions(1), cache.mask(1), cache)
+        return (base.logits(hidden).argmax(-1), cache), None
+
+      return jax.lax.scan(step, (tokens[:, :1], cache), length=4)[0]
+
+    compiled = jax.jit(steps, donate_argnums=1).lower(base, cache).compile()
+    shape = ",".join(map(str, cache.layers[0].k.shape))
+    made = re.findall(rf"f32\[{shape}\]\S* ([\w-]+)\(", compiled.as_text())
+    assert "dynamic-update-slice" in made
+    assert "copy" not in made
 
   def test_stacked_layers_do_not_decode(self, model):
     base = load_base(model("tied")[1], "float32", stacked=True)
-    cache = Cache.empty(base.config, jnp.zeros(1, int), 4, "float32")
+    kv = KV(jnp.zeros((1, 4, 1, 16)), jnp.zeros((1, 4, 1, 16)))
+    cache = Cache.of_prompt([kv] * 2, jnp.zeros(1, int), 4)
     with pytest.raises(ValueError, match="list layout"):
       base(
         jnp.zeros((1, 1), int), cache.positions(1), cache.mask(1), cache=cache

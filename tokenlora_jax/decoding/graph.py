@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from tokenlora_jax.mixing.rules import mixture
+from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.cache import Cache
 
 
@@ -57,18 +58,17 @@ class DecodeState:
 @functools.partial(jax.jit, static_argnames=("rule", "slots"))
 def prefill(base, loras, gates, tokens, pad, *, rule, slots):
   """Reads padded prompts [B, P]; returns (cache, sum of hidden [B, D])."""
-  length = tokens.shape[1]
-  cache = Cache.empty(base.config, pad, slots, base.dtype)
+  places = jnp.arange(tokens.shape[1]) - pad[:, None]
+  real = places >= 0
   with jax.named_scope("prefill"):
-    hidden, cache = base(
+    hidden, layers = base(
       tokens,
-      cache.positions(length),
-      cache.mask(length),
-      cache,
+      jnp.maximum(places, 0),
+      causal_mask(real.astype(jnp.int32)),
       loras=loras,
       adapt=None if rule is None else mixture(rule, gates),
     )
-  real = jnp.arange(length)[None] >= pad[:, None]
+  cache = Cache.of_prompt(layers, pad, slots)
   return cache, jnp.sum(hidden * real[..., None], axis=1, dtype=jnp.float32)
 
 

@@ -9,6 +9,7 @@ heads, G = N/K, H head width.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -59,14 +60,8 @@ def _forward(q, k, v, mask):
   length = q.shape[1]
   k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
   q = _by_kv_head(q, k.shape[1])
-  scores = _scores(q, k, mask)
-  highest = scores.max(axis=-1, keepdims=True)
-  weights = jnp.exp(scores - highest)
-  total = weights.sum(axis=-1, keepdims=True)
-  mixed = _dot(weights.astype(v.dtype), v, _X_AND_COLUMNS) / total
-  mixed, highest, total = checkpoint_name(
-    (mixed.astype(v.dtype), highest, total), ATTENTION
-  )
+  sums = _attend(q, ((k, v, mask),))
+  mixed, highest, total = checkpoint_name(sums, ATTENTION)
   return _by_token(mixed, length), (q, k, v, mask, mixed, highest, total)
 
 
@@ -92,6 +87,62 @@ def _backward(saved, gradient):
 
 
 attention.defvjp(_forward, _backward)
+
+
+def cached_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  cached_k: jax.Array,
+  cached_v: jax.Array,
+  mask: jax.Array,
+) -> jax.Array:
+  """Attention of new tokens over a cache and over themselves.
+
+  The same as `attention` over the cache and the new keys and values in one
+  array, without making that array.
+
+  Args:
+    q: [B, T, N, H].
+    k: [B, T, K, H], of the new tokens.
+    v: [B, T, K, H].
+    cached_k: [B, K, S, H].
+    cached_v: [B, K, S, H].
+    mask: bool[B, T, S + T], the cache first.
+
+  Returns:
+    [B, T, N, H].
+
+  Example:
+    >>> x, cached = jnp.ones((1, 1, 1, 4)), jnp.ones((1, 1, 3, 4))
+    >>> mask = jnp.array([[[True, False, False, True]]])
+    >>> cached_attention(x, x, 4 * x, cached, 2 * cached, mask)[0, 0, 0, 0]
+    Array(3., dtype=float32)
+  """
+  length, slots = q.shape[1], cached_k.shape[2]
+  q = _by_kv_head(q, cached_k.shape[1])
+  cached = cached_k, cached_v, mask[..., :slots]
+  new = k.swapaxes(1, 2), v.swapaxes(1, 2), mask[..., slots:]
+  return _by_token(_attend(q, (cached, new))[0], length)
+
+
+def _attend(q, parts):
+  """Attends over several (k, v, mask) as if they were one.
+
+  Returns (mixed [B, K, G*T, H], highest score and sum of weights, float32[B, K,
+  G*T, 1]).
+  """
+  scores = [_scores(q, k, mask) for k, _, mask in parts]
+  highest = functools.reduce(
+    jnp.maximum, [x.max(axis=-1, keepdims=True) for x in scores]
+  )
+  weights = [jnp.exp(x - highest) for x in scores]
+  total = sum(x.sum(axis=-1, keepdims=True) for x in weights)
+  mixed = sum(
+    _dot(x.astype(v.dtype), v, _X_AND_COLUMNS)
+    for x, (_, v, _) in zip(weights, parts, strict=True)
+  )
+  return (mixed / total).astype(q.dtype), highest, total
 
 
 def _dot(x, y, axes):

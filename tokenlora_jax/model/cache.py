@@ -5,34 +5,29 @@ so that a step is one in-place write. A row of length n in a bucket of P slots
 starts at slot P - n: it has `pad` = P - n unused slots, and the token in slot s
 stands at position s - pad.
 
+A step reads the cache as it was and adds its own token beside it (see
+`attention.cached_attention`); what it read is written back at its end. A cache
+that were written first and read then would be copied in every step.
+
 Axis letters: B batch, T query length, S slots, K kv heads, H head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from tokenlora_jax.model.config import LlamaConfig
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KV:
-  """Keys and values of one layer, [B, S, K, H] each."""
+  """Keys and values of one layer, [B, K, S, H] each."""
 
   k: jax.Array
   v: jax.Array
-
-  def write(self, k: jax.Array, v: jax.Array, slot: jax.Array) -> KV:
-    """Returns the cache with k and v [B, T, K, H] in slots slot, slot+1, ..."""
-    place = (0, slot, 0, 0)
-    return KV(
-      jax.lax.dynamic_update_slice(self.k, k, place),
-      jax.lax.dynamic_update_slice(self.v, v, place),
-    )
 
 
 @jax.tree_util.register_dataclass
@@ -51,14 +46,36 @@ class Cache:
   pad: jax.Array
 
   @classmethod
-  def empty(cls, config: LlamaConfig, pad: jax.Array, slots: int, dtype):
-    """Returns a cache of `slots` slots with nothing written."""
-    shape = (pad.shape[0], slots, config.kv_heads, config.head_width)
-    layers = tuple(
-      KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-      for _ in range(config.layers)
+  def of_prompt(cls, layers: Sequence[KV], pad: jax.Array, slots: int) -> Cache:
+    """Returns a cache of `slots` slots of which a prompt fills the first ones.
+
+    Args:
+      layers: keys and values of the prompt's P tokens, a `KV` a layer.
+      pad: int32[B].
+      slots: S, at least P.
+    """
+    length = layers[0].k.shape[2]
+    room = ((0, 0), (0, 0), (0, slots - length), (0, 0))
+    grown = jax.tree.map(lambda x: jnp.pad(x, room), tuple(layers))
+    return cls(grown, jnp.int32(length), pad)
+
+  def append(self, layers: Sequence[KV], after: jax.Array) -> Cache:
+    """Returns the cache with T more tokens, written in place inside a jit.
+
+    Args:
+      layers: keys and values of the tokens, a `KV` a layer.
+      after: any value computed from all that was read of this cache. XLA
+        writes in place only where it can tell that all reads come first.
+    """
+    # Always 0, but not before `after` is known.
+    zero = jnp.clip(after.ravel()[0].astype(jnp.int32), 0, 0)
+    place = (0, 0, self.slot + zero, 0)
+    written = jax.tree.map(
+      lambda old, new: jax.lax.dynamic_update_slice(old, new, place),
+      self.layers,
+      tuple(layers),
     )
-    return cls(layers, jnp.int32(0), pad)
+    return Cache(written, self.slot + layers[0].k.shape[2], self.pad)
 
   def positions(self, length: int) -> jax.Array:
     """Returns int32[B, T], the positions of the next `length` tokens.
@@ -69,12 +86,18 @@ class Cache:
     return jnp.maximum(slots[None] - self.pad[:, None], 0)
 
   def mask(self, length: int) -> jax.Array:
-    """Returns bool[B, T, S]: which slots the next `length` tokens may see.
+    """Returns bool[B, T, S + T]: what the next `length` tokens may see.
 
-    Row b, with pad 2, in a cache of 6 slots of which 3 are written, the next
-    token (slot 3) sees slots 2 and 3:  . . x x . .
+    Row b, with pad 2, in a cache of 6 slots of which 3 are written: the next
+    token (slot 3) sees slot 2 and itself:  . . x . . . | x
     """
-    slots = jnp.arange(self.layers[0].k.shape[1])
-    written = slots[None] <= (self.slot + jnp.arange(length))[:, None]
-    real = slots[None] >= self.pad[:, None]
-    return written[None] & real[:, None]
+    slots = jnp.arange(self.layers[0].k.shape[2])
+    written = (slots < self.slot) & (slots >= self.pad[:, None])
+    cached = jnp.broadcast_to(
+      written[:, None], (len(self.pad), length, len(slots))
+    )
+    new = jnp.broadcast_to(
+      jnp.tril(jnp.ones((length, length), bool)),
+      (len(self.pad), length, length),
+    )
+    return jnp.concatenate([cached, new], axis=-1)

@@ -25,7 +25,11 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from tokenlora_jax.config import PROJECTIONS
-from tokenlora_jax.model.attention import ATTENTION, attention
+from tokenlora_jax.model.attention import (
+  ATTENTION,
+  attention,
+  cached_attention,
+)
 from tokenlora_jax.model.cache import KV, Cache
 from tokenlora_jax.model.config import LlamaConfig, RopeScaling
 from tokenlora_jax.model.lora import LayerLoras, Lora
@@ -156,13 +160,12 @@ class Layer(nnx.Module):
     x: jax.Array,
     rotation: tuple[jax.Array, jax.Array],
     mask: jax.Array,
-    kv: KV | None = None,
-    slot: jax.Array | None = None,
+    cached: KV | None = None,
     loras: LayerLoras | None = None,
     adapt: Adapt | None = None,
     key: jax.Array | None = None,
-  ) -> tuple[jax.Array, KV | None]:
-    """Returns (x [B, T, D], the cache with this layer's keys and values)."""
+  ) -> tuple[jax.Array, KV]:
+    """Returns (x [B, T, D], the keys and values of its tokens)."""
     config = self.config
     heads = (*x.shape[:2], -1, config.head_width)
 
@@ -179,15 +182,16 @@ class Layer(nnx.Module):
       q = rotate(project("q", h).reshape(heads), *rotation)
       k = rotate(project("k", h).reshape(heads), *rotation)
       v = project("v", h).reshape(heads)
-      if kv is not None:
-        kv = kv.write(k, v, slot)
-        k, v = kv.k, kv.v
-      mixed = attention(q, k, v, mask)
+      if cached is None:
+        mixed = attention(q, k, v, mask)
+      else:
+        mixed = cached_attention(q, k, v, cached.k, cached.v, mask)
       x = x + project("o", mixed.reshape(*x.shape[:2], -1))
     with jax.named_scope("mlp"):
       h = rms_norm(x, self.mlp_norm[...], config.norm_eps)
       hidden = jax.nn.silu(project("gate", h)) * project("up", h)
-      return x + project("down", hidden), kv
+      x = x + project("down", hidden)
+    return x, KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
 class Llama(nnx.Module):
@@ -246,14 +250,15 @@ class Llama(nnx.Module):
     adapt: Adapt | None = None,
     key: jax.Array | None = None,
     remat: str = "none",
-  ) -> tuple[jax.Array, Cache | None]:
+  ) -> tuple[jax.Array, Cache | tuple[KV, ...] | None]:
     """Runs the layers.
 
     Args:
       tokens: int32[B, T].
       positions: int32[B, T], for the rotary embedding.
-      mask: bool[B, T, S], which keys each query may see.
-      cache: written at its slot and read, if given (list layout only).
+      mask: bool[B, T, T], which tokens each may see; with a cache bool[B, T,
+        S + T], which slots and tokens.
+      cache: what came before the tokens, if anything (list layout only).
       loras: adapters, a mapping a layer; for stacked layers one mapping whose
         leaves have a leading L.
       adapt: what the adapters add to a linear map (a mixing rule).
@@ -262,7 +267,8 @@ class Llama(nnx.Module):
         `REMAT_POLICIES`.
 
     Returns:
-      (hidden [B, T, D] after the final norm, the advanced cache).
+      (hidden [B, T, D] after the final norm; the cache with the tokens, or
+      without a cache a `KV` of them a layer, or None for stacked layers).
     """
     config = self.config
     frequencies = rope_frequencies(
@@ -284,6 +290,7 @@ class Llama(nnx.Module):
         return run(layer, x, rotation, mask, loras=loras, key=key)[0], None
 
       x, _ = jax.lax.scan(body, x, (self.layers, loras, keys))
+      kvs = None
     else:
       kvs = []
       for i, layer in enumerate(self.layers):
@@ -292,15 +299,14 @@ class Llama(nnx.Module):
           x,
           rotation,
           mask,
-          kv=None if cache is None else cache.layers[i],
-          slot=None if cache is None else cache.slot,
+          cached=None if cache is None else cache.layers[i],
           loras=loras[i] if loras and i < len(loras) else None,
           key=None if keys is None else keys[i],
         )
         kvs.append(kv)
-      if cache is not None:
-        cache = Cache(tuple(kvs), cache.slot + tokens.shape[1], cache.pad)
-    return rms_norm(x, self.norm[...], config.norm_eps), cache
+      kvs = tuple(kvs)
+    hidden = rms_norm(x, self.norm[...], config.norm_eps)
+    return hidden, kvs if cache is None else cache.append(kvs, after=hidden)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Returns float32[..., V] for hidden [..., D]."""
