@@ -235,7 +235,7 @@ def main() -> None:
   parser.add_argument("--seq", type=int, default=128, help="T in training")
   parser.add_argument("--rows", type=int, default=8, help="rows of a step")
   parser.add_argument("--remat", default="elementwise")
-  parser.add_argument("--repeat", type=int, default=3, help="the best counts")
+  parser.add_argument("--repeat", type=int, default=5, help="the best counts")
   parser.add_argument("--peer", help="path of a peer's script")
   args = parser.parse_args()
   if args.peer and not Path(args.peer).is_file():
