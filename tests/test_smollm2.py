@@ -51,15 +51,20 @@ def reference(base):
     "lm_head.weight": tensor(base.embedding),
     "model.norm.weight": tensor(base.norm),
   }
-  attention = {p: f"self_attn.{p}_proj" for p in "qkvo"}
-  mlp = {p: f"mlp.{p}_proj" for p in ("gate", "up", "down")}
+  modules = {"o": "self_attn.o_proj"}
+  modules |= {p: f"mlp.{p}_proj" for p in ("gate", "up", "down")}
   for i, layer in enumerate(base.layers):
     name = f"model.layers.{i}"
     state[f"{name}.input_layernorm.weight"] = tensor(layer.attention_norm)
     state[f"{name}.post_attention_layernorm.weight"] = tensor(layer.mlp_norm)
-    for ours, theirs in (attention | mlp).items():
+    for ours, theirs in modules.items():
       kernel = tensor(getattr(layer, ours).kernel)
       state[f"{name}.{theirs}.weight"] = kernel.T
+    # [D, K, G + 2, H]: of each kv head its queries, its key, its value.
+    qkv = tensor(layer.qkv.kernel)
+    parts = {"q": qkv[:, :, :-2], "k": qkv[:, :, -2], "v": qkv[:, :, -1]}
+    for p, part in parts.items():
+      state[f"{name}.self_attn.{p}_proj.weight"] = part.flatten(1).T
   model = model.to_empty(device="cpu")
   model.load_state_dict(state)
   # What the meta device left empty: the rotary frequencies.

@@ -68,6 +68,41 @@ class Linear(nnx.Module):
     return y if self.bias is None else y + self.bias[...]
 
 
+class QKV(nnx.Module):
+  """Queries, keys and values of one input, as one product.
+
+  The kernel is [D, K, G + 2, H]: of every kv head its G query heads, its key
+  and its value. So one product reads all three, and what a kv head needs is
+  never split.
+  """
+
+  def __init__(self, name, config: LlamaConfig, make: MakeParameter, stack):
+    self.config = config
+
+    def joined(leaf, axes):
+      parts = [
+        make(f"{name}.{p}.{leaf}", (*stack, *config.projection_shapes[p][axes]))
+        for p in "qkv"
+      ]
+      heads = [self._by_head(part) for part in parts]
+      return nnx.Param(jnp.concatenate(heads, axis=-2))
+
+    self.kernel = joined("kernel", slice(None))
+    self.bias = joined("bias", slice(1, None)) if config.qkv_bias else None
+
+  def _by_head(self, x):
+    config = self.config
+    return x.reshape(*x.shape[:-1], config.kv_heads, -1, config.head_width)
+
+  def __call__(self, x):
+    """Returns q [B, T, N*H], k [B, T, K*H] and v [B, T, K*H]."""
+    y = jnp.einsum("btd,dkgh->btkgh", x, self.kernel[...])
+    if self.bias is not None:
+      y = y + self.bias[...]
+    parts = y[..., :-2, :], y[..., -2, :], y[..., -1, :]
+    return [part.reshape(*x.shape[:2], -1) for part in parts]
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   """Root-mean-square norm (Zhang and Sennrich, 2019, eq. 4), in float32.
 
@@ -148,12 +183,16 @@ class Layer(nnx.Module):
       make(f"{name}.attention_norm", (*stack, config.width))
     )
     self.mlp_norm = nnx.Param(make(f"{name}.mlp_norm", (*stack, config.width)))
-    has_bias = dict.fromkeys("qkv", config.qkv_bias) | {"o": config.o_bias}
-    for p, shape in config.projection_shapes.items():
-      linear = Linear(
-        f"{name}.{p}", make, (*stack, *shape), has_bias.get(p, config.mlp_bias)
-      )
-      setattr(self, p, linear)
+    self.qkv = QKV(name, config, make, stack)
+
+    def linear(p, has_bias):
+      shape = *stack, *config.projection_shapes[p]
+      return Linear(f"{name}.{p}", make, shape, has_bias)
+
+    self.o = linear("o", config.o_bias)
+    self.gate = linear("gate", config.mlp_bias)
+    self.up = linear("up", config.mlp_bias)
+    self.down = linear("down", config.mlp_bias)
 
   def __call__(
     self,
@@ -169,8 +208,7 @@ class Layer(nnx.Module):
     config = self.config
     heads = (*x.shape[:2], -1, config.head_width)
 
-    def project(name, h):
-      y = getattr(self, name)(h)
+    def adapted(name, h, y):
       if loras and name in loras:
         fold = PROJECTIONS.index(name)
         lora_key = None if key is None else jax.random.fold_in(key, fold)
@@ -179,18 +217,22 @@ class Layer(nnx.Module):
 
     with jax.named_scope("attention"):
       h = rms_norm(x, self.attention_norm[...], config.norm_eps)
-      q = rotate(project("q", h).reshape(heads), *rotation)
-      k = rotate(project("k", h).reshape(heads), *rotation)
-      v = project("v", h).reshape(heads)
+      q, k, v = (
+        adapted(name, h, y).reshape(heads)
+        for name, y in zip("qkv", self.qkv(h), strict=True)
+      )
+      q, k = rotate(q, *rotation), rotate(k, *rotation)
       if cached is None:
         mixed = attention(q, k, v, mask)
       else:
         mixed = cached_attention(q, k, v, cached.k, cached.v, mask)
-      x = x + project("o", mixed.reshape(*x.shape[:2], -1))
+      mixed = mixed.reshape(*x.shape[:2], -1)
+      x = x + adapted("o", mixed, self.o(mixed))
     with jax.named_scope("mlp"):
       h = rms_norm(x, self.mlp_norm[...], config.norm_eps)
-      hidden = jax.nn.silu(project("gate", h)) * project("up", h)
-      x = x + project("down", hidden)
+      gate = adapted("gate", h, self.gate(h))
+      hidden = jax.nn.silu(gate) * adapted("up", h, self.up(h))
+      x = x + adapted("down", hidden, self.down(hidden))
     return x, KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
@@ -207,8 +249,8 @@ class Llama(nnx.Module):
   Example:
     >>> from tokenlora_jax.model.config import PRESETS
     >>> base = Llama(PRESETS["tiny"], lambda name, shape: jnp.ones(shape))
-    >>> base.layers[0].q.kernel.shape
-    (64, 64)
+    >>> base.layers[0].qkv.kernel.shape
+    (64, 2, 4, 16)
   """
 
   def __init__(
