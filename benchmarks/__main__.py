@@ -11,9 +11,9 @@ and of the base and the adapters.
 
 The peer is a script that takes `decode --mode base|cat|tle --size S --prompt P
 --new N --rank R --experts E` and `train --size S --seq T --batch B --rank R`
-and prints one line of JSON with `seconds_a_step`. It runs without GLIBC_TUNABLES,
-since huge pages, which speed up our training, slow down its. Figures compare only
-within one run on one otherwise idle machine.
+and prints one line of JSON with `seconds_a_step`. It runs without
+GLIBC_TUNABLES, since huge pages, which speed up our training, slow down its.
+Figures compare only within one run on one otherwise idle machine.
 """
 
 import argparse

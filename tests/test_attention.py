@@ -6,20 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import normal
 import torch
 
 from tokenlora_jax.model.attention import attention, cached_attention
 
 
-def normal(*shape, seed=0):
-  return np.random.default_rng(seed).standard_normal(shape, np.float32)
-
-
 def some(kv_heads):
   """Queries, keys, values and a mask: B 2, T 5, S 7, N 4, H 6."""
   q = normal(2, 5, 4, 6)
-  k = normal(2, 7, kv_heads, 6, seed=1)
-  v = normal(2, 7, kv_heads, 6, seed=2)
+  k = normal(2, kv_heads, 7, 6, seed=1)
+  v = normal(2, kv_heads, 7, 6, seed=2)
   mask = np.random.default_rng(3).random((2, 5, 7)) < 0.5
   mask[:, :, 0] = True
   return q, k, v, mask
@@ -27,16 +24,20 @@ def some(kv_heads):
 
 def slow(q, k, v, mask):
   """Softmax attention with every kv head repeated, for autodiff."""
-  k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-  scores = jnp.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(q.shape[-1])
+  k, v = (jnp.repeat(x, q.shape[2] // x.shape[1], axis=1) for x in (k, v))
+  scores = jnp.einsum("btnh,bnsh->bnts", q, k) / math.sqrt(q.shape[-1])
   scores = jnp.where(mask[:, None], scores, -1e30)
-  return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
+  return jnp.einsum("bnts,bnsh->btnh", jax.nn.softmax(scores), v)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_is_torchs(kv_heads):
   q, k, v, mask = some(kv_heads)
-  heads_first = [torch.tensor(x).transpose(1, 2) for x in (q, k, v)]
+  heads_first = (
+    torch.tensor(q).transpose(1, 2),
+    torch.tensor(k),
+    torch.tensor(v),
+  )
   want = torch.nn.functional.scaled_dot_product_attention(
     *heads_first, torch.tensor(mask)[:, None], enable_gqa=True
   ).transpose(1, 2)
@@ -65,8 +66,8 @@ def test_a_cache_and_new_tokens_are_one_sequence():
   mask = jnp.asarray(np.random.default_rng(5).random((2, 5, 7)) < 0.5)
   mask = mask.at[0, 1].set(False)
   q, mask = q[:, :3], mask[:, :3]
-  cached = (x[:, :4].swapaxes(1, 2) for x in (k, v))
-  got = cached_attention(q, k[:, 4:], v[:, 4:], *cached, mask)
+  cached = (x[:, :, :4] for x in (k, v))
+  got = cached_attention(q, k[:, :, 4:], v[:, :, 4:], *cached, mask)
   np.testing.assert_allclose(got, attention(q, k, v, mask), atol=1e-6)
 
 
@@ -84,7 +85,7 @@ def test_gradients_keep_the_dtype():
 
 
 def test_a_query_that_sees_nothing_gets_numbers():
-  q, kv = jnp.asarray(normal(1, 1, 2, 4)), jnp.asarray(normal(1, 3, 1, 4))
+  q, kv = jnp.asarray(normal(1, 1, 2, 4)), jnp.asarray(normal(1, 1, 3, 4))
   got = attention(q, kv, kv, jnp.zeros((1, 1, 3), bool))
-  want = np.broadcast_to(kv.mean(axis=1, keepdims=True), q.shape)
+  want = np.broadcast_to(kv.mean(axis=2, keepdims=True), q.shape)
   np.testing.assert_allclose(got, want, atol=1e-6)

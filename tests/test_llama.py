@@ -8,6 +8,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import normal
 import torch
 import transformers
 from transformers.models.llama import modeling_llama as theirs
@@ -90,10 +91,6 @@ def model(tmp_path_factory):
 
 def random_tokens(batch, length, seed=0):
   return np.random.default_rng(seed).integers(0, 50, (batch, length))
-
-
-def normal(*shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 class TestModules:

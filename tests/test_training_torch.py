@@ -16,16 +16,10 @@ from tiny import (
   run_steps,
 )
 import torch
+from torch_llama import in_torch, torch_config, torch_name
 import transformers
 
 from tokenlora_jax.model.llama import Llama
-
-MODULES = {
-  "attention_norm": "input_layernorm",
-  "mlp_norm": "post_attention_layernorm",
-  **{x: f"self_attn.{x}_proj" for x in "qkvo"},
-  **{x: f"mlp.{x}_proj" for x in ("gate", "up", "down")},
-}
 
 
 @pytest.fixture(scope="module")
@@ -33,38 +27,22 @@ def llama():
   """A random Llama of transformers."""
   torch.manual_seed(0)
   return transformers.LlamaForCausalLM(
-    transformers.LlamaConfig(
-      vocab_size=SHAPE.vocab,
-      hidden_size=SHAPE.width,
-      intermediate_size=SHAPE.mlp_width,
-      num_hidden_layers=SHAPE.layers,
-      num_attention_heads=SHAPE.heads,
-      num_key_value_heads=SHAPE.kv_heads,
-      head_dim=SHAPE.head_width,
-      rms_norm_eps=SHAPE.norm_eps,
-      rope_parameters={"rope_type": "default", "rope_theta": SHAPE.rope_theta},
-      initializer_range=0.2,
-      attn_implementation="eager",
-    )
+    torch_config(SHAPE, initializer_range=0.2, attn_implementation="eager")
   )
 
 
 def ours(llama) -> Llama:
   weights = {name: w.numpy() for name, w in llama.state_dict().items()}
 
+  def read(name):
+    return in_torch(name, weights[torch_name(name)])
+
   def make(name, shape):
-    if name in ("embedding", "norm", "head"):
-      theirs = {"embedding": "model.embed_tokens", "norm": "model.norm"}
-      w = weights[f"{theirs.get(name, 'lm_head')}.weight"]
-      w = w.T if name == "head" else w
+    if "*" in name:
+      layers = (name.replace("*", str(i)) for i in range(SHAPE.layers))
+      w = np.stack([read(layer) for layer in layers])
     else:
-      module = MODULES[name.removeprefix("layers.*.").removesuffix(".kernel")]
-      w = np.stack(
-        [
-          weights[f"model.layers.{i}.{module}.weight"].T
-          for i in range(SHAPE.layers)
-        ]
-      )
+      w = read(name)
     assert w.shape == shape
     return jnp.array(w)
 

@@ -1,4 +1,4 @@
-"""A tiny base, its rows and a short run, for the tests of training."""
+"""Random numbers, a tiny base, its rows and a short run, for the tests."""
 
 import dataclasses
 import functools
@@ -31,6 +31,10 @@ SHAPE = LlamaConfig(
 )
 FOUR = ("gsm8k", "arc_challenge", "codealpaca", "squad")
 TWO = ("gsm8k", "squad")
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+  return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def draw(name: str, shape: tuple[int, ...]) -> jax.Array:

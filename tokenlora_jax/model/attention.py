@@ -40,8 +40,8 @@ def attention(
 
   Args:
     q: [B, T, N, H].
-    k: [B, S, K, H].
-    v: [B, S, K, H].
+    k: [B, K, S, H].
+    v: [B, K, S, H].
     mask: bool[B, T, S], true where a query may look. A row that may look
       nowhere (padding) gets the mean of v, not NaN.
 
@@ -49,8 +49,8 @@ def attention(
     [B, T, N, H].
 
   Example:
-    >>> x = jnp.ones((1, 2, 1, 4))
-    >>> attention(x, x, 3 * x, causal_mask(jnp.ones((1, 2), int)))[0, 1, 0, 0]
+    >>> q, k = jnp.ones((1, 2, 1, 4)), jnp.ones((1, 1, 2, 4))
+    >>> attention(q, k, 3 * k, causal_mask(jnp.ones((1, 2), int)))[0, 1, 0, 0]
     Array(3., dtype=float32)
   """
   return _forward(q, k, v, mask)[0]
@@ -58,7 +58,6 @@ def attention(
 
 def _forward(q, k, v, mask):
   length = q.shape[1]
-  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
   q = _by_kv_head(q, k.shape[1])
   sums = _attend(q, ((k, v, mask),))
   mixed, highest, total = checkpoint_name(sums, ATTENTION)
@@ -80,8 +79,8 @@ def _backward(saved, gradient):
   of_v = _dot(weights.astype(v.dtype), gradient, _ROWS_AND_COLUMNS)
   return (
     _by_token(of_q, length).astype(q.dtype),
-    of_k.swapaxes(1, 2).astype(k.dtype),
-    of_v.swapaxes(1, 2).astype(v.dtype),
+    of_k.astype(k.dtype),
+    of_v.astype(v.dtype),
     None,
   )
 
@@ -104,8 +103,8 @@ def cached_attention(
 
   Args:
     q: [B, T, N, H].
-    k: [B, T, K, H], of the new tokens.
-    v: [B, T, K, H].
+    k: [B, K, T, H], of the new tokens.
+    v: [B, K, T, H].
     cached_k: [B, K, S, H].
     cached_v: [B, K, S, H].
     mask: bool[B, T, S + T], the cache first.
@@ -122,7 +121,7 @@ def cached_attention(
   length, slots = q.shape[1], cached_k.shape[2]
   q = _by_kv_head(q, cached_k.shape[1])
   cached = cached_k, cached_v, mask[..., :slots]
-  new = k.swapaxes(1, 2), v.swapaxes(1, 2), mask[..., slots:]
+  new = k, v, mask[..., slots:]
   return _by_token(_attend(q, (cached, new))[0], length)
 
 

@@ -222,10 +222,11 @@ class Layer(nnx.Module):
         for name, y in zip("qkv", self.qkv(h), strict=True)
       )
       q, k = rotate(q, *rotation), rotate(k, *rotation)
+      kv = KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
       if cached is None:
-        mixed = attention(q, k, v, mask)
+        mixed = attention(q, kv.k, kv.v, mask)
       else:
-        mixed = cached_attention(q, k, v, cached.k, cached.v, mask)
+        mixed = cached_attention(q, kv.k, kv.v, cached.k, cached.v, mask)
       mixed = mixed.reshape(*x.shape[:2], -1)
       x = x + adapted("o", mixed, self.o(mixed))
     with jax.named_scope("mlp"):
@@ -233,7 +234,7 @@ class Layer(nnx.Module):
       gate = adapted("gate", h, self.gate(h))
       hidden = jax.nn.silu(gate) * adapted("up", h, self.up(h))
       x = x + adapted("down", hidden, self.down(hidden))
-    return x, KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
+    return x, kv
 
 
 class Llama(nnx.Module):
