@@ -63,7 +63,8 @@ def read_prompts(args: Arguments) -> list[str]:
     )
   prompts = list(args.prompt)
   if args.prompts_file:
-    prompts += read_lines(Path(args.prompts_file), "--prompts-file")
+    file = Path(args.prompts_file)
+    prompts += read_lines(file, f"--prompts-file {file}")
   for task in args.data.tasks if args.examples else ():
     rows = load_rows(args.data, task, "test")[: args.examples]
     prompts += [row.prompt for row in rows]
