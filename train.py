@@ -18,10 +18,11 @@ from tokenlora_jax.interop.bank import Bank, save_bank
 from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.minilm import load_minilm
 from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.loop import train, trained_adapters
 from tokenlora_jax.mixing.encoders import HiddenEncoder
 from tokenlora_jax.mixing.routers import centroids
 from tokenlora_jax.sharding import make_mesh
-from tokenlora_jax.training import put_batch, train, trained_adapters
+from tokenlora_jax.training import put_batch
 
 
 def main(argv: Sequence[str]) -> None:

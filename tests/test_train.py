@@ -15,7 +15,7 @@ from tokenlora_jax.config import InputError
 from tokenlora_jax.interop.bank import load_bank
 from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.sharding import make_mesh
-from tokenlora_jax.training import trained_adapters
+from tokenlora_jax.loop import trained_adapters
 import train
 
 CONFIG = """

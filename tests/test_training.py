@@ -25,14 +25,9 @@ from tiny import (
 
 from tokenlora_jax import training
 from tokenlora_jax.config import OptimConfig
+from tokenlora_jax.loop import held_out_losses, trained_adapters
 from tokenlora_jax.model.lora import Lora
-from tokenlora_jax.training import (
-  expert_losses,
-  held_out_losses,
-  make_optimizer,
-  put_batch,
-  trained_adapters,
-)
+from tokenlora_jax.training import expert_losses, make_optimizer, put_batch
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from tokenlora_jax import training
+from tokenlora_jax import loop, training
 from tokenlora_jax.config import (
   Config,
   DataConfig,
@@ -137,13 +137,13 @@ def run_steps(config, base, mesh, batches, state=None):
 
 
 def train(config: Config, workdir, batches=None, mesh=None, console=None):
-  """`training.train` on the tiny base, quietly."""
+  """`loop.train` on the tiny base, quietly."""
   mesh = mesh or one_device()
   rows = {task: make_rows(task, count=6) for task in config.data.tasks}
   held_out = held_out_batches(rows, Tokenizer(), config.data)
   workdir.mkdir(exist_ok=True)
   with mock.patch.object(training, "make_step", make_step):
-    return training.train(
+    return loop.train(
       config,
       make_base(),
       mesh,

@@ -11,32 +11,21 @@ Axis letters: E experts, B rows an expert, T length, L layers, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-import numpy as np
 import optax
-from rich.console import Console
 
-from tokenlora_jax.checkpoint import Checkpoints
 from tokenlora_jax.config import Config, OptimConfig
-from tokenlora_jax.metrics import RunLog
 from tokenlora_jax.mixing.rules import Exact
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.llama import Llama
-from tokenlora_jax.model.lora import (
-  Adapters,
-  Lora,
-  expert_keys,
-  init_stacked,
-)
+from tokenlora_jax.model.lora import Lora, expert_keys, init_stacked
 from tokenlora_jax.model.loss import token_losses
 from tokenlora_jax.sharding import BATCH_SPEC, tree_shardings
 
@@ -234,120 +223,3 @@ def put_batch(batch, mesh: Mesh) -> Batch:
 
   names = ("tokens", "positions", "segment_ids", "loss_mask")
   return {name: put(batch[name]) for name in names}
-
-
-def trained_adapters(config: Config, state: TrainState) -> Adapters:
-  """Returns the bank that the state holds, in the decoding layout, on host."""
-  return Adapters.unstack(config.data.tasks, _on_host(state.loras))
-
-
-def _on_host(tree):
-  """Returns a tree as numpy arrays, whole in every process."""
-  return multihost_utils.process_allgather(tree, tiled=True)
-
-
-def held_out_losses(
-  config: Config, state: TrainState, base: Llama, batches: Sequence[Mapping]
-) -> dict[str, float]:
-  """Returns each expert's loss on its own held-out rows, nats a target token.
-
-  Args:
-    config: names the experts.
-    state: its adapters are used.
-    base: with stacked layers.
-    batches: on the mesh; rows of padding have no targets.
-  """
-  losses = targets = 0.0
-  for batch in batches:
-    more = _on_host(held_out_sums(state.loras, base, batch))
-    losses, targets = losses + more[0], targets + more[1]
-  return dict(zip(config.data.tasks, (losses / targets).tolist(), strict=True))
-
-
-def train(
-  config: Config,
-  base: Llama,
-  mesh: Mesh,
-  batches: Iterable[Mapping],
-  held_out: Sequence[Mapping],
-  workdir: Path,
-  console: Console,
-) -> TrainState:
-  """Trains the adapters, going on from the newest checkpoint if there is one.
-
-  Args:
-    config: of the run.
-    base: with stacked layers, on the mesh.
-    mesh: the devices.
-    batches: a Grain data set; element i is the batch of step i.
-    held_out: batches on the mesh, for the held-out losses.
-    workdir: gets checkpoints and logs.
-    console: where progress is shown.
-
-  Returns:
-    The state after `config.optim.steps` steps.
-
-  Raises:
-    FloatingPointError: a loss or gradient is not finite; names step, expert and
-      rows. The checkpoints before it stay as they are.
-    KeyboardInterrupt: with Ctrl-C; says where the same command goes on.
-  """
-  checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
-  data = iter(batches)
-  state = init_state(config, base, mesh)
-  restored = checkpoints.restore(state, mesh)
-  if restored is not None:
-    # The newest checkpoint holds the state and where in the data it stood.
-    state, data_state = restored
-    data.set_state(data_state)
-  first = int(state.step)
-  step_function = make_step(config, mesh)
-  log = None
-  if jax.process_index() == 0:
-    if restored is not None:
-      console.print(f"going on from step {first} of {config.optim.steps}")
-    log = RunLog(
-      workdir,
-      config.data.tasks,
-      config.optim.steps,
-      first,
-      base.config.matmul_parameters,
-      console,
-    )
-  try:
-    for step in range(first + 1, config.optim.steps + 1):
-      batch = next(data)
-      state, metrics = step_function(state, base, put_batch(batch, mesh))
-      metrics = jax.device_get(metrics)
-      _check_finite(step, config.data.tasks, metrics, batch)
-      if log:
-        log.step(step, metrics, batch)
-      last = step == config.optim.steps
-      if last or step % config.save_every == 0:
-        checkpoints.save(step, state, data.get_state())
-      if last or (config.eval_every and step % config.eval_every == 0):
-        losses = held_out_losses(config, state, base, held_out)
-        if log:
-          log.held_out(step, losses)
-  except KeyboardInterrupt:
-    newest = checkpoints.newest() or 0
-    raise KeyboardInterrupt(
-      f"stopped; the same command goes on from step {newest}"
-    ) from None
-  finally:
-    if log:
-      log.close()
-    checkpoints.close()
-  return state
-
-
-def _check_finite(step, experts, metrics, batch):
-  # An infinite gradient leaves weights that are not numbers, and must be seen
-  # before they are saved.
-  for name in ("loss", "gradient_norm"):
-    for i, value in enumerate(metrics[name]):
-      if not np.isfinite(value):
-        raise FloatingPointError(
-          f"step {step}: the {name.replace('_', ' ')} of {experts[i]} is"
-          f" {value} on rows {batch['rows'][i].tolist()}"
-        )
