@@ -14,8 +14,8 @@ from tokenlora_jax.checkpoint import Checkpoints
 from tokenlora_jax.config import InputError
 from tokenlora_jax.interop.bank import load_bank
 from tokenlora_jax.interop.load import load_base
-from tokenlora_jax.sharding import make_mesh
 from tokenlora_jax.loop import trained_adapters
+from tokenlora_jax.sharding import make_mesh
 import train
 
 CONFIG = """
