@@ -25,11 +25,14 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"embedding", ("vocab", "width")),
   (r"head", ("width", "vocab")),
   (r"norm", (None,)),
-  (r"layers\..+\.(attention|mlp)_norm", (None,)),
-  (r"layers\..+\.(q|k|v|gate|up)\.kernel", ("width", "features")),
-  (r"layers\..+\.(o|down)\.kernel", ("features", "width")),
-  (r"layers\..+\.(q|k|v|gate|up)\.bias", ("features",)),
-  (r"layers\..+\.(o|down)\.bias", (None,)),
+  (r"layers\.(.+\.)?(attention|mlp)_norm", (None,)),
+  (r"layers\.(.+\.)?(q|k|v|gate|up)\.kernel", ("width", "features")),
+  (r"layers\.(.+\.)?(o|down)\.kernel", ("features", "width")),
+  (r"layers\.(.+\.)?(q|k|v|gate|up)\.bias", ("features",)),
+  (r"layers\.(.+\.)?(o|down)\.bias", (None,)),
+  # Queries, keys and values in one, by kv head: [D, K, G + 2, H].
+  (r"layers\.(.+\.)?qkv\.kernel", ("width", "features", None, None)),
+  (r"layers\.(.+\.)?qkv\.bias", ("features", None, None)),
   # Adapters and their optimizer moments, [E, L, R, in or out].
   (r"(.+\.)?(q|k|v|gate|up)\.a", ("expert", None, None, "width")),
   (r"(.+\.)?(q|k|v|gate|up)\.b", ("expert", None, None, "features")),
@@ -126,6 +129,8 @@ def tree_shardings(tree, mesh: Mesh):
       str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
       for key in path
     )
+    # A Flax parameter is a leaf of its own, named value.
+    name = name.removesuffix(".value")
     return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
 
   return jax.tree.map_with_path(one, tree)
