@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
   # ---- Whatever can be wrong is found out before anything is written. ----
   if config.mesh.processes:
     jax.distributed.initialize()
-  mesh = make_mesh(config.mesh, config.data.rows)
+  mesh = make_mesh(config.mesh, config.data.rows // config.accumulate)
   tokenizer = load_tokenizer(config.base.path)
   tasks = config.data.tasks
   rows = {task: load_rows(config.data, task, "train") for task in tasks}

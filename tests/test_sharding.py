@@ -217,7 +217,7 @@ def test_each_leaf_of_the_state_matches_one_rule():
     if half in (".a", ".b", "a']", "b']"):
       # The side that meets the model's width is split as the width is.
       inner = ("'o'" in name or "'down'" in name) == ("b" in half)
-      want = ("expert", None, None, "fsdp" if inner else "tensor")
+      want = ("expert", None, None, "fsdp" if inner else ("fsdp", "tensor"))
       assert tuple(spec) == want, name
 
 

@@ -117,11 +117,10 @@ _make_step = functools.cache(training.make_step)
 
 def make_step(config: Config, mesh):
   """`training.make_step`, once for all tests whose steps are the same."""
-  data = DataConfig(tasks=config.data.tasks)
-  settings = {"lora": config.lora, "optim": config.optim, "data": data}
-  return _make_step(
-    Config(seed=config.seed, remat=config.remat, **settings), mesh
-  )
+  data = DataConfig(tasks=config.data.tasks, rows=config.data.rows)
+  same = ("lora", "optim", "seed", "remat", "accumulate")
+  settings = {name: getattr(config, name) for name in same}
+  return _make_step(Config(data=data, **settings), mesh)
 
 
 def run_steps(config, base, mesh, batches, state=None):

@@ -21,7 +21,7 @@ from tokenlora_jax.sharding import tree_shardings
 
 # Settings that may change between two starts of one run.
 MAY_CHANGE = (
-  "workdir", "mesh", "router", "decode", "remat",
+  "workdir", "mesh", "router", "decode", "remat", "accumulate",
   "eval_every", "save_every", "keep", "resume",
 )  # fmt: skip
 

@@ -329,6 +329,8 @@ class Config:
     remat: what of a layer the backward pass recomputes: `none`, `elementwise`
       (all but the matrix products with weights: little work, a third of the
       memory) or `full` (half as much work again, the least memory).
+    accumulate: parts in which a step's rows run, one after the other: as many
+      times less memory for activations, and the same result.
     eval_every: steps between two held-out losses; 0 is only at the end.
     save_every: steps between two checkpoints.
     keep: how many checkpoints stay.
@@ -345,6 +347,7 @@ class Config:
   decode: DecodeConfig = DecodeConfig()
   seed: int = 0
   remat: Literal["none", "elementwise", "full"] = "elementwise"
+  accumulate: int = 1
   eval_every: int = 0
   save_every: int = 50
   keep: int = 2
@@ -352,6 +355,10 @@ class Config:
 
   def __post_init__(self):
     _check_literals(self, "")
+    check(
+      self.accumulate >= 1 and self.data.rows % self.accumulate == 0,
+      "accumulate", self.accumulate, f"a divisor of data.rows {self.data.rows}",
+    )  # fmt: skip
     check(self.eval_every >= 0, "eval-every", self.eval_every, "0 or more")
     check(self.save_every >= 1, "save-every", self.save_every, "at least 1")
     check(self.keep >= 1, "keep", self.keep, "at least 1")

@@ -2,13 +2,19 @@
 
 A parameter's path matches exactly one row, which names its axes; a second table
 maps those names to axes of the mesh. Experts are split over `expert` and never
-communicate; rows over `data` and `fsdp`; the frozen weights over `fsdp` and
-`tensor`.
+communicate; rows over `data` and `fsdp`; the frozen weights and the adapters
+over `fsdp` and `tensor`.
+
+The training step says itself what is sent over `expert`, `data` and `fsdp`: it
+runs under `shard_map`, and `whole` puts a layer together where it is used. Left
+to itself XLA sends activations instead, which are much larger. What `tensor`
+splits, XLA finds out from the weights' shardings, and does well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+import math
 import re
 
 import jax
@@ -35,8 +41,8 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"layers\.(.+\.)?qkv\.bias", ("features", None, None)),
   # Adapters and their optimizer moments, [E, L, R, in or out].
   (r"(.+\.)?(q|k|v|gate|up)\.a", ("expert", None, None, "width")),
-  (r"(.+\.)?(q|k|v|gate|up)\.b", ("expert", None, None, "features")),
-  (r"(.+\.)?(o|down)\.a", ("expert", None, None, "features")),
+  (r"(.+\.)?(q|k|v|gate|up)\.b", ("expert", None, None, "lora_features")),
+  (r"(.+\.)?(o|down)\.a", ("expert", None, None, "lora_features")),
   (r"(.+\.)?(o|down)\.b", ("expert", None, None, "width")),
   (r"(.+\.)?scaling", ("expert", None)),
   # The optimizer counts each expert's steps.
@@ -49,8 +55,13 @@ MESH_AXIS_OF = {
   "expert": "expert",
   "vocab": "tensor",
   "features": "tensor",
+  # Adapters have an optimizer state too, so that no part of them is kept twice.
+  "lora_features": ("fsdp", "tensor"),
   "width": "fsdp",
 }
+
+# The axes over which the training step says itself what is sent.
+MANUAL_AXES = frozenset({"expert", "data", "fsdp"})
 
 # A batch, [E, B, T].
 BATCH_SPEC = P("expert", ("data", "fsdp"), None)
@@ -107,30 +118,91 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     ValueError: no row or several match the path (a bug in the table).
     InputError: an axis cannot be split evenly.
   """
+  spec = _spec(path, len(shape))
+  for size, axes in zip(shape, spec, strict=True):
+    parts = math.prod(mesh.shape[axis] for axis in _names(axes))
+    if size % parts:
+      raise InputError(
+        f"mesh.{' x mesh.'.join(_names(axes))}: {parts} does not divide an axis"
+        f" of {path}, which is {size} long"
+      )
+  return spec
+
+
+def _spec(path: str, ndim: int) -> P:
+  """The last `ndim` axes of a path's row."""
   rows = [axes for regex, axes in PARAMETER_AXES if re.fullmatch(regex, path)]
   if len(rows) != 1:
     raise ValueError(f"{path}: {len(rows)} sharding rules match; want one")
   spec = [MESH_AXIS_OF.get(axis) for axis in rows[0]]
-  spec = [None] * (len(shape) - len(spec)) + spec
-  for size, axis in zip(shape, spec, strict=True):
-    if axis is not None and size % mesh.shape[axis]:
-      raise InputError(
-        f"mesh.{axis}: {mesh.shape[axis]} does not divide an axis of {path},"
-        f" which is {size} long"
-      )
-  return P(*spec)
+  return P(*[None] * (ndim - len(spec)), *spec[max(len(spec) - ndim, 0) :])
+
+
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """The mesh axes that split one axis of an array."""
+  return axes if isinstance(axes, tuple) else (axes,) if axes else ()
 
 
 def tree_shardings(tree, mesh: Mesh):
   """Returns the tree of `NamedSharding`s of a tree of arrays or shapes."""
 
   def one(path, leaf):
-    name = ".".join(
-      str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-      for key in path
-    )
-    # A Flax parameter is a leaf of its own, named value.
-    name = name.removesuffix(".value")
-    return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
+    return NamedSharding(mesh, parameter_spec(_dotted(path), leaf.shape, mesh))
 
   return jax.tree.map_with_path(one, tree)
+
+
+def _dotted(path) -> str:
+  name = ".".join(
+    str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+    for key in path
+  )
+  # A Flax parameter is a leaf of its own, named value.
+  return name.removesuffix(".value")
+
+
+def manual_specs(tree, mesh: Mesh):
+  """Returns the specs of a tree's arrays over the axes of `MANUAL_AXES`."""
+
+  def manual(sharding):
+    return P(
+      *(
+        tuple(axis for axis in _names(axes) if axis in MANUAL_AXES) or None
+        for axes in sharding.spec
+      )
+    )
+
+  return jax.tree.map(manual, tree_shardings(tree, mesh))
+
+
+def whole(tree, prefix: str = ""):
+  """Puts together what `fsdp` splits, inside a `shard_map`.
+
+  The gradient goes the way back: summed over the devices, each keeps its part.
+
+  Args:
+    tree: of this device's parts. Axes in front that a scan or a vmap took away
+      may be missing.
+    prefix: of the paths, as in "layers.".
+  """
+
+  return jax.tree.map_with_path(
+    lambda path, x: _whole(prefix + _dotted(path), x), tree
+  )
+
+
+def whole_ends(base):
+  """Returns a base, put together as `whole` does, but for its layers."""
+
+  def one(path, x):
+    name = _dotted(path)
+    return x if name.startswith("layers.") else _whole(name, x)
+
+  return jax.tree.map_with_path(one, base)
+
+
+def _whole(name, x):
+  for i, axes in enumerate(_spec(name, x.ndim)):
+    if "fsdp" in _names(axes):
+      x = jax.lax.all_gather(x, "fsdp", axis=i, tiled=True)
+  return x

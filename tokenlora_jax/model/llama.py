@@ -16,8 +16,8 @@ N query heads, K kv heads, G = N/K, H head width, V vocabulary, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
 import math
+from typing import Any
 
 from flax import nnx
 import jax
@@ -38,8 +38,16 @@ from tokenlora_jax.model.lora import LayerLoras, Lora
 # Stacked layers are named "layers.*. ..." and have a leading L.
 MakeParameter = Callable[[str, tuple[int, ...]], jax.Array]
 
-# The adapters' part of a linear map: (lora, x [B, T, in], key) -> [B, T, out].
+# The adapters' part of a linear map: (lora, x [B, T, in], keys [B]) -> [B, T,
+# out].
 Adapt = Callable[[Lora, jax.Array, jax.Array | None], jax.Array]
+
+# Attention of queries [B, T, N, H] to keys and values [B, K, T, H], and what it
+# needs to know who may look where.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
+
+# Brings what a layer holds, (weights, loras), together from where it lies.
+Gather = Callable[[Any], Any]
 
 # What a layer keeps for the backward pass. `elementwise` keeps what projections
 # and attention give and recomputes norms and activations from it.
@@ -174,6 +182,11 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
+def _fold(keys, number):
+  """Returns other keys, one of each."""
+  return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
 class Layer(nnx.Module):
   """One transformer layer: attention and a gated MLP, each pre-normed."""
 
@@ -201,8 +214,9 @@ class Layer(nnx.Module):
     mask: jax.Array,
     cached: KV | None = None,
     loras: LayerLoras | None = None,
+    keys: jax.Array | None = None,
     adapt: Adapt | None = None,
-    key: jax.Array | None = None,
+    attend: Attend = attention,
   ) -> tuple[jax.Array, KV]:
     """Returns (x [B, T, D], the keys and values of its tokens)."""
     config = self.config
@@ -210,9 +224,8 @@ class Layer(nnx.Module):
 
     def adapted(name, h, y):
       if loras and name in loras:
-        fold = PROJECTIONS.index(name)
-        lora_key = None if key is None else jax.random.fold_in(key, fold)
-        y = y + adapt(loras[name], h, lora_key)
+        own = None if keys is None else _fold(keys, PROJECTIONS.index(name))
+        y = y + adapt(loras[name], h, own)
       return checkpoint_name(y, name)
 
     with jax.named_scope("attention"):
@@ -224,7 +237,7 @@ class Layer(nnx.Module):
       q, k = rotate(q, *rotation), rotate(k, *rotation)
       kv = KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
       if cached is None:
-        mixed = attention(q, kv.k, kv.v, mask)
+        mixed = attend(q, kv.k, kv.v, mask)
       else:
         mixed = cached_attention(q, kv.k, kv.v, cached.k, cached.v, mask)
       mixed = mixed.reshape(*x.shape[:2], -1)
@@ -291,23 +304,29 @@ class Llama(nnx.Module):
     cache: Cache | None = None,
     loras: Sequence[LayerLoras] | Mapping[str, Lora] | None = None,
     adapt: Adapt | None = None,
-    key: jax.Array | None = None,
+    keys: jax.Array | None = None,
     remat: str = "none",
+    attend: Attend = attention,
+    gather: Gather = lambda parts: parts,
   ) -> tuple[jax.Array, Cache | tuple[KV, ...] | None]:
     """Runs the layers.
 
     Args:
       tokens: int32[B, T].
       positions: int32[B, T], for the rotary embedding.
-      mask: bool[B, T, T], which tokens each may see; with a cache bool[B, T,
-        S + T], which slots and tokens.
+      mask: bool[B, T, T], which tokens each may see, or what `attend` takes
+        in its place; with a cache bool[B, T, S + T], which slots and tokens.
       cache: what came before the tokens, if anything (list layout only).
       loras: adapters, a mapping a layer; for stacked layers one mapping whose
         leaves have a leading L.
       adapt: what the adapters add to a linear map (a mixing rule).
-      key: of the adapters' dropout.
+      keys: [B], of the adapters' dropout in each row.
       remat: what the backward pass recomputes of each layer, of
         `REMAT_POLICIES`.
+      attend: how tokens attend to each other without a cache.
+      gather: called on each layer and its adapters just before they are used,
+        forward and backward, so that a layer split over devices is whole only
+        while it runs.
 
     Returns:
       (hidden [B, T, D] after the final norm; the cache with the tokens, or
@@ -320,8 +339,14 @@ class Llama(nnx.Module):
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     rotation = jnp.cos(angles), jnp.sin(angles)
     x = self.embedding[...][tokens]
-    keys = None if key is None else jax.random.split(key, config.layers)
-    run = functools.partial(Layer.__call__, adapt=adapt)
+
+    def run(layer, i, loras, x, rotation, mask, keys, **cached):
+      layer, loras = gather((layer, loras))
+      if keys is not None:
+        keys = _fold(keys, i)
+      more = dict(loras=loras, keys=keys, adapt=adapt, attend=attend, **cached)
+      return layer(x, rotation, mask, **more)
+
     if remat != "none":
       run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
     if self.stacked:
@@ -329,23 +354,17 @@ class Llama(nnx.Module):
         raise ValueError("decoding wants the list layout: load_base(path)")
 
       def body(x, per_layer):
-        layer, loras, key = per_layer
-        return run(layer, x, rotation, mask, loras=loras, key=key)[0], None
+        return run(*per_layer, x, rotation, mask, keys)[0], None
 
-      x, _ = jax.lax.scan(body, x, (self.layers, loras, keys))
+      layers = self.layers, jnp.arange(config.layers), loras
+      x, _ = jax.lax.scan(body, x, layers)
       kvs = None
     else:
       kvs = []
       for i, layer in enumerate(self.layers):
-        x, kv = run(
-          layer,
-          x,
-          rotation,
-          mask,
-          cached=None if cache is None else cache.layers[i],
-          loras=loras[i] if loras and i < len(loras) else None,
-          key=None if keys is None else keys[i],
-        )
+        own = loras[i] if loras and i < len(loras) else None
+        cached = {} if cache is None else {"cached": cache.layers[i]}
+        x, kv = run(layer, i, own, x, rotation, mask, keys, **cached)
         kvs.append(kv)
       kvs = tuple(kvs)
     hidden = rms_norm(x, self.norm[...], config.norm_eps)
