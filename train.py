@@ -1,11 +1,16 @@
 """Trains one LoRA adapter a task, all at once, on one frozen Llama.
 
+  python train.py --config FILE                     trains
+  python train.py --config FILE --plan v5e:2x4      plans: would it fit, how fast
+
 At the end the folder WORKDIR/bank holds a PEFT folder an expert, the centroids
 that a router compares texts with, and bank.json; infer.py mixes them. A run
 that was stopped goes on where its newest checkpoint stands.
 """
 
 from collections.abc import Sequence
+import dataclasses
+import functools
 
 import jax
 from rich.pretty import pprint
@@ -15,20 +20,41 @@ from tokenlora_jax.checkpoint import claim_workdir
 from tokenlora_jax.config import Config
 from tokenlora_jax.data import batches, held_out_batches, load_rows
 from tokenlora_jax.interop.bank import Bank, save_bank
-from tokenlora_jax.interop.load import load_base
+from tokenlora_jax.interop.load import base_shape, load_base
 from tokenlora_jax.interop.minilm import load_minilm
 from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.loop import train, trained_adapters
 from tokenlora_jax.mixing.encoders import HiddenEncoder
 from tokenlora_jax.mixing.routers import centroids
+from tokenlora_jax.plan.plan import plan_training
+from tokenlora_jax.plan.report import show_plans
 from tokenlora_jax.sharding import make_mesh
 from tokenlora_jax.training import put_batch
 
 
+@dataclasses.dataclass(frozen=True)
+class Arguments(Config):
+  """What train.py takes besides the config.
+
+  Attributes:
+    plan: do not train, but compile the step for hardware that need not be here
+      and say whether it fits and what it takes: v5e:2x4, v5p:2x2x1, h100:8.
+    plan_json: write the plan to this new JSON file too.
+  """
+
+  plan: str = ""
+  plan_json: str = ""
+
+
 def main(argv: Sequence[str]) -> None:
   """Runs the program with these arguments."""
-  config = cli.parse(Config, argv, __doc__)
-  console = cli.console()
+  args = cli.parse(Arguments, argv, __doc__)
+  config, console = Config.of(args), cli.console()
+  if args.plan:
+    make = functools.partial(plan_training, config)
+    shape = base_shape(config.base.path)
+    show_plans(make, shape, args.plan, args.plan_json, console)
+    return
 
   # ---- Whatever can be wrong is found out before anything is written. ----
   if config.mesh.processes:

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 from tokenlora_jax.config import Config, InputError, differences
-from tokenlora_jax.sharding import tree_shardings
+from tokenlora_jax.sharding import described
 
 # Settings that may change between two starts of one run.
 MAY_CHANGE = (
@@ -72,17 +72,10 @@ class Checkpoints:
     step = self.newest()
     if step is None:
       return None
-    abstract = jax.tree.map(
-      lambda x, sharding: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=sharding
-      ),
-      like,
-      tree_shardings(like, mesh),
-    )
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+        state=ocp.args.StandardRestore(described(like, mesh)), data=ocp.args.JsonRestore()
       ),
     )
     return restored.state, restored.data

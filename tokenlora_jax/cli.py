@@ -138,6 +138,20 @@ def _flags(cls, prefix: str = "--") -> list[str]:
   return flags
 
 
+def check_new_file(flag: str, path: str) -> None:
+  """Raises `InputError` unless a file can be written there and none is there.
+
+  Args:
+    flag: names the file in errors.
+    path: of the file; nothing is to be written where it is empty.
+  """
+  file = Path(path)
+  if path and file.exists():
+    raise InputError(f"{flag} {file}: exists; choose a new file")
+  if not file.parent.is_dir():
+    raise InputError(f"{flag} {file}: there is no folder {file.parent}")
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
   """Runs an entry point, and says how it ended in one line on stderr.
 

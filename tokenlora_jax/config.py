@@ -368,6 +368,11 @@ class Config:
       f"a divisor of the {len(self.data.tasks)} experts",
     )  # fmt: skip
 
+  @classmethod
+  def of(cls, args: Config) -> Config:
+    """Returns the settings alone of a config with more arguments."""
+    return cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)})
+
   def to_json(self) -> dict:
     """Returns the settings as nested dicts of JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(self)))

@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tokenlora_jax.config import InputError, MeshConfig
+from tokenlora_jax.model.config import LlamaConfig
 
 MESH_AXES = ("expert", "data", "fsdp", "tensor")
 
@@ -106,6 +107,18 @@ def make_mesh(
   )
 
 
+def decoding_mesh(shape: LlamaConfig, devices: Sequence) -> Mesh:
+  """Returns a mesh for decoding: kv heads over as many devices as divide them.
+
+  Example:
+    >>> from tokenlora_jax.model.config import PRESETS
+    >>> decoding_mesh(PRESETS["tiny"], jax.devices()[:1]).size
+    1
+  """
+  tensor = math.gcd(len(devices), shape.kv_heads)
+  return make_mesh(MeshConfig(tensor=tensor), devices=devices[:tensor])
+
+
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   """Returns how the parameter of a path is split.
 
@@ -150,6 +163,17 @@ def tree_shardings(tree, mesh: Mesh):
     return NamedSharding(mesh, parameter_spec(_dotted(path), leaf.shape, mesh))
 
   return jax.tree.map_with_path(one, tree)
+
+
+def described(tree, mesh: Mesh):
+  """Returns the shapes of a tree with their shardings, for compiling."""
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    tree,
+    tree_shardings(tree, mesh),
+  )
 
 
 def _dotted(path) -> str:
@@ -204,5 +228,7 @@ def whole_ends(base):
 def _whole(name, x):
   for i, axes in enumerate(_spec(name, x.ndim)):
     if "fsdp" in _names(axes):
-      x = jax.lax.all_gather(x, "fsdp", axis=i, tiled=True)
+      # A name by which a compiled program is read: see plan/program.py.
+      with jax.named_scope("whole"):
+        x = jax.lax.all_gather(x, "fsdp", axis=i, tiled=True)
   return x

@@ -29,6 +29,7 @@ import optax
 
 from tokenlora_jax.config import Config, OptimConfig
 from tokenlora_jax.mixing.rules import Exact
+from tokenlora_jax.model.config import LlamaConfig
 from tokenlora_jax.model.kernels import XLA, Kernel, choose_kernel
 from tokenlora_jax.model.llama import Gather, Llama
 from tokenlora_jax.model.lora import Lora, expert_keys, init_stacked
@@ -36,6 +37,7 @@ from tokenlora_jax.model.loss import token_losses
 from tokenlora_jax.sharding import (
   BATCH_SPEC,
   MANUAL_AXES,
+  described,
   manual_specs,
   tree_shardings,
   whole,
@@ -101,15 +103,24 @@ def _with_weights(loras, weights):
 
 def init_state(config: Config, base: Llama, mesh: Mesh) -> TrainState:
   """Returns the state before the first step, laid out on the mesh."""
-
-  def init(key):
-    loras = init_stacked(key, base.config, config.lora, config.data.tasks)
-    opt = jax.vmap(make_optimizer(config.optim).init)(_weights(loras))
-    return TrainState(jnp.int32(0), loras, opt)
-
+  init = functools.partial(_init, config, base.config)
   key = jax.random.key(config.seed)
   shardings = tree_shardings(jax.eval_shape(init, key), mesh)
   return jax.jit(init, out_shardings=shardings)(key)
+
+
+def describe_state(
+  config: Config, shape: LlamaConfig, mesh: Mesh
+) -> TrainState:
+  """Returns the shapes and shardings of the state, and no arrays."""
+  init = functools.partial(_init, config, shape)
+  return described(jax.eval_shape(init, jax.random.key(0)), mesh)
+
+
+def _init(config, shape, key):
+  loras = init_stacked(key, shape, config.lora, config.data.tasks)
+  opt = jax.vmap(make_optimizer(config.optim).init)(_weights(loras))
+  return TrainState(jnp.int32(0), loras, opt)
 
 
 def expert_losses(
