@@ -227,8 +227,9 @@ def _gradients(config, mesh, loras, base, batch, keys):
 
   Returns (gradients as the adapters' weights, losses and targets float32[E]).
   """
+  length = batch["tokens"].shape[-1]
   kernel = choose_kernel(
-    mesh, batch["tokens"].shape[-1], base.config.head_width
+    mesh, length, base.config.head_width, config.data.packing
   )
 
   def one_expert(loras, batch, keys, targets, base):
@@ -334,9 +335,9 @@ def held_out_sums(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _held_out_sums(mesh, loras, base, batch):
-  kernel = choose_kernel(
-    mesh, batch["tokens"].shape[-1], base.config.head_width
-  )
+  length = batch["tokens"].shape[-1]
+  # Held-out rows are not packed.
+  kernel = choose_kernel(mesh, length, base.config.head_width, packed=False)
 
   def one(loras, batch, base):
     losses, mask = expert_losses(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -44,26 +43,29 @@ class Kernel:
 XLA = Kernel("xla", attention, causal_mask)
 
 
-def choose_kernel(mesh: Mesh, length: int, head_width: int) -> Kernel:
+def choose_kernel(
+  mesh: Mesh, length: int, head_width: int, packed: bool
+) -> Kernel:
   """Returns the fastest kernel that the devices and the shape allow.
 
   Args:
     mesh: its devices run the kernel; heads are split over its `tensor`.
     length: T.
     head_width: H.
+    packed: whether a row may hold several segments.
 
   Example:
     >>> from tokenlora_jax.config import MeshConfig
     >>> from tokenlora_jax.sharding import make_mesh
     >>> mesh = make_mesh(MeshConfig(), devices=jax.devices("cpu")[:1])
-    >>> choose_kernel(mesh, 1024, 128).name
+    >>> choose_kernel(mesh, 1024, 128, packed=False).name
     'xla'
   """
   platform = mesh.devices.flat[0].platform
   if platform == "tpu" and length % _BLOCKS[-1] == 0:
     return Kernel("splash", _splash, lambda segment_ids: segment_ids)
-  if platform in ("gpu", "cuda") and head_width % 8 == 0:
-    return Kernel("cudnn", _cudnn, causal_mask)
+  if platform in ("gpu", "cuda") and head_width % 8 == 0 and not packed:
+    return Kernel("cudnn", _cudnn, _lengths)
   return XLA
 
 
@@ -72,18 +74,20 @@ def choose_kernel(mesh: Mesh, length: int, head_width: int) -> Kernel:
 _BLOCKS = (512, 256, 128)
 
 
-# XLA cannot split a Pallas call by itself: each device attends for its heads.
-_HEADS = P(None, "tensor")
-
-
-@functools.partial(
-  jax.shard_map,
-  in_specs=(P(None, None, "tensor"), _HEADS, _HEADS, P()),
-  out_specs=P(None, None, "tensor"),
-  axis_names={"tensor"},
-  check_vma=False,
-)
 def _splash(q, k, v, segment_ids):
+  # XLA cannot split a Pallas call by itself: each device attends for its heads.
+  heads = P(None, "tensor")
+  split = jax.shard_map(
+    _splash_heads,
+    in_specs=(P(None, None, "tensor"), heads, heads, P()),
+    out_specs=P(None, None, "tensor"),
+    axis_names={"tensor"},
+    check_vma=False,
+  )
+  return split(q, k, v, segment_ids)
+
+
+def _splash_heads(q, k, v, segment_ids):
   _, length, heads, width = q.shape
   block = next(b for b in _BLOCKS if length % b == 0)
   names = [f.name for f in dataclasses.fields(splash_attention.BlockSizes)]
@@ -102,8 +106,14 @@ def _splash(q, k, v, segment_ids):
   return mixed.swapaxes(1, 2)
 
 
-def _cudnn(q, k, v, mask):
+def _cudnn(q, k, v, lengths):
   return jax.nn.dot_product_attention(
     q, k.swapaxes(1, 2), v.swapaxes(1, 2),
-    mask=mask[:, None], implementation="cudnn",
+    query_seq_lengths=lengths, key_value_seq_lengths=lengths,
+    is_causal=True, implementation="cudnn",
   )  # fmt: skip
+
+
+def _lengths(segment_ids):
+  """int32[B], the tokens of rows that are one segment and padding after it."""
+  return jnp.sum(segment_ids > 0, axis=-1, dtype=jnp.int32)
