@@ -69,9 +69,9 @@ def plan_decoding(
         lengths=jnp.zeros(1, jnp.int32),
         made=jnp.int32(0),
         done=jnp.zeros(1, bool),
-        tokens=jnp.zeros((1, new), jnp.int32),
-        log_probs=jnp.zeros((1, new)),
-        trace=jnp.zeros((1, new, experts)),
+        tokens=jnp.zeros((1, 1), jnp.int32),
+        log_probs=jnp.zeros((1, 1)),
+        trace=jnp.zeros((1, 1, experts)),
         key=jax.random.key(0),
       ),
       cache,
@@ -91,7 +91,7 @@ def plan_decoding(
       tokens=length,
       **alike,
     ),
-    # A chunk of one token.
+    # With room for one token the loop runs once.
     plan_program(
       "decode",
       lambda: graph.decode.lower(

@@ -270,7 +270,7 @@ def _collectives(program: Program, mesh_shape: dict[str, int]):
     across = tuple(
       axis for axis in mesh_shape if crosses(one.groups, mesh_shape, axis)
     )
-    total = sums[_of(one), one.kind, across]
+    total = sums[_of(one, mesh_shape), one.kind, across]
     total[0] += one.count
     total[1] += one.count * one.bytes
   return [
@@ -279,12 +279,17 @@ def _collectives(program: Program, mesh_shape: dict[str, int]):
   ]
 
 
-def _of(one: Collective) -> str:
+def _of(one: Collective, mesh_shape) -> str:
   """What is sent: `sharding.whole` and its transpose say so in the program."""
-  if "whole" in one.scope:
-    return "weights" if one.kind == "all-gather" else "gradients"
+  if one.kind == "all-gather" and "whole" in one.scope:
+    return "weights"
   if one.bytes <= 1024:
     return "metrics"
+  # XLA may join sums and forget where they came from. Activations are summed
+  # over `tensor` alone.
+  summed = one.kind in ("reduce-scatter", "all-reduce")
+  if summed and ("whole" in one.scope or mesh_shape["tensor"] == 1):
+    return "gradients"
   return "gradients" if "psum" in one.scope else "activations"
 
 

@@ -72,6 +72,8 @@ def _tpus(name: str, size: str) -> Sequence[jax.Device]:
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
+    # No chip is taken, so that several plans may be made at once.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": f"{_TPU[name.partition(':')[0]]}-{chips}",
   }
   more = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
