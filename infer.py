@@ -215,7 +215,7 @@ def load(args: Arguments):
   cli.check_new_file("--output", args.output)
   folder = args.bank or str(Path(args.workdir) / "bank")
   tokenizer = load_tokenizer(args.base.path)
-  base = load_base(args.base.path, args.base.dtype)
+  base = load_base(args.base.path, args.base.dtype, quantize=args.base.quantize)
   return base, tokenizer, load_bank(folder, base)
 
 

@@ -67,7 +67,13 @@ def main(argv: Sequence[str]) -> None:
   encoders = {}
   if config.router.encoder == "minilm":
     encoders["minilm"] = load_minilm(config.router.minilm)
-  base = load_base(config.base.path, config.base.dtype, mesh, stacked=True)
+  base = load_base(
+    config.base.path,
+    config.base.dtype,
+    mesh,
+    stacked=True,
+    quantize=config.base.quantize,
+  )
   data = batches(rows, tokenizer, config.data)
   tests = held_out_batches(held_out, tokenizer, config.data)
   tests = [put_batch(batch, mesh) for batch in tests]

@@ -9,6 +9,7 @@ import pytest
 from tiny import (
   FOUR,
   SHAPE,
+  by_projection,
   draw,
   first_batches,
   make_config,
@@ -37,8 +38,10 @@ def sharded_base(mesh) -> Llama:
   def make(name, shape):
     spec = parameter_spec(name, shape, mesh)
     return jax.device_put(
-      draw(name, shape), jax.sharding.NamedSharding(mesh, spec)
+      whole(name, shape), jax.sharding.NamedSharding(mesh, spec)
     )
+
+  whole = by_projection(SHAPE, draw)
 
   return Llama(SHAPE, make, stacked=True)
 
@@ -168,7 +171,7 @@ def names_of(stacked: bool) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-  ("stacked", "count"), [(True, 3 + 2 + 14), (False, 3 + 2 * (2 + 14))]
+  ("stacked", "count"), [(True, 3 + 2 + 10), (False, 3 + 2 * (2 + 10))]
 )
 def test_each_parameter_of_a_base_matches_one_rule(stacked, count):
   mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -191,6 +194,9 @@ def test_each_parameter_of_a_base_matches_one_rule(stacked, count):
       inward = part.split(".")[0] in ("o", "down")
       if part.endswith("norm"):
         want = (*lead, None)
+      elif part.startswith("qkv"):
+        inputs = () if part.endswith("bias") else ("fsdp",)
+        want = (*lead, *inputs, "tensor", None, None)
       elif part.endswith("bias"):
         want = (*lead, None if inward else "tensor")
       else:
@@ -233,9 +239,8 @@ def test_no_rule_and_two_rules_are_bugs(monkeypatch):
 
 def test_an_axis_that_does_not_divide_is_named():
   mesh = make_mesh(MeshConfig(tensor=8))
-  width = PRESETS["smollm2-135m"].projection_shapes["k"][1]
-  assert width == 192
-  assert parameter_spec("layers.0.k.bias", (192,), mesh) == P("tensor")
+  width = PRESETS["smollm2-135m"].mlp_width
+  assert parameter_spec("layers.0.up.bias", (width,), mesh) == P("tensor")
   with pytest.raises(
     InputError,
     match=r"^mesh\.tensor: 8 does not divide an axis of head, which is 260"

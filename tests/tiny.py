@@ -22,7 +22,7 @@ from tokenlora_jax.config import (
 )
 from tokenlora_jax.data import Row, batches, held_out_batches
 from tokenlora_jax.model.config import LlamaConfig
-from tokenlora_jax.model.llama import Llama
+from tokenlora_jax.model.llama import Llama, join_heads
 from tokenlora_jax.sharding import make_mesh
 
 # Every axis that a mesh may split divides by 8, or by 2 for tensor.
@@ -45,9 +45,27 @@ def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
   return jnp.asarray(x)
 
 
+def by_projection(config: LlamaConfig, make):
+  """A factory of a Llama's parameters from one that has q, k and v apart."""
+
+  def joined(name, shape):
+    if ".qkv." not in name:
+      return make(name, shape)
+    lead = shape[:1] if ".*." in name else ()
+    axes = slice(name.endswith(".bias"), None)
+    shapes = {p: (*lead, *config.projection_shapes[p][axes]) for p in "qkv"}
+    parts = [make(name.replace("qkv", p), shapes[p]) for p in "qkv"]
+    return join_heads(config, parts)
+
+  return joined
+
+
 @functools.cache
 def make_base(dtype: str = "float32") -> Llama:
-  return Llama(SHAPE, lambda *args: draw(*args).astype(dtype), stacked=True)
+  def make(name, shape):
+    return draw(name, shape).astype(dtype)
+
+  return Llama(SHAPE, by_projection(SHAPE, make), stacked=True)
 
 
 class Tokenizer:

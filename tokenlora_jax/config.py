@@ -83,10 +83,14 @@ class BaseConfig:
       .gguf or folder that an installed Python package carries), or
       `random:PRESET`.
     dtype: what its weights are kept and multiplied in.
+    quantize: what its layers' kernels are kept in instead, for training as for
+      decoding: `int8` (half the bytes of bfloat16), `nf4` (QLoRA's 4-bit
+      NormalFloat, about a quarter) or `none`.
   """
 
   path: str = "random:tiny"
   dtype: Literal["float32", "bfloat16"] = "bfloat16"
+  quantize: Literal["none", "int8", "nf4"] = "none"
 
   def __post_init__(self):
     _check_literals(self, "base.")

@@ -33,13 +33,31 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"head", ("width", "vocab")),
   (r"norm", (None,)),
   (r"layers\.(.+\.)?(attention|mlp)_norm", (None,)),
-  (r"layers\.(.+\.)?(q|k|v|gate|up)\.kernel", ("width", "features")),
-  (r"layers\.(.+\.)?(o|down)\.kernel", ("features", "width")),
-  (r"layers\.(.+\.)?(q|k|v|gate|up)\.bias", ("features",)),
+  # Kernels [in, out], or in few bits: int8 `values` with a scale an output, or
+  # blocks of inputs, `largest` [blocks, out] and `codes` [blocks, bytes, out].
+  # Queries, keys and values are one, by kv head: out is [K, G + 2, H].
+  (
+    r"layers\.(.+\.)?qkv\.kernel(\.values|\.largest)?",
+    ("width", "features", None, None),
+  ),
+  (
+    r"layers\.(.+\.)?(gate|up)\.kernel(\.values|\.largest)?",
+    ("width", "features"),
+  ),
+  (
+    r"layers\.(.+\.)?(o|down)\.kernel(\.values|\.largest)?",
+    ("features", "width"),
+  ),
+  (
+    r"layers\.(.+\.)?qkv\.kernel\.codes",
+    ("width", None, "features", None, None),
+  ),
+  (r"layers\.(.+\.)?(gate|up)\.kernel\.codes", ("width", None, "features")),
+  (r"layers\.(.+\.)?(o|down)\.kernel\.codes", ("features", None, "width")),
+  (r"layers\.(.+\.)?qkv\.(bias|kernel\.scales)", ("features", None, None)),
+  (r"layers\.(.+\.)?(gate|up)\.(bias|kernel\.scales)", ("features",)),
+  (r"layers\.(.+\.)?(o|down)\.kernel\.scales", ("width",)),
   (r"layers\.(.+\.)?(o|down)\.bias", (None,)),
-  # Queries, keys and values in one, by kv head: [D, K, G + 2, H].
-  (r"layers\.(.+\.)?qkv\.kernel", ("width", "features", None, None)),
-  (r"layers\.(.+\.)?qkv\.bias", ("features", None, None)),
   # Adapters and their optimizer moments, [E, L, R, in or out].
   (r"(.+\.)?(q|k|v|gate|up)\.a", ("expert", None, None, "width")),
   (r"(.+\.)?(q|k|v|gate|up)\.b", ("expert", None, None, "lora_features")),
@@ -177,12 +195,12 @@ def described(tree, mesh: Mesh):
 
 
 def _dotted(path) -> str:
-  name = ".".join(
+  names = [
     str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
     for key in path
-  )
-  # A Flax parameter is a leaf of its own, named value.
-  return name.removesuffix(".value")
+  ]
+  # What a Flax parameter holds is named value.
+  return ".".join(name for name in names if name != "value")
 
 
 def manual_specs(tree, mesh: Mesh):

@@ -33,9 +33,11 @@ from tokenlora_jax.model.attention import (
 from tokenlora_jax.model.cache import KV, Cache
 from tokenlora_jax.model.config import LlamaConfig, RopeScaling
 from tokenlora_jax.model.lora import LayerLoras, Lora
+from tokenlora_jax.model.quantize import dot
 
 # Gives the parameter of a name and shape: drawn, loaded, or only described.
-# Stacked layers are named "layers.*. ..." and have a leading L.
+# Stacked layers are named "layers.*. ..." and have a leading L. A kernel may
+# come in few bits (`model/quantize.py`).
 MakeParameter = Callable[[str, tuple[int, ...]], jax.Array]
 
 # The adapters' part of a linear map: (lora, x [B, T, in], keys [B]) -> [B, T,
@@ -61,7 +63,7 @@ REMAT_POLICIES = {
 
 
 class Linear(nnx.Module):
-  """y = x W + b, with W kept [in, out]."""
+  """y = x W + b, with W kept [in, out], in full or in few bits."""
 
   def __init__(self, name, make: MakeParameter, shape, has_bias: bool):
     self.kernel = nnx.Param(make(f"{name}.kernel", shape))
@@ -72,7 +74,7 @@ class Linear(nnx.Module):
     )
 
   def __call__(self, x):
-    y = x @ self.kernel[...]
+    y = dot(x, self.kernel.get_value())
     return y if self.bias is None else y + self.bias[...]
 
 
@@ -85,30 +87,46 @@ class QKV(nnx.Module):
   """
 
   def __init__(self, name, config: LlamaConfig, make: MakeParameter, stack):
-    self.config = config
-
-    def joined(leaf, axes):
-      parts = [
-        make(f"{name}.{p}.{leaf}", (*stack, *config.projection_shapes[p][axes]))
-        for p in "qkv"
-      ]
-      heads = [self._by_head(part) for part in parts]
-      return nnx.Param(jnp.concatenate(heads, axis=-2))
-
-    self.kernel = joined("kernel", slice(None))
-    self.bias = joined("bias", slice(1, None)) if config.qkv_bias else None
-
-  def _by_head(self, x):
-    config = self.config
-    return x.reshape(*x.shape[:-1], config.kv_heads, -1, config.head_width)
+    heads = config.heads // config.kv_heads + 2, config.head_width
+    shape = config.kv_heads, *heads
+    self.kernel = nnx.Param(
+      make(f"{name}.qkv.kernel", (*stack, config.width, *shape))
+    )
+    self.bias = (
+      nnx.Param(make(f"{name}.qkv.bias", (*stack, *shape)))
+      if config.qkv_bias
+      else None
+    )
 
   def __call__(self, x):
     """Returns q [B, T, N*H], k [B, T, K*H] and v [B, T, K*H]."""
-    y = jnp.einsum("btd,dkgh->btkgh", x, self.kernel[...])
+    y = dot(x, self.kernel.get_value())
     if self.bias is not None:
       y = y + self.bias[...]
     parts = y[..., :-2, :], y[..., -2, :], y[..., -1, :]
     return [part.reshape(*x.shape[:2], -1) for part in parts]
+
+
+def join_heads(config: LlamaConfig, parts: Sequence[jax.Array]) -> jax.Array:
+  """Joins what q, k and v have apart, as `QKV` keeps it.
+
+  Args:
+    config: the shape of the Llama.
+    parts: the kernels [..., D, N*H], [..., D, K*H] and [..., D, K*H], or the
+      biases without D.
+
+  Returns:
+    [..., K, G + 2, H].
+
+  Example:
+    >>> from tokenlora_jax.model.config import PRESETS
+    >>> q, k = jnp.ones((64, 64)), jnp.ones((64, 32))
+    >>> join_heads(PRESETS["tiny"], [q, k, k]).shape
+    (64, 2, 4, 16)
+  """
+  heads = config.kv_heads, -1, config.head_width
+  by_head = [part.reshape(*part.shape[:-1], *heads) for part in parts]
+  return jnp.concatenate(by_head, axis=-2)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
