@@ -11,9 +11,10 @@ import jax
 from rich.pretty import pprint
 
 from tokenlora_jax import cli
+from tokenlora_jax.batches import batches, held_out_batches
 from tokenlora_jax.checkpoint import claim_workdir
 from tokenlora_jax.config import Config
-from tokenlora_jax.data import batches, held_out_batches, load_rows
+from tokenlora_jax.data import load_rows
 from tokenlora_jax.interop.bank import Bank, save_bank
 from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.minilm import load_minilm
@@ -21,6 +22,7 @@ from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.loop import train, trained_adapters
 from tokenlora_jax.mixing.encoders import HiddenEncoder
 from tokenlora_jax.mixing.routers import centroids
+from tokenlora_jax.processes import start_processes
 from tokenlora_jax.sharding import make_mesh
 from tokenlora_jax.training import put_batch
 
@@ -31,8 +33,8 @@ def main(argv: Sequence[str]) -> None:
   console = cli.console()
 
   # ---- Whatever can be wrong is found out before anything is written. ----
-  if config.mesh.processes:
-    jax.distributed.initialize()
+  start_processes(config.mesh)
+  console.quiet = jax.process_index() > 0
   mesh = make_mesh(config.mesh, config.data.rows)
   tokenizer = load_tokenizer(config.base.path)
   tasks = config.data.tasks
@@ -42,8 +44,8 @@ def main(argv: Sequence[str]) -> None:
   if config.router.encoder == "minilm":
     encoders["minilm"] = load_minilm(config.router.minilm)
   base = load_base(config.base.path, config.base.dtype, mesh, stacked=True)
-  data = batches(rows, tokenizer, config.data)
-  tests = held_out_batches(held_out, tokenizer, config.data)
+  data = batches(rows, tokenizer, config.data, mesh)
+  tests = held_out_batches(held_out, tokenizer, config.data, mesh)
   tests = [put_batch(batch, mesh) for batch in tests]
   encoders["hidden"] = HiddenEncoder(base, tokenizer, config.data.length)
 

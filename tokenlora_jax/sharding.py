@@ -9,6 +9,7 @@ communicate; rows over `data` and `fsdp`; the frozen weights over `fsdp` and
 from __future__ import annotations
 
 from collections.abc import Sequence
+import itertools
 import re
 
 import jax
@@ -134,3 +135,53 @@ def tree_shardings(tree, mesh: Mesh):
     return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
 
   return jax.tree.map_with_path(one, tree)
+
+
+def process_block(
+  mesh: Mesh, experts: int, rows: int
+) -> tuple[list[int], list[int]]:
+  """Returns which part of a batch [E, B, T] this process's devices hold.
+
+  Args:
+    mesh: the mesh.
+    experts: E.
+    rows: B.
+
+  Returns:
+    (experts, rows): the process holds each of these rows of each of these
+    experts, and nothing else.
+
+  Raises:
+    InputError: some process does not hold such a block, or two hold parts of
+      the same experts or rows.
+
+  Example:
+    >>> process_block(make_mesh(MeshConfig(), devices=jax.devices()[:1]), 2, 3)
+    ([0, 1], [0, 1, 2])
+  """
+  sharding = NamedSharding(mesh, BATCH_SPEC)
+  held: dict[int, set[tuple[int, int]]] = {}
+  for device, index in sharding.devices_indices_map((experts, rows, 1)).items():
+    cells = itertools.product(range(experts)[index[0]], range(rows)[index[1]])
+    held.setdefault(device.process_index, set()).update(cells)
+  blocks = {
+    process: tuple(sorted(set(axis)) for axis in zip(*cells, strict=True))
+    for process, cells in held.items()
+  }
+  # All processes look at all blocks, so that all refuse the same mesh.
+  whole = all(
+    len(held[process]) == len(block[0]) * len(block[1])
+    for process, block in blocks.items()
+  )
+  for axis, size in enumerate((experts, rows)):
+    parts = {tuple(block[axis]) for block in blocks.values()}
+    whole &= sum(map(len, parts)) == size and len(set(map(len, parts))) == 1
+  if not whole:
+    raise InputError(
+      "mesh: "
+      + " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+      + f" splits {experts} experts and {rows} rows so that a process does not"
+      " hold the same rows of each of its experts; choose axes that divide the"
+      f" {len(blocks)} processes, or that they divide"
+    )
+  return blocks[jax.process_index()]
