@@ -177,11 +177,9 @@ def process_block(
     parts = {tuple(block[axis]) for block in blocks.values()}
     whole &= sum(map(len, parts)) == size and len(set(map(len, parts))) == 1
   if not whole:
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     raise InputError(
-      "mesh: "
-      + " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-      + f" splits {experts} experts and {rows} rows so that a process does not"
-      " hold the same rows of each of its experts; choose axes that divide the"
-      f" {len(blocks)} processes, or that they divide"
+      f"mesh: {axes} cuts experts and rows across {len(blocks)} processes;"
+      " choose axes so that each process holds the same rows of all its experts"
     )
   return blocks[jax.process_index()]
