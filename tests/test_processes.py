@@ -39,6 +39,7 @@ config = Config(
   lora=LoraConfig(rank=2),
   data=DataConfig(tasks={TASKS}, rows=4, length=320, train_rows=12, eval_rows=4),
   optim=OptimConfig(steps={STEPS}, learning_rate=1e-2, warmup_steps=2),
+  remat="none",
   router=RouterConfig(encoder="hidden", centroid_rows=2),
 )
 """
@@ -198,6 +199,10 @@ def test_only_process_0_writes_and_speaks(runs):
 # How processes start.
 
 
+def settings(coordinator, process) -> MeshConfig:
+  return MeshConfig(coordinator=coordinator, processes=2, process=process)
+
+
 @pytest.fixture
 def joined(monkeypatch):
   """What `jax.distributed.initialize` was called with."""
@@ -211,9 +216,34 @@ def joined(monkeypatch):
 def test_flags_join_processes(joined):
   start_processes(MeshConfig())
   assert joined == []
-  flags = {"coordinator": "10.0.0.1:8476", "processes": 4, "process": 3}
-  start_processes(MeshConfig(**flags))
-  assert joined == [("10.0.0.1:8476", 4, 3)]
+  with socket.create_server(("localhost", 0)) as process_0:
+    coordinator = f"localhost:{process_0.getsockname()[1]}"
+    start_processes(settings(coordinator, 1))
+  assert joined == [(coordinator, 2, 1)]
+
+
+def test_a_coordinator_that_does_not_answer_is_named(joined, monkeypatch):
+  monkeypatch.setattr(processes, "WAIT", 0)
+  port = free_port()
+  with pytest.raises(InputError) as error:
+    start_processes(settings(f"localhost:{port}", 1))
+  assert str(error.value) == (
+    f"mesh.coordinator: 'localhost' does not answer on port {port} (Connection"
+    " refused); does process 0 run there?"
+  )
+  assert joined == []
+
+
+def test_a_port_that_is_taken_is_named(joined):
+  with socket.create_server(("", 0)) as other:
+    port = other.getsockname()[1]
+    with pytest.raises(InputError) as error:
+      start_processes(settings(f"localhost:{port}", 0))
+  assert str(error.value) == (
+    f"mesh.coordinator: port {port} cannot be listened on (Address already in"
+    " use)"
+  )
+  assert joined == []
 
 
 @pytest.fixture
@@ -278,9 +308,8 @@ def test_processes_that_cannot_be_joined_are_one_line(monkeypatch):
     raise RuntimeError("DEADLINE_EXCEEDED: no answer\nin 300 s")
 
   monkeypatch.setattr(jax.distributed, "initialize", fail)
-  flags = {"coordinator": "10.0.0.1:8476", "processes": 2}
   with pytest.raises(InputError) as error:
-    start_processes(MeshConfig(**flags))
+    start_processes(settings(f"localhost:{free_port()}", 0))
   assert str(error.value) == (
     "mesh.processes: the processes cannot be joined: DEADLINE_EXCEEDED: no"
     " answer"

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import time
 import urllib.request
 
 import jax
 
 from tokenlora_jax.config import InputError, MeshConfig
+
+# Seconds for process 0 to start, as long as JAX itself waits for processes.
+WAIT = 300
 
 # Where a Google Cloud TPU machine is told the hosts of its slice.
 _HOSTS = (
@@ -27,10 +32,15 @@ def start_processes(config: MeshConfig) -> None:
     config: says how many processes there are, unless this is a TPU pod.
 
   Raises:
-    InputError: the processes cannot be joined.
+    InputError: process 0 does not answer, or JAX cannot join the processes.
   """
   try:
     if config.processes > 1:
+      host, _, port = config.coordinator.rpartition(":")
+      if config.process == 0:
+        _check_free(int(port))
+      else:
+        _wait_for(host.strip("[]"), int(port))
       jax.distributed.initialize(
         config.coordinator, config.processes, config.process
       )
@@ -38,13 +48,42 @@ def start_processes(config: MeshConfig) -> None:
       jax.distributed.initialize()
     else:
       return
-  except (RuntimeError, ValueError) as error:
+  except RuntimeError as error:  # Whatever else JAX finds.
     reason = str(error).strip().splitlines()[0]
     raise InputError(
       f"mesh.processes: the processes cannot be joined: {reason}"
     ) from None
   if jax.process_index() > 0:
     logging.getLogger("tokenlora_jax").setLevel(logging.ERROR)
+
+
+# Of both, JAX would wait in vain for five minutes, and abort with a stack trace.
+
+
+def _check_free(port: int) -> None:
+  """Checks that process 0 can listen for the others."""
+  try:
+    socket.create_server(("", port)).close()
+  except OSError as error:
+    raise InputError(
+      f"mesh.coordinator: port {port} cannot be listened on ({os.strerror(error.errno)})"
+    ) from None
+
+
+def _wait_for(host: str, port: int) -> None:
+  """Waits until process 0 listens."""
+  until = time.monotonic() + WAIT
+  while True:
+    try:
+      socket.create_connection((host, port), timeout=5).close()
+      return
+    except OSError as error:
+      if time.monotonic() >= until:
+        raise InputError(
+          f"mesh.coordinator: {host!r} does not answer on port {port}"
+          f" ({error.strerror or error}); does process 0 run there?"
+        ) from None
+    time.sleep(1)
 
 
 def tpu_hosts() -> int:
