@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import os
 from pathlib import Path
@@ -326,7 +327,10 @@ class Device:
 
   id: int
   process_index: int
+  coords: tuple[int, int, int] = (0, 0, 0)
   platform: str = "cpu"
+  device_kind: str = "cpu"
+  core_on_chip: int = 0
 
 
 def mesh_of(processes, *shape) -> Mesh:
@@ -371,3 +375,17 @@ def test_all_processes_refuse_other_meshes(
   monkeypatch.setattr(jax, "process_index", lambda: process)
   with pytest.raises(InputError, match=r"^mesh: expert .* 2 processes; choose"):
     process_block(mesh_of(processes, *shape), 2, 12)
+
+
+@pytest.mark.parametrize("axes", [(1, 1, 32, 1), (4, 2, 4, 1), (2, 4, 2, 2)])
+def test_a_pods_hosts_hold_blocks(axes):
+  # A TPU v6e of 4 x 8 chips, each host with 2 x 2 of them.
+  chips = [
+    Device(i, x // 2 * 4 + y // 2, (x, y, 0), "tpu", "TPU v6 lite")
+    for i, (y, x) in enumerate(itertools.product(range(8), range(4)))
+  ]
+  mesh = make_mesh(MeshConfig(*axes), rows=32, devices=chips)
+  assert mesh.devices.shape == axes
+  assert set(mesh.devices.flat) == set(chips)
+  experts, rows = process_block(mesh, 4, 32)
+  assert len(experts) * len(rows) == 4 * 32 // 8  # A host is an eighth.

@@ -13,6 +13,7 @@ import itertools
 import re
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -88,12 +89,14 @@ def make_mesh(
       f"data.rows: {rows} is not a multiple of mesh data {config.data} x fsdp"
       f" {fsdp}, which split them"
     )
-  return jax.make_mesh(
+  # An axis of the chips' torus may have to be split among axes of the mesh,
+  # which jax.make_mesh refuses.
+  grid = mesh_utils.create_device_mesh(
     (config.expert, config.data, fsdp, config.tensor),
-    MESH_AXES,
-    axis_types=(AxisType.Auto,) * len(MESH_AXES),
-    devices=devices,
+    devices,
+    allow_split_physical_axes=True,
   )
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
