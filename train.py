@@ -16,9 +16,10 @@ import jax
 from rich.pretty import pprint
 
 from tokenlora_jax import cli
+from tokenlora_jax.batches import batches, held_out_batches
 from tokenlora_jax.checkpoint import claim_workdir
 from tokenlora_jax.config import Config
-from tokenlora_jax.data import batches, held_out_batches, load_rows
+from tokenlora_jax.data import load_rows
 from tokenlora_jax.interop.bank import Bank, save_bank
 from tokenlora_jax.interop.load import base_shape, load_base
 from tokenlora_jax.interop.minilm import load_minilm
@@ -28,6 +29,7 @@ from tokenlora_jax.mixing.encoders import HiddenEncoder
 from tokenlora_jax.mixing.routers import centroids
 from tokenlora_jax.plan.plan import plan_training
 from tokenlora_jax.plan.report import show_plans
+from tokenlora_jax.processes import start_processes
 from tokenlora_jax.sharding import make_mesh
 from tokenlora_jax.training import put_batch
 
@@ -57,8 +59,8 @@ def main(argv: Sequence[str]) -> None:
     return
 
   # ---- Whatever can be wrong is found out before anything is written. ----
-  if config.mesh.processes:
-    jax.distributed.initialize()
+  start_processes(config.mesh)
+  console.quiet = jax.process_index() > 0
   mesh = make_mesh(config.mesh, config.data.rows // config.accumulate)
   tokenizer = load_tokenizer(config.base.path)
   tasks = config.data.tasks
@@ -74,8 +76,8 @@ def main(argv: Sequence[str]) -> None:
     stacked=True,
     quantize=config.base.quantize,
   )
-  data = batches(rows, tokenizer, config.data)
-  tests = held_out_batches(held_out, tokenizer, config.data)
+  data = batches(rows, tokenizer, config.data, mesh)
+  tests = held_out_batches(held_out, tokenizer, config.data, mesh)
   tests = [put_batch(batch, mesh) for batch in tests]
   encoders["hidden"] = HiddenEncoder(base, tokenizer, config.data.length)
 

@@ -28,7 +28,7 @@ config = Config(
     source="hub", rows=8, length=1024, loss_on="all", bad_rows="skip"
   ),
   optim=OptimConfig(steps=1000, learning_rate=2e-4, warmup_steps=30),
-  mesh=MeshConfig(expert=4, processes=True),
+  mesh=MeshConfig(expert=4),
   router=RouterConfig(centroid_rows=1000),
   decode=DecodeConfig(max_new_tokens=256, refresh_every=2),
   remat="full",

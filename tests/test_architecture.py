@@ -19,6 +19,8 @@ ARROWS = {
   "mixing": "model text config",
   "decoding": "mixing model text config",
   "data": "tasks text config",
+  "batches": "data sharding tasks text config",
+  "processes": "config",
   "checkpoint": "model config sharding",
   "training": "model sharding mixing config",
   "loop": "training checkpoint metrics model config",

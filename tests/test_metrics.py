@@ -40,11 +40,15 @@ def step_metrics(loss=2.0):
 
 
 def a_batch():
-  """Two experts of two rows of 10 tokens, of which 8 are real."""
-  segments = np.zeros((2, 2, 10), np.int32)
-  segments[:, :, :8] = 1
-  rows = np.array([[4, 7], [0, 1]], np.int32)
-  return {"tokens": segments, "segment_ids": segments, "rows": rows}
+  """Two experts of two rows of 10 tokens, of which 8 are real.
+
+  This process holds the first expert alone.
+  """
+  return {
+    "tokens": np.zeros((1, 2, 10), np.int32),
+    "sizes": np.full((2, 2), 8, np.int32),
+    "rows": [np.array([4, 7], np.int32), np.array([0, 1], np.int32)],
+  }
 
 
 def open_log(workdir, steps=40, first=0, **console):

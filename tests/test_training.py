@@ -203,7 +203,8 @@ def one(mesh):
   state = random_state(config, make_base(), mesh)
   [batch] = first_batches(config, 1)
   loras = jax.tree.map(lambda x: x[0], state.loras)
-  rows = {name: x[0] for name, x in batch.items() if name != "rows"}
+  names = batch.keys() - {"rows", "sizes"}
+  rows = {name: batch[name][0] for name in names}
   function = jax.jit(expert_losses, static_argnames=("dropout", "remat"))
   return types.SimpleNamespace(loras=loras, rows=rows, losses=function)
 

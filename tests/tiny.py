@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from tokenlora_jax import loop, training
+from tokenlora_jax.batches import batches, held_out_batches
 from tokenlora_jax.config import (
   Config,
   DataConfig,
@@ -20,7 +21,7 @@ from tokenlora_jax.config import (
   MeshConfig,
   OptimConfig,
 )
-from tokenlora_jax.data import Row, batches, held_out_batches
+from tokenlora_jax.data import Row
 from tokenlora_jax.model.config import LlamaConfig
 from tokenlora_jax.model.llama import Llama, join_heads
 from tokenlora_jax.sharding import make_mesh

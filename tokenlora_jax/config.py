@@ -141,6 +141,8 @@ class DataConfig:
     loss_on: `answer` (the answer and the end token) or `all` (as the paper).
     rows: B, rows an expert a step.
     length: T, the most tokens a row may have.
+    packing: put several short rows of a task into one row of the batch, where
+      they neither see nor predict each other: fewer steps a pass, of more rows.
     too_long: what happens to a row of more tokens: `skip`, `truncate` (its
       end is cut) or `fatal`.
     bad_rows: what happens to a row that breaks its schema: `fatal` or `skip`.
@@ -155,6 +157,7 @@ class DataConfig:
   loss_on: Literal["answer", "all"] = "answer"
   rows: int = 8
   length: int = 256
+  packing: bool = False
   too_long: Literal["skip", "truncate", "fatal"] = "skip"
   bad_rows: Literal["fatal", "skip"] = "fatal"
   train_rows: int = 0
@@ -219,7 +222,10 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """How many devices each axis of the mesh takes.
+  """How many devices each axis of the mesh takes, and in which processes.
+
+  The hosts of a TPU pod find each other. Elsewhere each process is given the
+  same `coordinator` and `processes`, and its own number as `process`.
 
   Attributes:
     expert: devices over which experts are split; they never communicate.
@@ -227,21 +233,38 @@ class MeshConfig:
     fsdp: devices over which rows and the frozen weights are split.
       0 takes the devices that the other axes leave.
     tensor: devices over which heads and the MLP are split.
-    processes: start as one of several processes (`jax.distributed`), as on a
-      TPU pod or under Slurm.
+    coordinator: HOST:PORT on which process 0 waits for the others.
+    processes: how many processes there are.
+    process: which of them this one is, from 0.
   """
 
   expert: int = 1
   data: int = 1
   fsdp: int = 0
   tensor: int = 1
-  processes: bool = False
+  coordinator: str = ""
+  processes: int = 1
+  process: int = 0
 
   def __post_init__(self):
-    for field in ("expert", "data", "tensor"):
+    for field in ("expert", "data", "tensor", "processes"):
       value = getattr(self, field)
       check(value >= 1, f"mesh.{field}", value, "at least 1")
     check(self.fsdp >= 0, "mesh.fsdp", self.fsdp, "0 (what is left) or more")
+    check(
+      0 <= self.process < self.processes,
+      "mesh.process", self.process,
+      f"0 to {self.processes - 1}, since mesh.processes is {self.processes}",
+    )  # fmt: skip
+    host, _, port = self.coordinator.rpartition(":")
+    check(
+      (bool(host) and port.isdecimal() and 0 < int(port) < 2**16)
+      if self.processes > 1
+      else not self.coordinator,
+      "mesh.coordinator", self.coordinator,
+      "HOST:PORT of process 0" if self.processes > 1
+      else "none, since mesh.processes is 1",
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,12 +116,13 @@ class RunLog:
     Args:
       step: optimizer steps done.
       metrics: float[E] each, on the host.
-      batch: of the step: its real tokens and rows are counted and named.
+      batch: of the step. Its `sizes`, int32[E, B], and `rows`, E arrays, are
+        those of all processes.
     """
     now = time.perf_counter()
     seconds, self._last = now - self._last, now
-    real = int(np.sum(batch["segment_ids"] > 0))
-    rate = batch["tokens"].size / seconds
+    real = int(np.sum(batch["sizes"]))
+    rate = batch["sizes"].size * batch["tokens"].shape[-1] / seconds
     values = {
       "tokens_per_second": real / seconds,
       "mfu": rate * self._flops_per_token / self._peak,
@@ -131,7 +132,7 @@ class RunLog:
         f"{name}/{expert}": float(value)
         for expert, value in zip(self._names, metrics[name], strict=True)
       }
-    self._write(step, values, rows=batch["rows"].tolist())
+    self._write(step, values, rows=[r.tolist() for r in batch["rows"]])
     losses = " ".join(
       f"{name} {loss:.3f}"
       for name, loss in zip(self._names, metrics["loss"], strict=True)

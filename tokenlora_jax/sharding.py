@@ -14,10 +14,12 @@ splits, XLA finds out from the weights' shardings, and does well.
 from __future__ import annotations
 
 from collections.abc import Sequence
+import itertools
 import math
 import re
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -117,12 +119,14 @@ def make_mesh(
       f"data.rows: {rows} is not a multiple of mesh data {config.data} x fsdp"
       f" {fsdp}, which split them"
     )
-  return jax.make_mesh(
+  # An axis of the chips' torus may have to be split among axes of the mesh,
+  # which jax.make_mesh refuses.
+  grid = mesh_utils.create_device_mesh(
     (config.expert, config.data, fsdp, config.tensor),
-    MESH_AXES,
-    axis_types=(AxisType.Auto,) * len(MESH_AXES),
-    devices=devices,
+    devices,
+    allow_split_physical_axes=True,
   )
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def decoding_mesh(shape: LlamaConfig, devices: Sequence) -> Mesh:
@@ -250,3 +254,51 @@ def _whole(name, x):
       with jax.named_scope("whole"):
         x = jax.lax.all_gather(x, "fsdp", axis=i, tiled=True)
   return x
+
+
+def process_block(
+  mesh: Mesh, experts: int, rows: int
+) -> tuple[list[int], list[int]]:
+  """Returns which part of a batch [E, B, T] this process's devices hold.
+
+  Args:
+    mesh: the mesh.
+    experts: E.
+    rows: B.
+
+  Returns:
+    (experts, rows): the process holds each of these rows of each of these
+    experts, and nothing else.
+
+  Raises:
+    InputError: some process does not hold such a block, or two hold parts of
+      the same experts or rows.
+
+  Example:
+    >>> process_block(make_mesh(MeshConfig(), devices=jax.devices()[:1]), 2, 3)
+    ([0, 1], [0, 1, 2])
+  """
+  sharding = NamedSharding(mesh, BATCH_SPEC)
+  held: dict[int, set[tuple[int, int]]] = {}
+  for device, index in sharding.devices_indices_map((experts, rows, 1)).items():
+    cells = itertools.product(range(experts)[index[0]], range(rows)[index[1]])
+    held.setdefault(device.process_index, set()).update(cells)
+  blocks = {
+    process: tuple(sorted(set(axis)) for axis in zip(*cells, strict=True))
+    for process, cells in held.items()
+  }
+  # All processes look at all blocks, so that all refuse the same mesh.
+  whole = all(
+    len(held[process]) == len(block[0]) * len(block[1])
+    for process, block in blocks.items()
+  )
+  for axis, size in enumerate((experts, rows)):
+    parts = {tuple(block[axis]) for block in blocks.values()}
+    whole &= sum(map(len, parts)) == size and len(set(map(len, parts))) == 1
+  if not whole:
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    raise InputError(
+      f"mesh: {axes} cuts experts and rows across {len(blocks)} processes;"
+      " choose axes so that each process holds the same rows of all its experts"
+    )
+  return blocks[jax.process_index()]

@@ -358,16 +358,16 @@ def put_batch(batch, mesh: Mesh) -> Batch:
   """Puts a batch on the mesh.
 
   Args:
-    batch: numpy arrays [E, B, T]. Every process has the whole batch, since it
-      may hold any of its experts and rows; a device gets its own part.
+    batch: numpy arrays [E, B, T], of the experts and rows that this process
+      holds, as `sharding.process_block` says.
     mesh: the mesh.
+
+  Returns:
+    Arrays of all experts and rows.
   """
   sharding = NamedSharding(mesh, BATCH_SPEC)
-
-  def put(array):
-    return jax.make_array_from_callback(
-      array.shape, sharding, lambda index: array[index]
-    )
-
   names = ("tokens", "positions", "segment_ids", "loss_mask")
-  return {name: put(batch[name]) for name in names}
+  return {
+    name: jax.make_array_from_process_local_data(sharding, batch[name])
+    for name in names
+  }
