@@ -21,7 +21,6 @@ from rich.text import Text
 import tyro
 
 from tokenlora_jax import cli, report
-from tokenlora_jax.checkpoint import write_atomically
 from tokenlora_jax.config import Config, InputError
 from tokenlora_jax.data import held_out, load_rows
 from tokenlora_jax.decoding import Decoder, Generation
@@ -30,6 +29,7 @@ from tokenlora_jax.interop.bank import Bank, load_bank
 from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import make_router
+from tokenlora_jax.workdir import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

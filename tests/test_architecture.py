@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 ARROWS = {
   "config": "",
   "cli": "config",
-  "metrics": "",
+  "workdir": "config",
+  "metrics": "workdir",
   "text": "",
   "model": "config",
   "sharding": "config",
@@ -19,7 +20,7 @@ ARROWS = {
   "mixing": "model text config",
   "decoding": "mixing model text config",
   "data": "tasks text config",
-  "checkpoint": "model config sharding",
+  "checkpoint": "config sharding",
   "training": "model sharding mixing config",
   "loop": "training checkpoint metrics model config",
   "evaluation": "decoding mixing model data tasks text config",

@@ -142,7 +142,7 @@ def train(config: Config, workdir, batches=None, mesh=None, console=None):
   rows = {task: make_rows(task, count=6) for task in config.data.tasks}
   held_out = held_out_batches(rows, Tokenizer(), config.data)
   workdir.mkdir(exist_ok=True)
-  with mock.patch.object(training, "make_step", make_step):
+  with mock.patch.object(loop, "make_step", make_step):
     return loop.train(
       config,
       make_base(),
