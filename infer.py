@@ -23,7 +23,6 @@ from rich.text import Text
 import tyro
 
 from tokenlora_jax import cli, report
-from tokenlora_jax.checkpoint import write_atomically
 from tokenlora_jax.config import Config, InputError
 from tokenlora_jax.data import held_out, load_rows
 from tokenlora_jax.decoding import Decoder, Generation
@@ -34,6 +33,7 @@ from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.plan.decoding import plan_decoding
 from tokenlora_jax.plan.report import show_plans
+from tokenlora_jax.workdir import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,8 @@
 
 At the end the folder WORKDIR/bank holds a PEFT folder an expert, the centroids
 that a router compares texts with, and bank.json; infer.py mixes them. A run
-that was stopped goes on where its newest checkpoint stands.
+that was stopped goes on where its newest checkpoint stands; SIGTERM, as of a
+preempted machine, lets it save one first.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,6 @@ from rich.pretty import pprint
 
 from tokenlora_jax import cli
 from tokenlora_jax.batches import batches, held_out_batches
-from tokenlora_jax.checkpoint import claim_workdir
 from tokenlora_jax.config import Config
 from tokenlora_jax.data import load_rows
 from tokenlora_jax.interop.bank import Bank, save_bank
@@ -32,6 +32,7 @@ from tokenlora_jax.plan.report import show_plans
 from tokenlora_jax.processes import start_processes
 from tokenlora_jax.sharding import make_mesh
 from tokenlora_jax.training import put_batch
+from tokenlora_jax.workdir import claim_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,38 +83,41 @@ def main(argv: Sequence[str]) -> None:
   encoders["hidden"] = HiddenEncoder(base, tokenizer, config.data.length)
 
   # ---- Train. ----
-  workdir = claim_workdir(config)
-  if jax.process_index() == 0:
-    pprint(config, console=console, expand_all=True)
-    devices = ", ".join(sorted({d.device_kind for d in jax.devices()}))
-    console.print(
-      f"{len(tasks)} experts on {config.base.path},"
-      f" {jax.device_count()} x {devices}, into {workdir}",
-      soft_wrap=True,
-    )
-  state = train(config, base, mesh, data, tests, workdir, console)
+  with claim_workdir(config) as workdir:
+    if jax.process_index() == 0:
+      pprint(config, console=console, expand_all=True)
+      devices = ", ".join(sorted({d.device_kind for d in jax.devices()}))
+      console.print(
+        f"{len(tasks)} experts on {config.base.path},"
+        f" {jax.device_count()} x {devices}, into {workdir}",
+        soft_wrap=True,
+      )
+    state = train(config, base, mesh, data, tests, workdir, console)
 
-  # ---- The bank. ----
-  texts = [
-    [
-      row.prompt + row.answer
-      for row in rows[task][: config.router.centroid_rows]
+    if state.step < config.optim.steps:
+      return  # SIGTERM.
+
+    # ---- The bank. ----
+    texts = [
+      [
+        row.prompt + row.answer
+        for row in rows[task][: config.router.centroid_rows]
+      ]
+      for task in tasks
     ]
-    for task in tasks
-  ]
-  tables = {}
-  for name, encoder in encoders.items():
-    with console.status(f"{name} centroids of {sum(map(len, texts))} texts"):
-      tables[name] = centroids(encoder, texts)
-  adapters = trained_adapters(config, state)
-  if jax.process_index() == 0:
-    bank = Bank(adapters, config.base.path, base.fingerprint, tables)
-    save_bank(workdir / "bank", bank)
-    console.print(
-      f"bank: {workdir / 'bank'}\nnext: python infer.py --config ..."
-      f" --bank {workdir / 'bank'} --prompt '...'",
-      soft_wrap=True,  # A command is copied whole.
-    )
+    tables = {}
+    for name, encoder in encoders.items():
+      with console.status(f"{name} centroids of {sum(map(len, texts))} texts"):
+        tables[name] = centroids(encoder, texts)
+    adapters = trained_adapters(config, state)
+    if jax.process_index() == 0:
+      bank = Bank(adapters, config.base.path, base.fingerprint, tables)
+      save_bank(workdir / "bank", bank)
+      console.print(
+        f"bank: {workdir / 'bank'}\nnext: python infer.py --config ..."
+        f" --bank {workdir / 'bank'} --prompt '...'",
+        soft_wrap=True,  # A command is copied whole.
+      )
 
 
 if __name__ == "__main__":

@@ -82,4 +82,6 @@ def test_splash_attention_is_attention(tensor, monkeypatch):
   monkeypatch.setattr(splash_attention, "make_splash_mha", make)
   got = jax.jit(fused)(q, k, v, segments)
   want = jax.jit(loss(XLA))(q, k, v, segments)
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), got, want)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), got, want
+  )

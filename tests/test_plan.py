@@ -4,13 +4,11 @@ import dataclasses
 import importlib.util
 import json
 import math
-import sys
 
 import jax
-import numpy as np
 import pytest
 
-from tokenlora_jax import cli
+import infer
 from tokenlora_jax.chips import CHIPS
 from tokenlora_jax.config import (
   BaseConfig,
@@ -20,12 +18,10 @@ from tokenlora_jax.config import (
   LoraConfig,
   MeshConfig,
 )
-from tokenlora_jax.model.config import PRESETS, LlamaConfig
+from tokenlora_jax.model.config import LlamaConfig
 from tokenlora_jax.plan.decoding import plan_decoding
 from tokenlora_jax.plan.plan import describe_base, plan_training
-from tokenlora_jax.plan.report import plan_table
 from tokenlora_jax.plan.topology import Topology, get_topology
-import infer
 import train
 
 SHAPE = LlamaConfig(

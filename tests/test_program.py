@@ -120,7 +120,9 @@ def test_traffic_counts_the_slices_that_a_loop_reads():
     return jnp.tanh(x * w), None
 
   size = 1 << 16
-  program = compile(lambda x, w: jax.lax.scan(body, x, w)[0], (size,), (6, size))
+  program = compile(
+    lambda x, w: jax.lax.scan(body, x, w)[0], (size,), (6, size)
+  )
   # Each of six rounds reads x and a slice of w and writes x.
   least = 6 * 3 * size * 4
   assert least <= program.memory_traffic <= 2 * least

@@ -160,10 +160,11 @@ def train(config: Config, workdir, batches=None, mesh=None, console=None):
   rows = {task: make_rows(task, count=6) for task in config.data.tasks}
   held_out = held_out_batches(rows, Tokenizer(), config.data)
   workdir.mkdir(exist_ok=True)
-  with mock.patch.object(training, "make_step", make_step):
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  with mock.patch.object(loop, "make_step", make_step):
     return loop.train(
       config,
-      make_base(),
+      jax.device_put(make_base(), everywhere),
       mesh,
       make_batches(config) if batches is None else batches,
       [training.put_batch(batch, mesh) for batch in held_out],

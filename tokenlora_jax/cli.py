@@ -176,8 +176,12 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 def quiet() -> None:
   """Silences the libraries' chatter; warnings of ours are shown in one line."""
-  for name in ("absl", "orbax", "jax", "transformers", "huggingface_hub"):
+  for name in ("jax", "transformers", "huggingface_hub"):
     logging.getLogger(name).setLevel(logging.ERROR)
+  # What goes wrong while Orbax reads and writes, it raises as well.
+  for name in ("absl", "orbax", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  sys.unraisablehook = lambda error: None
   logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
 
 

@@ -398,7 +398,9 @@ class Config:
   @classmethod
   def of(cls, args: Config) -> Config:
     """Returns the settings alone of a config with more arguments."""
-    return cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)})
+    return cls(
+      **{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}
+    )
 
   def to_json(self) -> dict:
     """Returns the settings as nested dicts of JSON values."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
 from pathlib import Path
+import signal
+import threading
 
 import jax
 from jax.experimental import multihost_utils
@@ -74,60 +77,90 @@ def train(
     console: where progress is shown.
 
   Returns:
-    The state after `config.optim.steps` steps.
+    The state after `config.optim.steps` steps, or after the step at which
+    SIGTERM came: that step is saved then, which is said.
 
   Raises:
     FloatingPointError: a loss or gradient is not finite; names step, expert and
       rows. The checkpoints before it stay as they are.
     KeyboardInterrupt: with Ctrl-C; says where the same command goes on.
+    InputError: there are checkpoints, but none that is whole.
   """
-  checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
+  steps = config.optim.steps
   data = iter(batches)
   state = init_state(config, base, mesh)
-  restored = checkpoints.restore(state, mesh)
-  if restored is not None:
-    # The newest checkpoint holds the state and where in the data it stood.
-    state, data_state = restored
-    data.set_state(data_state)
-  first = int(state.step)
-  step_function = make_step(config, mesh)
-  log = None
-  if jax.process_index() == 0:
+  with contextlib.ExitStack() as stack:
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
+    stack.enter_context(contextlib.closing(checkpoints))
+    restored = checkpoints.restore(state, mesh)
     if restored is not None:
-      console.print(f"going on from step {first} of {config.optim.steps}")
-    log = RunLog(
-      workdir,
-      config.data.tasks,
-      config.optim.steps,
-      first,
-      base.config.matmul_parameters,
-      console,
-    )
-  try:
-    for step in range(first + 1, config.optim.steps + 1):
-      batch = next(data)
-      state, metrics = step_function(state, base, put_batch(batch, mesh))
-      metrics = jax.device_get(metrics)
-      _check_finite(step, config.data.tasks, metrics, batch)
-      if log:
-        log.step(step, metrics, batch)
-      last = step == config.optim.steps
-      if last or step % config.save_every == 0:
-        checkpoints.save(step, state, data.get_state())
-      if last or (config.eval_every and step % config.eval_every == 0):
-        losses = held_out_losses(config, state, base, held_out)
+      # A checkpoint holds the state and where in the data it stood.
+      state, about = restored
+      data.set_state(about["data"])
+    first = int(state.step)
+    step_function = make_step(config, mesh)
+    log = None
+    if jax.process_index() == 0:
+      if restored is not None:
+        console.print(f"going on from step {first} of {steps}")
+      log = RunLog(
+        workdir,
+        config.data.tasks,
+        steps,
+        first,
+        base.config.matmul_parameters,
+        console,
+      )
+      stack.enter_context(contextlib.closing(log))
+    terminated = stack.enter_context(_termination())
+    stop = False
+    try:
+      for step in range(first + 1, steps + 1):
+        batch = next(data)
+        state, metrics = step_function(state, base, put_batch(batch, mesh))
+        metrics = jax.device_get(metrics)
+        _check_finite(step, config.data.tasks, metrics, batch)
         if log:
-          log.held_out(step, losses)
-  except KeyboardInterrupt:
-    newest = checkpoints.newest() or 0
-    raise KeyboardInterrupt(
-      f"stopped; the same command goes on from step {newest}"
-    ) from None
-  finally:
-    if log:
-      log.close()
-    checkpoints.close()
+          log.step(step, metrics, batch)
+        last = step == steps
+        stop = terminated(step) and not last
+        if last or (config.eval_every and step % config.eval_every == 0):
+          losses = held_out_losses(config, state, base, held_out)
+          if log:
+            log.held_out(step, losses)
+        # Saved once all is logged: a run that goes on logs only later steps.
+        if last or stop or step % config.save_every == 0:
+          about = {"config": config.to_json(), "data": data.get_state()}
+          checkpoints.save(step, state, about)
+        if stop:
+          break
+    except KeyboardInterrupt:
+      newest = checkpoints.newest() or 0
+      raise KeyboardInterrupt(
+        f"stopped; the same command goes on from step {newest}"
+      ) from None
+  if stop and jax.process_index() == 0:
+    console.print(
+      f"stopped by SIGTERM; step {step} of {steps} is saved, and the same"
+      " command goes on from there",
+      soft_wrap=True,
+    )
   return state
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[Callable[[int], bool]]:
+  """Yields what says after each step whether SIGTERM came and all stop now."""
+  if jax.process_count() > 1:
+    # JAX has taken SIGTERM over, and lets all processes agree on a step.
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  came = threading.Event()
+  before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+  try:
+    yield lambda step: came.is_set()
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def _check_finite(step, experts, metrics, batch):

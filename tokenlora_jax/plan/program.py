@@ -7,11 +7,10 @@ it, a called computation as often as its callers together.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 import dataclasses
 import functools
-import itertools
 import math
 import re
 
@@ -84,12 +83,13 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 
 
 def _operands(rest: str) -> tuple[str, ...]:
-  depth, end = 1, 0
-  for end, letter in enumerate(rest):
-    depth += (letter in "({") - (letter in ")}")
-    if depth == 0:
-      break
-  return tuple(re.findall(r"%([\w.-]+)", rest[:end]))
+  """Names before the bracket that ends the operands."""
+  depths = itertools.accumulate(
+    (letter in "({") - (letter in ")}") for letter in rest
+  )
+  inside = itertools.takewhile(lambda pair: pair[1] >= 0, zip(rest, depths))
+  text = "".join(letter for letter, _ in inside)
+  return tuple(re.findall(r"%([\w.-]+)", text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,9 +216,7 @@ class Program:
       groups = replica_groups(instruction.text)
       size = len(groups[0]) if groups else 1
       made = [s.bytes for s in instruction.shapes]
-      given = [
-        s.bytes for n in instruction.operands for s in by_name[n].shapes
-      ]
+      given = [s.bytes for n in instruction.operands for s in by_name[n].shapes]
       received = {
         # A started gather names its input beside its output.
         "all-gather": max(made) if len(given) == 1 else sum(made),
@@ -266,9 +264,7 @@ class Program:
       return 2 * min([out, *sizes]) if sizes else out
     if op == "fusion":
       body = self.computations[_CALLS.search(instruction.text)[1]]
-      reads = [
-        min(size, _read_of(body, i)) for i, size in enumerate(sizes)
-      ]
+      reads = [min(size, _read_of(body, i)) for i, size in enumerate(sizes)]
       return sum(reads) + min(out, _written_by(body, out))
     return out + sum(sizes)
 

@@ -136,9 +136,7 @@ def _gpus(name: str, chips: int) -> Sequence[jax.Device]:
     )
   os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
   target = _GPU_TARGET.format(**_GPUS[name.partition(":")[0]])
-  return _described(
-    name, "cuda", topology=f"1x1x{chips}", target_config=target
-  )
+  return _described(name, "cuda", topology=f"1x1x{chips}", target_config=target)
 
 
 def _described(name: str, platform: str, **settings) -> Sequence[jax.Device]:
