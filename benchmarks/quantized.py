@@ -25,8 +25,9 @@ import numpy as np
 
 from benchmarks.loading import measure
 from tokenlora_jax import load_base, load_tokenizer
+from tokenlora_jax.batches import batches
 from tokenlora_jax.config import BaseConfig, Config, DataConfig, OptimConfig
-from tokenlora_jax.data import batches, held_out, load_rows
+from tokenlora_jax.data import held_out, load_rows
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.sharding import make_mesh

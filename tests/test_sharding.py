@@ -194,9 +194,6 @@ def test_each_parameter_of_a_base_matches_one_rule(stacked, count):
       inward = part.split(".")[0] in ("o", "down")
       if part.endswith("norm"):
         want = (*lead, None)
-      elif part.startswith("qkv"):
-        inputs = () if part.endswith("bias") else ("fsdp",)
-        want = (*lead, *inputs, "tensor", None, None)
       elif part.endswith("bias"):
         want = (*lead, None if inward else "tensor")
       else:

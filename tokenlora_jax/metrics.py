@@ -30,21 +30,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from tokenlora_jax.chips import chip_of
 from tokenlora_jax.workdir import write_atomically
-
-# Dense peak of one device in bfloat16, FLOP/s, from the vendors' data sheets.
-PEAK_FLOPS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H200": 989e12,
-}
 
 # Seconds after which TensorBoard sees what is new.
 FLUSH_EVERY = 30
@@ -56,9 +43,8 @@ def peak_flops(device: jax.Device) -> float:
   Of a CPU or an unknown device the rate of a large float32 matrix product is
   measured.
   """
-  matches = [k for k in PEAK_FLOPS if device.device_kind.startswith(k)]
-  if matches:
-    return PEAK_FLOPS[max(matches, key=len)]
+  if chip := chip_of(device.device_kind):
+    return chip.flops
   size = 1024
   x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
   multiply = jax.jit(lambda x: x @ x)

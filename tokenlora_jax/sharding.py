@@ -37,13 +37,8 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"layers\.(.+\.)?(attention|mlp)_norm", (None,)),
   # Kernels [in, out], or in few bits: int8 `values` with a scale an output, or
   # blocks of inputs, `largest` [blocks, out] and `codes` [blocks, bytes, out].
-  # Queries, keys and values are one, by kv head: out is [K, G + 2, H].
   (
-    r"layers\.(.+\.)?qkv\.kernel(\.values|\.largest)?",
-    ("width", "features", None, None),
-  ),
-  (
-    r"layers\.(.+\.)?(gate|up)\.kernel(\.values|\.largest)?",
+    r"layers\.(.+\.)?(qkv|gate|up)\.kernel(\.values|\.largest)?",
     ("width", "features"),
   ),
   (
@@ -51,13 +46,11 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("features", "width"),
   ),
   (
-    r"layers\.(.+\.)?qkv\.kernel\.codes",
-    ("width", None, "features", None, None),
+    r"layers\.(.+\.)?(qkv|gate|up)\.kernel\.codes",
+    ("width", None, "features"),
   ),
-  (r"layers\.(.+\.)?(gate|up)\.kernel\.codes", ("width", None, "features")),
   (r"layers\.(.+\.)?(o|down)\.kernel\.codes", ("features", None, "width")),
-  (r"layers\.(.+\.)?qkv\.(bias|kernel\.scales)", ("features", None, None)),
-  (r"layers\.(.+\.)?(gate|up)\.(bias|kernel\.scales)", ("features",)),
+  (r"layers\.(.+\.)?(qkv|gate|up)\.(bias|kernel\.scales)", ("features",)),
   (r"layers\.(.+\.)?(o|down)\.kernel\.scales", ("width",)),
   (r"layers\.(.+\.)?(o|down)\.bias", (None,)),
   # Adapters and their optimizer moments, [E, L, R, in or out].
@@ -139,6 +132,15 @@ def decoding_mesh(shape: LlamaConfig, devices: Sequence) -> Mesh:
   """
   tensor = math.gcd(len(devices), shape.kv_heads)
   return make_mesh(MeshConfig(tensor=tensor), devices=devices[:tensor])
+
+
+def check_heads(shape: LlamaConfig, mesh: Mesh) -> None:
+  """Raises `InputError` unless the mesh splits a base between its kv heads."""
+  if shape.kv_heads % mesh.shape["tensor"]:
+    raise InputError(
+      f"mesh.tensor: {mesh.shape['tensor']} does not divide the base's"
+      f" {shape.kv_heads} kv heads"
+    )
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:

@@ -26,7 +26,7 @@ from tokenlora_jax.interop.base import BaseReader, open_base
 from tokenlora_jax.model.config import HUB_PRESETS, PRESETS, LlamaConfig
 from tokenlora_jax.model.llama import Llama, join_heads
 from tokenlora_jax.model.quantize import QUANTIZERS, Kernel, check_blocks
-from tokenlora_jax.sharding import tree_shardings
+from tokenlora_jax.sharding import check_heads, tree_shardings
 
 # A host array that starts at a multiple of it becomes a CPU device's own
 # without a copy.
@@ -77,6 +77,8 @@ def load_base(
     config, fingerprint = reader.config, reader.fingerprint()
     read = functools.partial(_read, reader)
   check_blocks(config, quantize)
+  if mesh is not None:
+    check_heads(config, mesh)
   make = _Factory(read, dtype, mesh, quantize)
   return Llama(config, make, stacked, fingerprint)
 
@@ -253,12 +255,14 @@ def _fill(out, reader, name, index):
     return
   config = reader.config
   group = config.heads // config.kv_heads
-  *inputs, kv_heads, _, _ = index
-  for i, kv_head in enumerate(range(kv_heads.start, kv_heads.stop)):
-    parts = np.split(out[..., i, :, :], (group, group + 1), axis=-2)
-    for p, part in zip("qkv", parts, strict=True):
-      size = part.shape[-2] * config.head_width
+  ends = np.cumsum([group, 1, 1]) * config.head_width
+  *inputs, features = index
+  # A device has whole kv heads: see sharding.check_heads.
+  kv_heads = range(features.start // ends[-1], features.stop // ends[-1])
+  for kv_head, part in zip(
+    kv_heads, np.split(out, len(kv_heads), axis=-1), strict=True
+  ):
+    for p, own in zip("qkv", np.split(part, ends[:2], axis=-1), strict=True):
+      size = own.shape[-1]
       rows = slice(kv_head * size, (kv_head + 1) * size)
-      # Reshaped, it is still the memory of `out`.
-      part = part.reshape(*part.shape[:-2], size)
-      reader.fill(part, name.replace("qkv", p), (*inputs, rows))
+      reader.fill(own, name.replace("qkv", p), (*inputs, rows))

@@ -78,31 +78,25 @@ class Linear(nnx.Module):
     return y if self.bias is None else y + self.bias[...]
 
 
-class QKV(nnx.Module):
+class QKV(Linear):
   """Queries, keys and values of one input, as one product.
 
-  The kernel is [D, K, G + 2, H]: of every kv head its G query heads, its key
-  and its value. So one product reads all three, and what a kv head needs is
-  never split.
+  The kernel is [D, K * (G + 2) * H]: of every kv head its G query heads, its
+  key and its value. So one product reads all three, and where devices split
+  it between kv heads, each has what its heads need.
   """
 
   def __init__(self, name, config: LlamaConfig, make: MakeParameter, stack):
-    heads = config.heads // config.kv_heads + 2, config.head_width
-    shape = config.kv_heads, *heads
-    self.kernel = nnx.Param(
-      make(f"{name}.qkv.kernel", (*stack, config.width, *shape))
-    )
-    self.bias = (
-      nnx.Param(make(f"{name}.qkv.bias", (*stack, *shape)))
-      if config.qkv_bias
-      else None
-    )
+    self.config = config
+    size = (config.heads + 2 * config.kv_heads) * config.head_width
+    shape = *stack, config.width, size
+    super().__init__(f"{name}.qkv", make, shape, config.qkv_bias)
 
   def __call__(self, x):
     """Returns q [B, T, N*H], k [B, T, K*H] and v [B, T, K*H]."""
-    y = dot(x, self.kernel.get_value())
-    if self.bias is not None:
-      y = y + self.bias[...]
+    config = self.config
+    heads = config.kv_heads, -1, config.head_width
+    y = super().__call__(x).reshape(*x.shape[:2], *heads)
     parts = y[..., :-2, :], y[..., -2, :], y[..., -1, :]
     return [part.reshape(*x.shape[:2], -1) for part in parts]
 
@@ -116,17 +110,18 @@ def join_heads(config: LlamaConfig, parts: Sequence[jax.Array]) -> jax.Array:
       biases without D.
 
   Returns:
-    [..., K, G + 2, H].
+    [..., K * (G + 2) * H].
 
   Example:
     >>> from tokenlora_jax.model.config import PRESETS
     >>> q, k = jnp.ones((64, 64)), jnp.ones((64, 32))
     >>> join_heads(PRESETS["tiny"], [q, k, k]).shape
-    (64, 2, 4, 16)
+    (64, 128)
   """
   heads = config.kv_heads, -1, config.head_width
   by_head = [part.reshape(*part.shape[:-1], *heads) for part in parts]
-  return jnp.concatenate(by_head, axis=-2)
+  joined = jnp.concatenate(by_head, axis=-2)
+  return joined.reshape(*joined.shape[:-3], -1)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 import dataclasses
 import functools
+import itertools
 import math
 import re
 
@@ -87,7 +88,7 @@ def _operands(rest: str) -> tuple[str, ...]:
   depths = itertools.accumulate(
     (letter in "({") - (letter in ")}") for letter in rest
   )
-  inside = itertools.takewhile(lambda pair: pair[1] >= 0, zip(rest, depths))
+  inside = itertools.takewhile(lambda pair: pair[1] >= 0, zip(rest, depths, strict=True))
   text = "".join(letter for letter, _ in inside)
   return tuple(re.findall(r"%([\w.-]+)", text))
 

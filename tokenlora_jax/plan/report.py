@@ -68,7 +68,7 @@ def plan_table(plan: Plan) -> Table:
     f"{gib(plan.peak_bytes)} of {gib(plan.capacity_bytes)}: {verdict}",
     end_section=True,
   )
-  if plan.memory_traffic_bytes:
+  if plan.bound_by:
     ratio = plan.flops_per_token / (4 * plan.parameters)
     table.add_row(
       "FLOPs a token",
