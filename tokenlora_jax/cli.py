@@ -185,6 +185,6 @@ def quiet() -> None:
   logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
 
 
-def console() -> Console:
+def console(stderr: bool = False) -> Console:
   """Returns the console that programs print to."""
-  return Console(highlight=False)
+  return Console(highlight=False, stderr=stderr)

@@ -88,7 +88,9 @@ def _operands(rest: str) -> tuple[str, ...]:
   depths = itertools.accumulate(
     (letter in "({") - (letter in ")}") for letter in rest
   )
-  inside = itertools.takewhile(lambda pair: pair[1] >= 0, zip(rest, depths, strict=True))
+  inside = itertools.takewhile(
+    lambda pair: pair[1] >= 0, zip(rest, depths, strict=True)
+  )
   text = "".join(letter for letter, _ in inside)
   return tuple(re.findall(r"%([\w.-]+)", text))
 
