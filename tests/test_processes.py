@@ -38,7 +38,10 @@ from tokenlora_jax.config import *
 config = Config(
   base=BaseConfig(path="random:tiny", dtype="float32"),
   lora=LoraConfig(rank=2),
-  data=DataConfig(tasks={TASKS}, rows=4, length=320, train_rows=12, eval_rows=4),
+  data=DataConfig(
+    tasks={TASKS}, rows=4, length=160, loss_on="all", too_long="truncate",
+    train_rows=12, eval_rows=4,
+  ),
   optim=OptimConfig(steps={STEPS}, learning_rate=1e-2, warmup_steps=2),
   remat="none",
   router=RouterConfig(encoder="hidden", centroid_rows=2),

@@ -34,21 +34,22 @@ def start_processes(config: MeshConfig) -> None:
   Raises:
     InputError: process 0 does not answer, or JAX cannot join the processes.
   """
-  try:
-    if config.processes > 1:
-      host, _, port = config.coordinator.rpartition(":")
-      if config.process == 0:
-        _check_free(int(port))
-      else:
-        _wait_for(host.strip("[]"), int(port))
-      jax.distributed.initialize(
-        config.coordinator, config.processes, config.process
-      )
-    elif tpu_hosts() > 1:
-      jax.distributed.initialize()
+  if config.processes > 1:
+    # Of a wrong address JAX itself would say nothing for five minutes, and then
+    # abort with a stack trace.
+    host, _, port = config.coordinator.rpartition(":")
+    if config.process == 0:
+      _check_free(int(port))
     else:
-      return
-  except RuntimeError as error:  # Whatever else JAX finds.
+      _wait_for(host.strip("[]"), int(port))
+    given = config.coordinator, config.processes, config.process
+  elif tpu_hosts() > 1:
+    given = ()
+  else:
+    return
+  try:
+    jax.distributed.initialize(*given)
+  except (RuntimeError, ValueError) as error:
     reason = str(error).strip().splitlines()[0]
     raise InputError(
       f"mesh.processes: the processes cannot be joined: {reason}"
@@ -57,16 +58,14 @@ def start_processes(config: MeshConfig) -> None:
     logging.getLogger("tokenlora_jax").setLevel(logging.ERROR)
 
 
-# Of both, JAX would wait in vain for five minutes, and abort with a stack trace.
-
-
 def _check_free(port: int) -> None:
   """Checks that process 0 can listen for the others."""
   try:
     socket.create_server(("", port)).close()
   except OSError as error:
+    reason = os.strerror(error.errno)
     raise InputError(
-      f"mesh.coordinator: port {port} cannot be listened on ({os.strerror(error.errno)})"
+      f"mesh.coordinator: port {port} cannot be listened on ({reason})"
     ) from None
 
 
