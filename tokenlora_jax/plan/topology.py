@@ -56,6 +56,8 @@ def get_topology(name: str) -> Topology:
   if not re.fullmatch(pattern, size):
     want = "v5e:2x4 or v5p:2x2x1" if kind in _TPU else f"{kind}:8"
     raise InputError(f"--plan {name}: is no size of {kind}; want as in {want}")
+  # Nothing runs, and no accelerator that is here need be woken.
+  jax.config.update("jax_platforms", "cpu")
   devices = _tpus(name, size) if kind in _TPU else _gpus(name, int(size))
   return Topology(name, CHIPS[kind], devices)
 
