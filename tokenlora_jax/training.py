@@ -131,7 +131,7 @@ def expert_losses(
   dropout: float = 0.0,
   remat: str = "none",
   kernel: Kernel = XLA,
-  gather: Gather = lambda parts: parts,
+  gather: Gather | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Losses of one expert's rows under its own adapter.
 

@@ -51,10 +51,16 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
 # Brings what a layer holds, (weights, loras), together from where it lies.
 Gather = Callable[[Any], Any]
 
-# What a layer keeps for the backward pass. `elementwise` keeps what projections
-# and attention give and recomputes norms and activations from it.
+
+def _save_all_but_weights(primitive, *_, **__):
+  return primitive.name != "all_gather"
+
+
+# What a layer keeps for the backward pass: never the weights that it was sent.
+# `elementwise` keeps what projections and attention give and recomputes norms
+# and activations from it.
 REMAT_POLICIES = {
-  "none": jax.checkpoint_policies.everything_saveable,
+  "none": _save_all_but_weights,
   "elementwise": jax.checkpoint_policies.save_only_these_names(
     ATTENTION, *PROJECTIONS
   ),
@@ -320,7 +326,7 @@ class Llama(nnx.Module):
     keys: jax.Array | None = None,
     remat: str = "none",
     attend: Attend = attention,
-    gather: Gather = lambda parts: parts,
+    gather: Gather | None = None,
   ) -> tuple[jax.Array, Cache | tuple[KV, ...] | None]:
     """Runs the layers.
 
@@ -354,13 +360,14 @@ class Llama(nnx.Module):
     x = self.embedding[...][tokens]
 
     def run(layer, i, loras, x, rotation, mask, keys, **cached):
-      layer, loras = gather((layer, loras))
+      if gather is not None:
+        layer, loras = gather((layer, loras))
       if keys is not None:
         keys = _fold(keys, i)
       more = dict(loras=loras, keys=keys, adapt=adapt, attend=attend, **cached)
       return layer(x, rotation, mask, **more)
 
-    if remat != "none":
+    if remat != "none" or gather is not None:
       run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
     if self.stacked:
       if cache is not None:
