@@ -27,6 +27,7 @@ from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.loop import train, trained_adapters
 from tokenlora_jax.mixing.encoders import HiddenEncoder
 from tokenlora_jax.mixing.routers import centroids
+from tokenlora_jax.model.kernels import choose_kernel
 from tokenlora_jax.plan.plan import plan_training
 from tokenlora_jax.plan.report import show_plans
 from tokenlora_jax.processes import start_processes
@@ -87,9 +88,16 @@ def main(argv: Sequence[str]) -> None:
     if jax.process_index() == 0:
       pprint(config, console=console, expand_all=True)
       devices = ", ".join(sorted({d.device_kind for d in jax.devices()}))
+      kernel = choose_kernel(
+        mesh,
+        config.data.length,
+        base.config.head_width,
+        config.data.packing,
+      )
       console.print(
         f"{len(tasks)} experts on {config.base.path},"
-        f" {jax.device_count()} x {devices}, into {workdir}",
+        f" {jax.device_count()} x {devices}, attention by {kernel.name},"
+        f" into {workdir}",
         soft_wrap=True,
       )
     state = train(config, base, mesh, data, tests, workdir, console)

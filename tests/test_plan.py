@@ -45,9 +45,9 @@ def base_bytes():
   return sum(4 * math.prod(x.shape) for x in jax.tree.leaves(base))
 
 
-@pytest.fixture(scope="module")
-def sharded():
-  config = make_config(mesh=MeshConfig(expert=2), remat="full")
+@pytest.fixture(scope="module", params=["none", "full"])
+def sharded(request):
+  config = make_config(mesh=MeshConfig(expert=2), remat=request.param)
   [(plan, _)] = plan_training(config, SHAPE, HERE)
   return plan
 
