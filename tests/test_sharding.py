@@ -1,5 +1,6 @@
 """The table of shardings, and that no mesh changes a result."""
 
+import dataclasses
 import re
 
 import jax
@@ -31,7 +32,7 @@ from tokenlora_jax.sharding import (
 )
 
 EIGHT = MeshConfig(expert=2, data=2, fsdp=2)
-CONFIG = make_config(FOUR, rows=8)
+CONFIG = make_config(FOUR, rows=8, steps=20, dropout=0.1)
 
 
 def sharded_base(mesh) -> Llama:
@@ -46,9 +47,9 @@ def sharded_base(mesh) -> Llama:
   return Llama(SHAPE, make, stacked=True)
 
 
-def run(mesh, steps=3):
-  batches = first_batches(CONFIG, steps)
-  return run_steps(CONFIG, sharded_base(mesh), mesh, batches)
+def run(mesh, config=CONFIG, steps=20):
+  batches = first_batches(config, steps)
+  return run_steps(config, sharded_base(mesh), mesh, batches)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,21 @@ def test_a_mesh_changes_no_result(mesh, alone, caplog):
     jax.tree.leaves(state), jax.tree.leaves(layout), strict=True
   ):
     assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
+
+
+@pytest.mark.parametrize(
+  "mesh", [MeshConfig(fsdp=2), MeshConfig(fsdp=1)], ids=["split", "whole"]
+)
+def test_rows_in_parts_are_rows_at_once(mesh, alone):
+  devices = jax.devices()[: mesh.fsdp]
+  mesh = make_mesh(mesh, CONFIG.data.rows // 4, devices)
+  # Rows have targets of other numbers, so that a mean of means would show.
+  targets = [b["loss_mask"].sum(axis=2) for b in first_batches(CONFIG, 1)]
+  assert len(np.unique(targets)) > 2
+  config = dataclasses.replace(CONFIG, accumulate=4)
+  _, losses, norms = run(mesh, config)
+  np.testing.assert_allclose(losses, alone[1], atol=1e-5)
+  np.testing.assert_allclose(norms, alone[2], rtol=1e-4)
 
 
 def test_a_state_is_restored_onto_another_mesh(alone, tmp_path):
