@@ -96,11 +96,12 @@ class Checkpoints:
     )
     damaged = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
-      restored, damaged[step] = self._read(step, abstract)
-      if not damaged[step]:
-        del damaged[step]
+      restored, reason = self._read(step, abstract)
+      if not reason:
         self._set_aside(damaged, step)
         return restored
+      # Its files, without the folder that is named anyway.
+      damaged[step] = reason.replace(f"{self._folder / str(step)}/", "")
     if damaged:
       reasons = "; ".join(f"{step}: {why}" for step, why in damaged.items())
       raise InputError(
@@ -214,6 +215,6 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _anywhere(reason: str) -> str:
-  """Returns this or, if only another process has one, that process's reason."""
+  """Returns this reason, or that another process has one, or ""."""
   bad = multihost_utils.process_allgather(np.array(bool(reason)))
   return reason or ("another process cannot read it" if np.any(bad) else "")
