@@ -8,6 +8,8 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from safetensors import SafetensorError
+import safetensors.numpy
 
 from tokenlora_jax import cli, training
 from tokenlora_jax.checkpoint import Checkpoints
@@ -88,6 +90,23 @@ def test_a_finished_run_gives_the_same_bank_again(run, capsys):
   train.main(argv)
   assert "going on from step 2 of 2" in capsys.readouterr().out
   assert contents(workdir / "bank") == before
+
+
+def test_a_full_disk_leaves_the_bank_as_it_was(run, monkeypatch):
+  argv, workdir = run
+  before = contents(workdir)
+
+  def full(tensors, file):
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+  monkeypatch.setattr(safetensors.numpy, "save_file", full)
+  with pytest.raises(InputError, match=r"run: cannot .* \(No space left on"):
+    train.main(argv)
+  after = contents(workdir)
+  for folder in (before, after):  # A new file at each start.
+    for path in [p for p in folder if "tensorboard" in p.parts]:
+      folder.pop(path)
+  assert after == before
 
 
 @pytest.mark.parametrize(

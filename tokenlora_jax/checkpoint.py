@@ -90,11 +90,12 @@ class Checkpoints:
     abstract = described(like, mesh)
     damaged = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
-      restored, damaged[step] = self._read(step, abstract)
-      if not damaged[step]:
-        del damaged[step]
+      restored, reason = self._read(step, abstract)
+      if not reason:
         self._set_aside(damaged, step)
         return restored
+      # Its files, without the folder that is named anyway.
+      damaged[step] = reason.replace(f"{self._folder / str(step)}/", "")
     if damaged:
       reasons = "; ".join(f"{step}: {why}" for step, why in damaged.items())
       raise InputError(
@@ -208,6 +209,6 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _anywhere(reason: str) -> str:
-  """Returns this or, if only another process has one, that process's reason."""
+  """Returns this reason, or that another process has one, or ""."""
   bad = multihost_utils.process_allgather(np.array(bool(reason)))
   return reason or ("another process cannot read it" if np.any(bad) else "")

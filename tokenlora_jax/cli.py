@@ -182,7 +182,11 @@ def quiet() -> None:
   for name in ("absl", "orbax", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
   sys.unraisablehook = lambda error: None
-  logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+  logging.basicConfig(
+    format="%(levelname)s: %(message)s",
+    stream=sys.stderr,
+    force=True,  # A library that logged while it was imported came first.
+  )
 
 
 def console(stderr: bool = False) -> Console:
