@@ -107,7 +107,7 @@ config = Config(
   base=BaseConfig(path="random:tiny", dtype="float32"),
   lora=LoraConfig(rank=2, targets=("q",)),
   data=DataConfig(
-    tasks=("arc_challenge",), rows=2, length=512, train_rows=12, eval_rows=4
+    tasks=("arc_challenge",), rows=4, length=512, train_rows=12, eval_rows=4
   ),
   optim=OptimConfig(steps=100_000),
   router=RouterConfig(encoder="hidden", centroid_rows=2),
@@ -140,7 +140,9 @@ def test_a_trainer_keeps_its_folder_until_sigterm(tmp_path):
     try:
       wait_for(lambda: log.exists() and log.read_text(), first)
       with pytest.raises(InputError, match=f": process {first.pid} on .* tr"):
-        program.main([*argv, "--mesh.fsdp", "1", "--mesh.tensor", "4"])
+        program.main(
+          [*argv, "--mesh.data", "4", "--mesh.fsdp", "1", "--mesh.tensor", "2"]
+        )
       first.terminate()
       out, errors = first.communicate(timeout=60)
     finally:

@@ -195,10 +195,9 @@ def larger(tmp_path_factory):
   [
     ({}, False),
     ({"stacked": True}, False),
-    ({"stacked": True, "quantize": "nf4"}, False),
     ({}, True),
   ],
-  ids=["list", "stacked", "nf4", "a loader that keeps what it reads"],
+  ids=["list", "stacked", "a loader that keeps what it reads"],
 )
 def test_little_memory_beside_the_base(larger, settings, hoard):
   folder, largest = larger

@@ -135,8 +135,9 @@ def test_int8_is_a_plain_loop_bit_for_bit(outputs, dtype):
   values = np.zeros(columns.shape, np.int8)
   scales = np.zeros(columns.shape[1], np.float32)
   for i, column in enumerate(columns.T):
-    scales[i] = np.abs(column).max() / np.float32(127)
-    values[:, i] = np.round(column / (scales[i] or np.float32(1)))
+    scales[i] = np.abs(column).max() * np.float32(1 / 127)
+    inverse = np.float32(1) / (scales[i] or np.float32(1))
+    values[:, i] = np.round(column * inverse)
   got = jax.jit(quantize_int8)(w)
   np.testing.assert_array_equal(got.values, values.reshape(w.shape))
   np.testing.assert_array_equal(got.scales, scales.reshape(outputs))
@@ -231,7 +232,7 @@ def test_adapters_train_on_it(kind):
   batches = first_batches(config, 12, count=4)
   _, losses, norms = run_steps(config, base, one_device(), batches)
   assert (norms > 0).all()
-  assert (losses[-3:].mean(axis=0) < 0.8 * losses[:3].mean(axis=0)).all()
+  assert (losses[-3:].mean(axis=0) < losses[:3].mean(axis=0) - 0.1).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

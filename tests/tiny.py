@@ -112,10 +112,10 @@ def make_batches(config: Config, **rows):
   return batches(rows, Tokenizer(), config.data)
 
 
-def first_batches(config: Config, count: int, **rows) -> list:
+def first_batches(config: Config, steps: int, **rows) -> list:
   """The first batches of the run, on the host."""
   data = iter(make_batches(config, **rows))
-  return [next(data) for _ in range(count)]
+  return [next(data) for _ in range(steps)]
 
 
 def random_state(config: Config, base: Llama, mesh) -> training.TrainState:

@@ -283,7 +283,7 @@ class Llama(nnx.Module):
     >>> from tokenlora_jax.model.config import PRESETS
     >>> base = Llama(PRESETS["tiny"], lambda name, shape: jnp.ones(shape))
     >>> base.layers[0].qkv.kernel.shape
-    (64, 2, 4, 16)
+    (64, 128)
   """
 
   def __init__(

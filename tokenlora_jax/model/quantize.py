@@ -93,8 +93,11 @@ def quantize_int8(kernel: jax.Array) -> Int8:
     >>> quantize_int8(jnp.array([[1.0], [-2.0]])).values.tolist()
     [[64], [-127]]
   """
-  scales = jnp.abs(kernel).max(axis=0).astype(jnp.float32) / 127
-  return Int8(jnp.round(_divide(kernel, scales)).astype(jnp.int8), scales)
+  # Products alone: a quotient is a bit more or less, as XLA likes.
+  largest = jnp.abs(kernel).max(axis=0).astype(jnp.float32)
+  scales = largest * jnp.float32(1 / 127)
+  inverse = _divide(jnp.float32(1), scales)
+  return Int8(jnp.round(kernel * inverse).astype(jnp.int8), scales)
 
 
 def quantize_nf4(kernel: jax.Array) -> Nf4:
