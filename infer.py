@@ -2,6 +2,7 @@
 
   python infer.py --prompt TEXT ...       make text, with who led each token
   python infer.py evaluate ...            held-out losses, a table
+  python infer.py --plan v5e:1x1 ...      would it fit there, and how fast
 
 Prompts come from --prompt, --prompts-file (a prompt a line), --examples, or
 standard input (a prompt a line).
@@ -9,6 +10,7 @@ standard input (a prompt a line).
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import json
 from pathlib import Path
 import sys
@@ -21,15 +23,17 @@ from rich.text import Text
 import tyro
 
 from tokenlora_jax import cli, report
-from tokenlora_jax.checkpoint import write_atomically
 from tokenlora_jax.config import Config, InputError
 from tokenlora_jax.data import held_out, load_rows
 from tokenlora_jax.decoding import Decoder, Generation
 from tokenlora_jax.evaluation import Evaluator, mean_loss, standard_variants
 from tokenlora_jax.interop.bank import Bank, load_bank
-from tokenlora_jax.interop.load import load_base
+from tokenlora_jax.interop.load import base_shape, load_base
 from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import make_router
+from tokenlora_jax.plan.decoding import plan_decoding
+from tokenlora_jax.plan.report import show_plans
+from tokenlora_jax.workdir import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,10 @@ class Arguments(Config):
       gates side by side.
     output: write each text with its tokens and gates to this new JSONL file
       (`evaluate`: the table to this new JSON file).
+    plan: make no text, but compile the programs for hardware that need not be
+      here and say whether they fit and what they take: v5e:1x1, h100:1. A
+      prompt of data.length tokens is read, and decode.max-new-tokens are made.
+    plan_json: write the plan to this new JSON file too.
   """
 
   bank: str = ""
@@ -53,6 +61,8 @@ class Arguments(Config):
   examples: int = 0
   compare: bool = False
   output: str = ""
+  plan: str = ""
+  plan_json: str = ""
 
 
 def read_prompts(args: Arguments) -> list[str]:
@@ -193,16 +203,19 @@ def evaluate(args: Arguments, console: Console) -> None:
     write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")
 
 
+def plan(args: Arguments, console: Console) -> None:
+  """Prints what decoding would take on hardware that need not be here."""
+  make = functools.partial(plan_decoding, args)
+  shape = base_shape(args.base.path)
+  show_plans(make, shape, args.plan, args.plan_json, console)
+
+
 def load(args: Arguments):
   """Returns (base, tokenizer, bank), checked to belong together."""
-  output = Path(args.output)
-  if args.output and output.exists():
-    raise InputError(f"--output {output}: exists; choose a new file")
-  if not output.parent.is_dir():
-    raise InputError(f"--output {output}: there is no folder {output.parent}")
+  cli.check_new_file("--output", args.output)
   folder = args.bank or str(Path(args.workdir) / "bank")
   tokenizer = load_tokenizer(args.base.path)
-  base = load_base(args.base.path, args.base.dtype)
+  base = load_base(args.base.path, args.base.dtype, quantize=args.base.quantize)
   return base, tokenizer, load_bank(folder, base)
 
 
@@ -217,7 +230,9 @@ def main(argv: Sequence[str]) -> None:
       raise InputError(
         f"{command!r}: is no command; want {', '.join(commands)}"
       )
-  commands[command](cli.parse(Arguments, argv, __doc__), cli.console())
+  args, console = cli.parse(Arguments, argv, __doc__), cli.console()
+  run = plan if args.plan else commands[command]
+  run(args, console)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,69 @@
 """Trains one LoRA adapter a task, all at once, on one frozen Llama.
 
+  python train.py --config FILE                     trains
+  python train.py --config FILE --plan v5e:2x4      plans: would it fit, how fast
+
 At the end the folder WORKDIR/bank holds a PEFT folder an expert, the centroids
 that a router compares texts with, and bank.json; infer.py mixes them. A run
-that was stopped goes on where its newest checkpoint stands.
+that was stopped goes on where its newest checkpoint stands; SIGTERM, as of a
+preempted machine, lets it save one first.
 """
 
 from collections.abc import Sequence
+import dataclasses
+import functools
 
 import jax
 from rich.pretty import pprint
 
 from tokenlora_jax import cli
-from tokenlora_jax.checkpoint import claim_workdir
+from tokenlora_jax.batches import batches, held_out_batches
 from tokenlora_jax.config import Config
-from tokenlora_jax.data import batches, held_out_batches, load_rows
+from tokenlora_jax.data import load_rows
 from tokenlora_jax.interop.bank import Bank, save_bank
-from tokenlora_jax.interop.load import load_base
+from tokenlora_jax.interop.load import base_shape, load_base
 from tokenlora_jax.interop.minilm import load_minilm
 from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.loop import train, trained_adapters
 from tokenlora_jax.mixing.encoders import HiddenEncoder
 from tokenlora_jax.mixing.routers import centroids
+from tokenlora_jax.model.kernels import choose_kernel
+from tokenlora_jax.plan.plan import plan_training
+from tokenlora_jax.plan.report import show_plans
+from tokenlora_jax.processes import start_processes
 from tokenlora_jax.sharding import make_mesh
-from tokenlora_jax.training import put_batch, train, trained_adapters
+from tokenlora_jax.training import put_batch
+from tokenlora_jax.workdir import claim_workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(Config):
+  """What train.py takes besides the config.
+
+  Attributes:
+    plan: do not train, but compile the step for hardware that need not be here
+      and say whether it fits and what it takes: v5e:2x4, v5p:2x2x1, h100:8.
+    plan_json: write the plan to this new JSON file too.
+  """
+
+  plan: str = ""
+  plan_json: str = ""
 
 
 def main(argv: Sequence[str]) -> None:
   """Runs the program with these arguments."""
-  config = cli.parse(Config, argv, __doc__)
-  console = cli.console()
+  args = cli.parse(Arguments, argv, __doc__)
+  config, console = Config.of(args), cli.console()
+  if args.plan:
+    make = functools.partial(plan_training, config)
+    shape = base_shape(config.base.path)
+    show_plans(make, shape, args.plan, args.plan_json, console)
+    return
 
   # ---- Whatever can be wrong is found out before anything is written. ----
-  if config.mesh.processes:
-    jax.distributed.initialize()
-  mesh = make_mesh(config.mesh, config.data.rows)
+  start_processes(config.mesh)
+  console.quiet = jax.process_index() > 0
+  mesh = make_mesh(config.mesh, config.data.rows // config.accumulate)
   tokenizer = load_tokenizer(config.base.path)
   tasks = config.data.tasks
   rows = {task: load_rows(config.data, task, "train") for task in tasks}
@@ -40,45 +71,61 @@ def main(argv: Sequence[str]) -> None:
   encoders = {}
   if config.router.encoder == "minilm":
     encoders["minilm"] = load_minilm(config.router.minilm)
-  base = load_base(config.base.path, config.base.dtype, mesh, stacked=True)
-  data = batches(rows, tokenizer, config.data)
-  tests = held_out_batches(held_out, tokenizer, config.data)
+  base = load_base(
+    config.base.path,
+    config.base.dtype,
+    mesh,
+    stacked=True,
+    quantize=config.base.quantize,
+  )
+  data = batches(rows, tokenizer, config.data, mesh)
+  tests = held_out_batches(held_out, tokenizer, config.data, mesh)
   tests = [put_batch(batch, mesh) for batch in tests]
   encoders["hidden"] = HiddenEncoder(base, tokenizer, config.data.length)
 
   # ---- Train. ----
-  workdir = claim_workdir(config)
-  if jax.process_index() == 0:
-    pprint(config, console=console, expand_all=True)
-    devices = ", ".join(sorted({d.device_kind for d in jax.devices()}))
-    console.print(
-      f"{len(tasks)} experts on {config.base.path},"
-      f" {jax.device_count()} x {devices}, into {workdir}",
-      soft_wrap=True,
-    )
-  state = train(config, base, mesh, data, tests, workdir, console)
+  with claim_workdir(config) as workdir:
+    if jax.process_index() == 0:
+      pprint(config, console=console, expand_all=True)
+      devices = ", ".join(sorted({d.device_kind for d in jax.devices()}))
+      kernel = choose_kernel(
+        mesh,
+        config.data.length,
+        base.config.head_width,
+        config.data.packing,
+      )
+      console.print(
+        f"{len(tasks)} experts on {config.base.path},"
+        f" {jax.device_count()} x {devices}, attention by {kernel.name},"
+        f" into {workdir}",
+        soft_wrap=True,
+      )
+    state = train(config, base, mesh, data, tests, workdir, console)
 
-  # ---- The bank. ----
-  texts = [
-    [
-      row.prompt + row.answer
-      for row in rows[task][: config.router.centroid_rows]
+    if state.step < config.optim.steps:
+      return  # SIGTERM.
+
+    # ---- The bank. ----
+    texts = [
+      [
+        row.prompt + row.answer
+        for row in rows[task][: config.router.centroid_rows]
+      ]
+      for task in tasks
     ]
-    for task in tasks
-  ]
-  tables = {}
-  for name, encoder in encoders.items():
-    with console.status(f"{name} centroids of {sum(map(len, texts))} texts"):
-      tables[name] = centroids(encoder, texts)
-  adapters = trained_adapters(config, state)
-  if jax.process_index() == 0:
-    bank = Bank(adapters, config.base.path, base.fingerprint, tables)
-    save_bank(workdir / "bank", bank)
-    console.print(
-      f"bank: {workdir / 'bank'}\nnext: python infer.py --config ..."
-      f" --bank {workdir / 'bank'} --prompt '...'",
-      soft_wrap=True,  # A command is copied whole.
-    )
+    tables = {}
+    for name, encoder in encoders.items():
+      with console.status(f"{name} centroids of {sum(map(len, texts))} texts"):
+        tables[name] = centroids(encoder, texts)
+    adapters = trained_adapters(config, state)
+    if jax.process_index() == 0:
+      bank = Bank(adapters, config.base.path, base.fingerprint, tables)
+      save_bank(workdir / "bank", bank)
+      console.print(
+        f"bank: {workdir / 'bank'}\nnext: python infer.py --config ..."
+        f" --bank {workdir / 'bank'} --prompt '...'",
+        soft_wrap=True,  # A command is copied whole.
+      )
 
 
 if __name__ == "__main__":

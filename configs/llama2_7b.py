@@ -3,9 +3,10 @@
 What: R 64, alpha 16, dropout 0.1 on q and v; prompt and answer are both
 targets. The original keeps the base in 4 bits; here it is bfloat16.
 Data: the four data sets from the hub.
-Hardware: a TPU v5e of 8 chips (experts over 4, weights and rows over 2), or
-GPUs with --mesh.expert 1.
-Expect: not run by us; no result is claimed.
+Hardware: a TPU v5e of 8 chips, over which weights and rows are split; what else
+it fits on is in docs/plans.md.
+Expect: planned, not run by us; no result is claimed.
+  python train.py --config configs/llama2_7b.py --plan v5e:2x4
   python train.py --config configs/llama2_7b.py --base PATH_TO_LLAMA_2_7B
 """
 
@@ -15,7 +16,6 @@ from tokenlora_jax.config import (
   DataConfig,
   DecodeConfig,
   LoraConfig,
-  MeshConfig,
   OptimConfig,
   RouterConfig,
 )
@@ -28,7 +28,6 @@ config = Config(
     source="hub", rows=8, length=1024, loss_on="all", bad_rows="skip"
   ),
   optim=OptimConfig(steps=1000, learning_rate=2e-4, warmup_steps=30),
-  mesh=MeshConfig(expert=4, processes=True),
   router=RouterConfig(centroid_rows=1000),
   decode=DecodeConfig(max_new_tokens=256, refresh_every=2),
   remat="full",

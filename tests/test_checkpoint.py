@@ -1,9 +1,10 @@
-"""Stopping a run, going on with it, and whose folder is whose."""
+"""Stopping a run, going on with it, and damaged checkpoints."""
 
 import dataclasses
 import io
 import json
 from pathlib import Path
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ import sys
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 from rich.console import Console
@@ -21,20 +24,16 @@ from tiny import (
   make_batches,
   make_config,
   make_step,
+  normal,
   one_device,
   random_state,
   run_steps,
   train,
 )
 
-from tokenlora_jax import checkpoint
-from tokenlora_jax.checkpoint import Checkpoints, claim_workdir
-from tokenlora_jax.config import (
-  InputError,
-  MeshConfig,
-  OptimConfig,
-  RouterConfig,
-)
+from tokenlora_jax.checkpoint import Checkpoints, checksum
+from tokenlora_jax.config import InputError, MeshConfig
+from tokenlora_jax.sharding import make_mesh
 
 # Dropout shows that the random numbers go on where they stood, too.
 CONFIG = make_config(
@@ -138,8 +137,8 @@ def test_a_run_that_goes_on_equals_one_that_was_not_stopped(straight, workdir):
   names = "step", "rows", "loss/squad", "gradient_norm/squad"
   want = lines(straight[0], *names)
   assert [step for step, *_ in want] == list(range(1, 13))
-  # Step 7 was done before the stop and is done again, on the same rows.
-  assert lines(workdir, *names) == want[:7] + want[6:]
+  # Step 7 was done before the stop and is done again, but is there once.
+  assert lines(workdir, *names) == want
   held_out = lines(workdir, "step", "held_out/squad")
   assert held_out == lines(straight[0], "step", "held_out/squad")
   assert [step for step, _ in held_out] == [6, 12]
@@ -188,7 +187,9 @@ def test_a_killed_run_leaves_whole_checkpoints(straight, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["loss", "gradient_norm"])
-def test_no_number_stops_the_run_before_it_is_saved(name, workdir, monkeypatch):
+def test_no_number_stops_the_run_before_it_is_saved(
+  name, straight, workdir, monkeypatch
+):
   real = make_step(CONFIG, one_device())
 
   def step(state, base, batch):
@@ -209,6 +210,9 @@ def test_no_number_stops_the_run_before_it_is_saved(name, workdir, monkeypatch):
   )
   assert saved(workdir) == [3, 6]
   assert {p: p.stat().st_mtime_ns for p in newest.rglob("*")} == before
+  # What made it may be gone, as a broken device is.
+  monkeypatch.setattr("tiny.make_step", make_step)
+  assert_identical(train(CONFIG, workdir), straight[1])
 
 
 # -----------------------------------------------------------------------------
@@ -234,15 +238,15 @@ def test_what_is_saved_is_what_the_state_was_at_the_call(tmp_path):
   state, *_ = run_steps(CONFIG, make_base(), mesh, batches[:1])
   want = jax.tree.map(np.array, state)
   checkpoints = Checkpoints(tmp_path, keep=1)
-  checkpoints.save(1, state, {"next": 5})
+  checkpoints.save(1, state, {"data": {"next": 5}})
   # The next steps are given the state's memory while it is written.
   like, *_ = run_steps(CONFIG, make_base(), mesh, batches[1:], state)
   checkpoints.close()
   again = Checkpoints(tmp_path, keep=1)
-  restored, data_state = again.restore(like, mesh)
+  restored, about = again.restore(like, mesh)
   again.close()
   assert_identical(restored, want)
-  assert data_state == {"next": 5}
+  assert about == {"data": {"next": 5}}
 
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path):
@@ -253,86 +257,177 @@ def test_an_empty_folder_has_no_checkpoint(tmp_path):
   checkpoints.close()
 
 
+def test_a_checkpoint_says_of_which_run_it_is(straight):
+  about = straight[0] / "checkpoints/12/about/metadata"
+  assert json.loads(about.read_text())["config"] == CONFIG.to_json()
+
+
+def test_a_checksum_is_the_same_on_any_mesh_and_changes_with_any_bit():
+  split = NamedSharding(make_mesh(MeshConfig(fsdp=8)), P("fsdp"))
+  x, step = normal(16, 3), np.int32(7)
+  about = {"data": {"next": 5}}
+  want = checksum({"x": jnp.array(x), "step": step}, about)
+  assert checksum({"x": jax.device_put(x, split), "step": step}, about) == want
+  bits = x.view(np.uint32).copy()
+  for bit in range(32):
+    bits[bit % 16, bit % 3] ^= 1 << bit
+    other = {"x": jnp.array(bits.view(np.float32)), "step": step}
+    assert checksum(other, about) != want
+    bits[bit % 16, bit % 3] ^= 1 << bit
+  assert checksum({"x": jnp.array(x), "step": step + 1}, about) != want
+  assert checksum({"x": x, "step": step}, {"data": {"next": 6}}) != want
+
+
 # -----------------------------------------------------------------------------
-# The folder.
+# Damage.
 
 
-def in_folder(folder, **changes):
-  return dataclasses.replace(CONFIG, workdir=str(folder), **changes)
+def cut(folder):
+  """The files of the arrays end in their middle."""
+  for file in (folder / "state").glob("**/d/*"):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+  return "is not valid for value of size"
 
 
-def test_a_new_folder_gets_the_config(tmp_path):
-  config = in_folder(tmp_path / "runs/new")
-  workdir = claim_workdir(config)
-  assert workdir == tmp_path / "runs/new"
-  assert json.loads((workdir / "config.json").read_text()) == config.to_json()
-  assert [path.name for path in workdir.iterdir()] == ["config.json"]
+def arrays(folder) -> Path:
+  """The file of the numbers themselves, by far the largest."""
+  files = (folder / "state").glob("**/d/*")
+  return max(files, key=lambda path: path.stat().st_size)
 
 
-def test_another_run_is_refused_by_its_first_difference(tmp_path):
-  claim_workdir(in_folder(tmp_path))
-  before = (tmp_path / "config.json").read_bytes()
-  other = in_folder(tmp_path, optim=OptimConfig(12, 2e-3, 2), seed=1)
-  with pytest.raises(InputError) as error:
-    claim_workdir(other)
-  assert str(error.value) == (
-    f"--workdir {tmp_path}: holds a run with optim.learning_rate 0.01 (now"
-    " 0.002); choose another --workdir, or go back to its settings to go on"
-    " with it"
+def lose_a_file(folder):
+  arrays(folder).unlink()
+  return "Error reading"
+
+
+def lose_the_arrays(folder):
+  shutil.rmtree(folder / "state")
+  return "0 arrays, not"
+
+
+def lose_the_rest(folder):
+  shutil.rmtree(folder / "about")
+  return "about"
+
+
+def flip_a_bit(folder):
+  """As a failing disk or cable does: nothing but the numbers shows it."""
+  file = arrays(folder)
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 1
+  file.write_bytes(data)
+  return "does not hold the numbers that were saved"
+
+
+def other_place_in_the_data(folder):
+  file = folder / "about/metadata"
+  about = json.loads(file.read_text())
+  about["data"]["next"] = 4
+  file.write_text(json.dumps(about))
+  return "does not hold the numbers that were saved"
+
+
+def empty(folder):
+  shutil.rmtree(folder)
+  folder.mkdir()
+  return "0 arrays, not"
+
+
+DAMAGES = [
+  cut, lose_a_file, lose_the_arrays, lose_the_rest, flip_a_bit,
+  other_place_in_the_data, empty,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+  """A folder with the checkpoints 1, 2 and 3, and a state like theirs."""
+  folder = tmp_path_factory.mktemp("three") / "checkpoints"
+  checkpoints = Checkpoints(folder, keep=3)
+  for step in (1, 2, 3):
+    a = jnp.array(normal(1, 2, 16, 64, seed=step))
+    state = {"q": {"a": a}, "step": jnp.int32(step)}
+    checkpoints.save(step, state, {"data": {"next": step}})
+  checkpoints.close()
+  return folder, state
+
+
+def warnings(caplog) -> list[str]:
+  """Ours; Orbax's are silenced by the programs."""
+  names = ("tokenlora_jax.checkpoint",)
+  return [r.getMessage() for r in caplog.records if r.name in names]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_newest_whole_checkpoint_is_gone_on_from(
+  damage, three, tmp_path, caplog
+):
+  folder, state = three
+  folder = shutil.copytree(folder, tmp_path / "checkpoints")
+  why = damage(folder / "3")
+  checkpoints = Checkpoints(folder, keep=3)
+  restored, about = checkpoints.restore(state, one_device())
+  assert (restored["step"], about["data"]) == (2, {"next": 2})
+  [line] = warnings(caplog)
+  assert "\n" not in line
+  assert line.startswith(f"{folder / '3'}: damaged (")
+  assert line.endswith(
+    f"moved to {tmp_path / 'damaged/3'}, and step 2 is gone on from"
   )
-  assert (tmp_path / "config.json").read_bytes() == before
+  assert re.search(why, line)
+  # It is not in the way of its step, and is there to be looked at.
+  checkpoints.save(3, state, {})
+  checkpoints.close()
+  assert saved(tmp_path) == [1, 2, 3]
+  assert (tmp_path / "damaged/3").is_dir()
+  checkpoints = Checkpoints(folder, keep=3)
+  assert checkpoints.restore(state, one_device())[0]["step"] == 3
+  checkpoints.close()
 
 
-def test_the_same_run_goes_on_where_its_result_stays_the_same(tmp_path):
-  claim_workdir(in_folder(tmp_path))
-  claim_workdir(in_folder(tmp_path))
-  changes = {"save_every": 1, "eval_every": 0, "keep": 9, "remat": "full"}
-  changes |= {"mesh": MeshConfig(data=2), "router": RouterConfig("uniform")}
-  config = in_folder(tmp_path, **changes)
-  claim_workdir(config)
-  assert json.loads((tmp_path / "config.json").read_text()) == config.to_json()
+def test_two_damaged_ones_make_room_and_a_third_in_their_place_too(
+  three, tmp_path, caplog
+):
+  folder, state = three
+  folder = shutil.copytree(folder, tmp_path / "checkpoints")
+  (tmp_path / "damaged/3").mkdir(parents=True)
+  cut(folder / "3")
+  empty(folder / "2")
+  checkpoints = Checkpoints(folder, keep=3)
+  restored, _ = checkpoints.restore(state, one_device())
+  checkpoints.close()
+  assert restored["step"] == 1
+  assert len(warnings(caplog)) == 2
+  assert saved(tmp_path) == [1]
+  aside = sorted(path.name for path in (tmp_path / "damaged").iterdir())
+  assert aside == ["2", "3", "3.1"]
 
 
-def test_no_resume_refuses_a_folder_that_holds_the_run(tmp_path):
-  config = in_folder(tmp_path, resume=False)
-  claim_workdir(config)
-  with pytest.raises(
-    InputError, match=r"holds this run already;.* --no-resume"
-  ):
-    claim_workdir(config)
+def test_a_run_is_never_started_over_from_damaged_checkpoints(workdir):
+  for step in (3, 6):
+    cut(workdir / f"checkpoints/{step}")
+  log = (workdir / "metrics.jsonl").read_bytes()
+  with pytest.raises(InputError) as error:
+    train(CONFIG, workdir)
+  message = str(error.value)
+  assert "\n" not in message
+  assert message.startswith(
+    f"{workdir / 'checkpoints'}: none of its checkpoints is whole (6: "
+  )
+  assert "; 3: " in message
+  assert message.endswith("remove this folder to start from step 0")
+  assert saved(workdir) == [3, 6]
+  assert not (workdir / "damaged").exists()
+  assert (workdir / "metrics.jsonl").read_bytes() == log
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "3", "\xff"])
-def test_a_damaged_config_is_named(tmp_path, text):
-  (tmp_path / "config.json").write_text(text, encoding="latin-1")
-  with pytest.raises(InputError, match=r"config\.json: not a run's config"):
-    claim_workdir(in_folder(tmp_path))
-
-
-def test_checkpoints_of_an_unknown_run_are_refused(tmp_path):
-  (tmp_path / "checkpoints").mkdir()
-  with pytest.raises(InputError, match=r"holds checkpoints, but no config"):
-    claim_workdir(in_folder(tmp_path))
-  assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
-
-
-@pytest.mark.parametrize("name", ["file", "file/run"])
-def test_a_folder_that_cannot_be_made_is_named(tmp_path, name):
-  (tmp_path / "file").write_text("mine")
-  with pytest.raises(InputError, match=rf"{name}: cannot be written to \("):
-    claim_workdir(in_folder(tmp_path / name))
-  assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
-  file = tmp_path / "config.json"
-  checkpoint.write_atomically(file, "old")
-
-  def fails(self, target):
-    raise OSError("no space left")
-
-  monkeypatch.setattr(Path, "replace", fails)
-  with pytest.raises(OSError, match="no space left"):
-    checkpoint.write_atomically(file, "new")
-  assert file.read_text() == "old"
-  assert list(tmp_path.iterdir()) == [file]
+def test_a_run_whose_newest_checkpoint_is_cut_still_ends_the_same(
+  straight, workdir
+):
+  cut(workdir / "checkpoints/6")
+  out = io.StringIO()
+  state = train(CONFIG, workdir, console=Console(file=out))
+  assert out.getvalue().startswith("going on from step 3 of 12\n")
+  assert_identical(state, straight[1])
+  for names in (("step", "rows", "loss/squad"), ("step", "held_out/squad")):
+    assert lines(workdir, *names) == lines(straight[0], *names)

@@ -66,6 +66,17 @@ def test_no_setting_is_dead():
     (lambda: OptimConfig(steps=5, warmup_steps=6), "want 0 to steps (5)"),
     (lambda: OptimConfig(learning_rate=0), "optim.learning-rate: 0"),
     (lambda: MeshConfig(tensor=0), "mesh.tensor: 0"),
+    (lambda: MeshConfig(processes=0), "mesh.processes: 0"),
+    (
+      lambda: MeshConfig(process=1),
+      "mesh.process: 1 is not allowed; want 0 to",
+    ),
+    (lambda: MeshConfig(coordinator="a:1"), "want none, since mesh.processes"),
+    (lambda: MeshConfig(processes=2), "mesh.coordinator: '' is not allowed"),
+    (
+      lambda: MeshConfig(processes=2, coordinator="host:99999"),
+      "mesh.coordinator: 'host:99999' is not allowed; want HOST:PORT of process",
+    ),
     (lambda: RouterConfig(encoder="mini"), "router.encoder: 'mini'"),
     (lambda: DecodeConfig(top_p=0), "decode.top-p: 0"),
     (lambda: DecodeConfig(refresh_every=-1), "decode.refresh-every: -1"),

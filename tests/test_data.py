@@ -1,6 +1,5 @@
-"""Rows as tokens, and the batches of all experts."""
+"""Rows as tokens."""
 
-import json
 import logging
 
 import numpy as np
@@ -10,13 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from tokenlora_jax.config import DataConfig, InputError
-from tokenlora_jax.data import (
-  Row,
-  batches,
-  held_out,
-  held_out_batches,
-  tokenize,
-)
+from tokenlora_jax.data import Row, held_out, tokenize
 from tokenlora_jax.text import encode_prompt
 
 BOS, EOS = 0, 1
@@ -154,124 +147,6 @@ def test_held_out_rows_that_do_not_fit_are_counted(tokenizer, caplog):
     held_out([long], tokenizer, DataConfig(length=20))
 
 
-# -----------------------------------------------------------------------------
-# Batches.
-
-PAIR = ("gsm8k", "squad")
-
-
-def rows_of(lengths):
-  """Rows whose answers have the given numbers of bytes, all different."""
-  return [
-    Row(f"{i:03}:", " " + "a" * (n - 1), f"f:{i}")
-    for i, n in enumerate(lengths)
-  ]
-
-
-ROWS = {"gsm8k": rows_of([3, 4, 5, 6, 7]), "squad": rows_of([2] * 3)}
-
-
-def take(iterator, count):
-  return [next(iterator) for _ in range(count)]
-
-
-def test_a_batch_holds_its_rows(tokenizer):
-  config = DataConfig(tasks=PAIR, rows=4, seed=5)
-  batch = next(iter(batches(ROWS, tokenizer, config)))
-  assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
-    "tokens": ((2, 4, 64), np.int32),
-    "positions": ((2, 4, 64), np.int32),
-    "segment_ids": ((2, 4, 64), np.int32),
-    "loss_mask": ((2, 4, 64), np.float32),
-    "rows": ((2, 4), np.int32),
-  }
-  for e, task in enumerate(PAIR):
-    for b in range(4):
-      row = ROWS[task][batch["rows"][e, b]]
-      answer = len(row.answer)
-      size = 1 + 4 + answer + 1
-      tokens = batch["tokens"][e, b]
-      assert tokenizer.decode(tokens[1 : size - 1]) == row.prompt + row.answer
-      assert (tokens[0], tokens[size - 1]) == (BOS, EOS)
-      assert not tokens[size:].any()
-      assert batch["segment_ids"][e, b].tolist() == [1] * size + [0] * (
-        64 - size
-      )
-      assert batch["positions"][e, b].tolist() == list(range(64))
-      mask = [0] * 5 + [1] * (answer + 1) + [0] * (64 - size)
-      assert batch["loss_mask"][e, b].tolist() == mask
-
-
-def test_experts_follow_the_order_of_the_settings(tokenizer):
-  def first(tasks):
-    config = DataConfig(tasks=tasks, rows=2)
-    return next(iter(batches(ROWS, tokenizer, config)))["tokens"]
-
-  np.testing.assert_array_equal(first(PAIR), first(PAIR[::-1])[::-1])
-
-
-def test_the_length_is_the_least_multiple_of_64(tokenizer):
-  def length(answer, most):
-    rows = {"squad": rows_of([answer, 2])}
-    config = DataConfig(tasks=("squad",), rows=2, length=most)
-    return next(iter(batches(rows, tokenizer, config)))["tokens"].shape[-1]
-
-  assert length(58, 256) == 64  # 1 + 4 + 58 + 1 tokens
-  assert length(59, 256) == 128
-  assert length(59, 100) == 100  # never more than data.length
-
-
-def test_every_pass_sees_each_row_once_in_a_new_order(tokenizer):
-  rows = {"gsm8k": rows_of([4] * 12)}
-  config = DataConfig(tasks=("gsm8k",), rows=4)
-  steps = take(iter(batches(rows, tokenizer, config)), 9)
-  passes = np.concatenate([s["rows"][0] for s in steps]).reshape(3, 12)
-  for one in passes:
-    assert sorted(one) == list(range(12))
-  assert len({tuple(one) for one in passes}) == 3
-
-
-def test_a_task_shorter_than_a_batch_starts_over(tokenizer):
-  config = DataConfig(tasks=("squad",), rows=8)
-  (batch,) = take(iter(batches(ROWS, tokenizer, config)), 1)
-  assert (
-    sorted(batch["rows"][0, :3]) == sorted(batch["rows"][0, 3:6]) == [0, 1, 2]
-  )
-
-
-def test_order_depends_on_the_seed_but_not_on_other_tasks(tokenizer):
-  rows = {task: rows_of([4] * 40) for task in PAIR}
-
-  def order(tasks, seed):
-    config = DataConfig(tasks=tasks, rows=4, seed=seed)
-    steps = take(iter(batches(rows, tokenizer, config)), 5)
-    return [s["rows"][tasks.index("squad")].tolist() for s in steps]
-
-  assert order(PAIR, 0) == order(PAIR, 0) == order(("squad",), 0)
-  assert order(PAIR, 0) != order(PAIR, 1)
-
-
-def test_row_numbers_count_the_rows_left_out(tokenizer):
-  rows = {"gsm8k": rows_of([90, 4, 90, 4])}
-  config = DataConfig(tasks=("gsm8k",), rows=2, length=32)
-  (batch,) = take(iter(batches(rows, tokenizer, config)), 1)
-  assert sorted(batch["rows"][0]) == [1, 3]
-
-
-def test_a_restored_iterator_goes_on_where_it_was(tokenizer):
-  config = DataConfig(tasks=PAIR, rows=2)
-  iterator = iter(batches(ROWS, tokenizer, config))
-  take(iterator, 4)
-  state = json.loads(json.dumps(iterator.get_state()))
-  expected = take(iterator, 5)
-  resumed = iter(batches(ROWS, tokenizer, config))
-  take(resumed, 1)
-  resumed.set_state(state)
-  for ours, theirs in zip(take(resumed, 5), expected, strict=True):
-    for name in theirs:
-      np.testing.assert_array_equal(ours[name], theirs[name])
-
-
 def test_held_out_takes_the_first_rows_that_fit(caplog):
   tokenizer = byte_tokenizer()
   rows = [Row("p" * n, " a", f"row {n}") for n in (2, 90, 3, 4, 5)]
@@ -279,22 +154,3 @@ def test_held_out_takes_the_first_rows_that_fit(caplog):
   examples = held_out(rows, tokenizer, config)
   assert [e.prompt_length for e in examples] == [3, 4, 5]
   assert "left out 1 of 4 rows" in caplog.text
-
-
-def test_held_out_batches_hold_each_row_once():
-  tokenizer = byte_tokenizer()
-  config = DataConfig(tasks=("gsm8k", "squad"), rows=2, length=128)
-  rows = {
-    "gsm8k": [Row("p" * n, " a", "") for n in (90, 5, 4)],
-    "squad": [Row("q", " b", "")],
-  }
-  first, second = held_out_batches(rows, tokenizer, config)
-  assert first["tokens"].shape == (2, 2, 64)
-  assert second["tokens"].shape == (2, 2, 128)
-  assert first["rows"][0].tolist() == [2, 1]
-  assert second["rows"][0, 0] == 0
-  # Where a task has fewer rows, there is nothing to predict.
-  for empty in (first["loss_mask"][1, 1:], second["loss_mask"][1]):
-    assert not empty.any()
-  targets = first["loss_mask"].sum() + second["loss_mask"].sum()
-  assert targets == 4 * len([*b" a", "end"])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import by_projection
 
 from tokenlora_jax.config import DecodeConfig
 from tokenlora_jax.decoding import Decoder, generate, graph
@@ -55,7 +56,7 @@ def random_base(dtype):
     scale = 1 / math.sqrt(shape[-2])
     return jnp.asarray(scale * rng.standard_normal(shape, np.float32), dtype)
 
-  return Llama(PRESETS["tiny"], make)
+  return Llama(PRESETS["tiny"], by_projection(PRESETS["tiny"], make))
 
 
 @pytest.fixture(scope="module")

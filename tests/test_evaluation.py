@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import by_projection
 
 from tokenlora_jax.config import DataConfig, DecodeConfig
 from tokenlora_jax.data import Example, Row, held_out
@@ -63,7 +64,7 @@ def base():
     scale = 1 / np.sqrt(shape[-2])
     return jnp.asarray(scale * rng.standard_normal(shape, np.float32))
 
-  return Llama(PRESETS["tiny"], make)
+  return Llama(PRESETS["tiny"], by_projection(PRESETS["tiny"], make))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import by_projection
 
 from tokenlora_jax.config import InputError, LoraConfig
 from tokenlora_jax.mixing.rules import Exact, forward
@@ -40,7 +41,7 @@ def random_weights(seed=0):
     made[name] = rng.normal(0, 0.3, shape).astype(np.float32)
     return jnp.asarray(made[name])
 
-  return make, made
+  return by_projection(CONFIG, make), made
 
 
 def full_adapters(experts=3, ranks=(4, 2, 3), seed=1):
@@ -238,7 +239,7 @@ class TestExact:
             weight += gates[row, e] * float(lora.scaling[e]) * delta
         return jnp.asarray(weight, jnp.float32)
 
-      return Llama(CONFIG, make)
+      return Llama(CONFIG, by_projection(CONFIG, make))
 
     want = [forward(merged(row), self.TOKENS[row : row + 1]) for row in (0, 1)]
 
@@ -247,7 +248,7 @@ class TestExact:
         return jnp.asarray(weights[name])
       return jnp.stack([weights[name.replace("*", str(i))] for i in (0, 1)])
 
-    base = Llama(CONFIG, load, stacked)
+    base = Llama(CONFIG, by_projection(CONFIG, load), stacked)
     got = forward(base, self.TOKENS, adapters, gates)
     np.testing.assert_allclose(got, np.concatenate(want), atol=1e-4)
     # The adapters matter, or this would be a test of the base.

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 import re
 import struct
 import time
@@ -25,7 +26,7 @@ PARAMETERS = 1000
 def clock(monkeypatch):
   """A clock that only the test turns."""
   clock = types.SimpleNamespace(now=100.0)
-  fake = types.SimpleNamespace(perf_counter=lambda: clock.now)
+  fake = types.SimpleNamespace(perf_counter=lambda: clock.now, time=lambda: 0.0)
   monkeypatch.setattr(metrics, "time", fake)
   monkeypatch.setattr(metrics, "peak_flops", lambda device: PEAK)
   return clock
@@ -40,11 +41,15 @@ def step_metrics(loss=2.0):
 
 
 def a_batch():
-  """Two experts of two rows of 10 tokens, of which 8 are real."""
-  segments = np.zeros((2, 2, 10), np.int32)
-  segments[:, :, :8] = 1
-  rows = np.array([[4, 7], [0, 1]], np.int32)
-  return {"tokens": segments, "segment_ids": segments, "rows": rows}
+  """Two experts of two rows of 10 tokens, of which 8 are real.
+
+  This process holds the first expert alone.
+  """
+  return {
+    "tokens": np.zeros((1, 2, 10), np.int32),
+    "sizes": np.full((2, 2), 8, np.int32),
+    "rows": [np.array([4, 7], np.int32), np.array([0, 1], np.int32)],
+  }
 
 
 def open_log(workdir, steps=40, first=0, **console):
@@ -138,10 +143,54 @@ def test_a_run_that_goes_on_adds_to_both(tmp_path, clock):
     # TensorBoard's files are named for the second they were made in.
     time.sleep(1 - time.time() % 1)
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-  assert [json.loads(line)["step"] for line in lines] == [1, 2, 2, 3]
+  assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
   # TensorBoard is told to forget what it had from step 2 on.
   starts = [e.step for e in events(tmp_path) if e.HasField("session_log")]
   assert starts == [1, 2]
+
+
+@pytest.mark.parametrize(
+  ("first", "torn", "want"),
+  [
+    (0, "", []),
+    (1, "", [1, 1]),
+    (2, '{"step": 3, "lo', [1, 1, 2]),
+    (3, '{"step": 3}', [1, 1, 2]),  # Nobody knows what was to follow.
+    (3, "\0\0\xff\n", [1, 1, 2]),
+    (3, "[3]\n", [1, 1, 2]),
+  ],
+)
+def test_lines_of_steps_to_come_are_dropped(tmp_path, clock, first, torn, want):
+  _, log = open_log(tmp_path)
+  clock.now += 1
+  log.step(1, step_metrics(), a_batch())
+  log.held_out(1, {"gsm8k": 1.5, "squad": 1.25})
+  clock.now += 1
+  log.step(2, step_metrics(), a_batch())
+  log.close()
+  file = tmp_path / "metrics.jsonl"
+  lines = file.read_text().splitlines(keepends=True)
+  file.write_text("".join(lines) + torn, encoding="latin-1")
+  _, log = open_log(tmp_path, first=first)
+  log.close()
+  left = file.read_text().splitlines(keepends=True)
+  assert [json.loads(line)["step"] for line in left] == want
+  assert left == lines[: len(want)]
+
+
+def test_a_full_disk_closes_all_that_is_open(tmp_path, clock):
+  out, log = open_log(tmp_path, force_terminal=True)
+  full = Path("/dev/full").open("w")  # noqa: SIM115
+  log._file.close()
+  log._file = full
+  clock.now += 1
+  with pytest.raises(OSError, match="No space left"):
+    log.step(1, step_metrics(), a_batch())
+  with pytest.raises(OSError, match="No space left"):
+    log.close()
+  assert full.closed
+  assert log._board._py_recordio_writer._writer.closed
+  assert out.getvalue().rindex("\x1b[?25h") > 0
 
 
 def test_a_pipe_gets_some_lines_and_no_control_codes(tmp_path, clock):

@@ -8,14 +8,16 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from safetensors import SafetensorError
+import safetensors.numpy
 
 from tokenlora_jax import cli, training
 from tokenlora_jax.checkpoint import Checkpoints
 from tokenlora_jax.config import InputError
 from tokenlora_jax.interop.bank import load_bank
 from tokenlora_jax.interop.load import load_base
+from tokenlora_jax.loop import trained_adapters
 from tokenlora_jax.sharding import make_mesh
-from tokenlora_jax.training import trained_adapters
 import train
 
 CONFIG = """
@@ -88,6 +90,23 @@ def test_a_finished_run_gives_the_same_bank_again(run, capsys):
   train.main(argv)
   assert "going on from step 2 of 2" in capsys.readouterr().out
   assert contents(workdir / "bank") == before
+
+
+def test_a_full_disk_leaves_the_bank_as_it_was(run, monkeypatch):
+  argv, workdir = run
+  before = contents(workdir)
+
+  def full(tensors, file):
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+  monkeypatch.setattr(safetensors.numpy, "save_file", full)
+  with pytest.raises(InputError, match=r"run: cannot .* \(No space left on"):
+    train.main(argv)
+  after = contents(workdir)
+  for folder in (before, after):  # A new file at each start.
+    for path in [p for p in folder if "tensorboard" in p.parts]:
+      folder.pop(path)
+  assert after == before
 
 
 @pytest.mark.parametrize(

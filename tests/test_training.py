@@ -25,14 +25,9 @@ from tiny import (
 
 from tokenlora_jax import training
 from tokenlora_jax.config import OptimConfig
+from tokenlora_jax.loop import held_out_losses, trained_adapters
 from tokenlora_jax.model.lora import Lora
-from tokenlora_jax.training import (
-  expert_losses,
-  held_out_losses,
-  make_optimizer,
-  put_batch,
-  trained_adapters,
-)
+from tokenlora_jax.training import expert_losses, make_optimizer, put_batch
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +129,7 @@ def test_four_experts_in_one_run_equal_four_runs_of_one(mesh):
       for batch, other in zip(batches, long, strict=True):
         shape = other["tokens"].shape
         for name, x in batch.items():
-          if x.ndim == 3:
+          if name not in ("rows", "sizes"):
             grown = np.zeros(shape, x.dtype)
             grown[..., : x.shape[2]] = x
             grown[-1] = other[name][-1]
@@ -208,9 +203,14 @@ def one(mesh):
   state = random_state(config, make_base(), mesh)
   [batch] = first_batches(config, 1)
   loras = jax.tree.map(lambda x: x[0], state.loras)
-  rows = {name: x[0] for name, x in batch.items() if name != "rows"}
+  names = batch.keys() - {"rows", "sizes"}
+  rows = {name: batch[name][0] for name in names}
   function = jax.jit(expert_losses, static_argnames=("dropout", "remat"))
   return types.SimpleNamespace(loras=loras, rows=rows, losses=function)
+
+
+def row_keys(one, key):
+  return jax.random.split(key, len(one.rows["tokens"]))
 
 
 def test_losses_are_those_of_the_answers_tokens(one):
@@ -318,7 +318,7 @@ def test_remat_changes_no_loss_and_no_gradient(one):
       for name, lora in one.loras.items()
     }
     return one.losses(
-      make_base(), loras, one.rows, jax.random.key(0), 0.2, remat
+      make_base(), loras, one.rows, row_keys(one, jax.random.key(0)), 0.2, remat
     )[0].sum()
 
   weights = {name: (lora.a, lora.b) for name, lora in one.loras.items()}
@@ -343,7 +343,8 @@ def test_a_bfloat16_base_trains_float32_adapters(mesh):
 
 def test_dropout_depends_on_seed_step_and_expert_alone(one):
   def losses(key, dropout=0.3):
-    return one.losses(make_base(), one.loras, one.rows, key, dropout)[0]
+    keys = None if key is None else row_keys(one, key)
+    return one.losses(make_base(), one.loras, one.rows, keys, dropout)[0]
 
   key = jax.random.key(3)
   first = losses(key)
@@ -357,12 +358,12 @@ def test_dropout_depends_on_seed_step_and_expert_alone(one):
 def test_dropout_zeroes_its_share_and_scales_the_rest(one, monkeypatch):
   seen = {}
 
-  def base(tokens, positions, mask, *, loras, adapt, key, remat):
+  def base(tokens, positions, mask, *, adapt, keys, loras, **_):
     width = loras["q"].a.shape[-1]
     # An adapter that hands its inputs on.
     lora = Lora(jnp.eye(width)[None], jnp.eye(width)[None], jnp.ones(1))
     x = jnp.ones((*tokens.shape, width))
-    seen["x"] = np.asarray(adapt(lora, x, key))
+    seen["x"] = np.asarray(adapt(lora, x, keys))
     return x, None
 
   monkeypatch.setattr(training, "token_losses", lambda *a: jnp.zeros(()))
@@ -372,7 +373,8 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(one, monkeypatch):
     loras = {
       name: jax.tree.map(lambda x: x[None], x) for name, x in loras.items()
     }
-    expert_losses(base, one.loras, rows, jax.random.key(0), 0.25)
+    keys = row_keys(one, jax.random.key(0))
+    expert_losses(base, one.loras, rows, keys, 0.25)
     return seen["x"]
 
   x = inputs(one.rows)

@@ -9,6 +9,7 @@ from tiny import (
   SHAPE,
   TWO,
   assert_identical,
+  by_projection,
   first_batches,
   make_config,
   one_device,
@@ -46,7 +47,7 @@ def ours(llama) -> Llama:
     assert w.shape == shape
     return jnp.array(w)
 
-  return Llama(SHAPE, make, stacked=True)
+  return Llama(SHAPE, by_projection(SHAPE, make), stacked=True)
 
 
 def torch_run(llama, loras, expert, batches, optim):

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from tokenlora_jax import training
+from tokenlora_jax import loop, training
+from tokenlora_jax.batches import batches, held_out_batches
 from tokenlora_jax.config import (
   Config,
   DataConfig,
@@ -20,9 +21,9 @@ from tokenlora_jax.config import (
   MeshConfig,
   OptimConfig,
 )
-from tokenlora_jax.data import Row, batches, held_out_batches
+from tokenlora_jax.data import Row
 from tokenlora_jax.model.config import LlamaConfig
-from tokenlora_jax.model.llama import Llama
+from tokenlora_jax.model.llama import Llama, join_heads
 from tokenlora_jax.sharding import make_mesh
 
 # Every axis that a mesh may split divides by 8, or by 2 for tensor.
@@ -45,9 +46,27 @@ def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
   return jnp.asarray(x)
 
 
+def by_projection(config: LlamaConfig, make):
+  """A factory of a Llama's parameters from one that has q, k and v apart."""
+
+  def joined(name, shape):
+    if ".qkv." not in name:
+      return make(name, shape)
+    lead = shape[:1] if ".*." in name else ()
+    axes = slice(name.endswith(".bias"), None)
+    shapes = {p: (*lead, *config.projection_shapes[p][axes]) for p in "qkv"}
+    parts = [make(name.replace("qkv", p), shapes[p]) for p in "qkv"]
+    return join_heads(config, parts)
+
+  return joined
+
+
 @functools.cache
 def make_base(dtype: str = "float32") -> Llama:
-  return Llama(SHAPE, lambda *args: draw(*args).astype(dtype), stacked=True)
+  def make(name, shape):
+    return draw(name, shape).astype(dtype)
+
+  return Llama(SHAPE, by_projection(SHAPE, make), stacked=True)
 
 
 class Tokenizer:
@@ -93,10 +112,10 @@ def make_batches(config: Config, **rows):
   return batches(rows, Tokenizer(), config.data)
 
 
-def first_batches(config: Config, count: int, **rows) -> list:
+def first_batches(config: Config, steps: int, **rows) -> list:
   """The first batches of the run, on the host."""
   data = iter(make_batches(config, **rows))
-  return [next(data) for _ in range(count)]
+  return [next(data) for _ in range(steps)]
 
 
 def random_state(config: Config, base: Llama, mesh) -> training.TrainState:
@@ -117,11 +136,10 @@ _make_step = functools.cache(training.make_step)
 
 def make_step(config: Config, mesh):
   """`training.make_step`, once for all tests whose steps are the same."""
-  data = DataConfig(tasks=config.data.tasks)
-  settings = {"lora": config.lora, "optim": config.optim, "data": data}
-  return _make_step(
-    Config(seed=config.seed, remat=config.remat, **settings), mesh
-  )
+  data = DataConfig(tasks=config.data.tasks, rows=config.data.rows)
+  same = ("lora", "optim", "seed", "remat", "accumulate")
+  settings = {name: getattr(config, name) for name in same}
+  return _make_step(Config(data=data, **settings), mesh)
 
 
 def run_steps(config, base, mesh, batches, state=None):
@@ -137,15 +155,16 @@ def run_steps(config, base, mesh, batches, state=None):
 
 
 def train(config: Config, workdir, batches=None, mesh=None, console=None):
-  """`training.train` on the tiny base, quietly."""
+  """`loop.train` on the tiny base, quietly."""
   mesh = mesh or one_device()
   rows = {task: make_rows(task, count=6) for task in config.data.tasks}
   held_out = held_out_batches(rows, Tokenizer(), config.data)
   workdir.mkdir(exist_ok=True)
-  with mock.patch.object(training, "make_step", make_step):
-    return training.train(
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  with mock.patch.object(loop, "make_step", make_step):
+    return loop.train(
       config,
-      make_base(),
+      jax.device_put(make_base(), everywhere),
       mesh,
       make_batches(config) if batches is None else batches,
       [training.put_batch(batch, mesh) for batch in held_out],

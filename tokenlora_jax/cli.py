@@ -138,6 +138,20 @@ def _flags(cls, prefix: str = "--") -> list[str]:
   return flags
 
 
+def check_new_file(flag: str, path: str) -> None:
+  """Raises `InputError` unless a file can be written there and none is there.
+
+  Args:
+    flag: names the file in errors.
+    path: of the file; nothing is to be written where it is empty.
+  """
+  file = Path(path)
+  if path and file.exists():
+    raise InputError(f"{flag} {file}: exists; choose a new file")
+  if not file.parent.is_dir():
+    raise InputError(f"{flag} {file}: there is no folder {file.parent}")
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
   """Runs an entry point, and says how it ended in one line on stderr.
 
@@ -162,11 +176,19 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 def quiet() -> None:
   """Silences the libraries' chatter; warnings of ours are shown in one line."""
-  for name in ("absl", "orbax", "jax", "transformers", "huggingface_hub"):
+  for name in ("jax", "transformers", "huggingface_hub"):
     logging.getLogger(name).setLevel(logging.ERROR)
-  logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+  # What goes wrong while Orbax reads and writes, it raises as well.
+  for name in ("absl", "orbax", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  sys.unraisablehook = lambda error: None
+  logging.basicConfig(
+    format="%(levelname)s: %(message)s",
+    stream=sys.stderr,
+    force=True,  # A library that logged while it was imported came first.
+  )
 
 
-def console() -> Console:
+def console(stderr: bool = False) -> Console:
   """Returns the console that programs print to."""
-  return Console(highlight=False)
+  return Console(highlight=False, stderr=stderr)

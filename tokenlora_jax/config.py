@@ -83,10 +83,14 @@ class BaseConfig:
       .gguf or folder that an installed Python package carries), or
       `random:PRESET`.
     dtype: what its weights are kept and multiplied in.
+    quantize: what its layers' kernels are kept in instead, for training as for
+      decoding: `int8` (half the bytes of bfloat16), `nf4` (QLoRA's 4-bit
+      NormalFloat, about a quarter) or `none`.
   """
 
   path: str = "random:tiny"
   dtype: Literal["float32", "bfloat16"] = "bfloat16"
+  quantize: Literal["none", "int8", "nf4"] = "none"
 
   def __post_init__(self):
     _check_literals(self, "base.")
@@ -137,6 +141,8 @@ class DataConfig:
     loss_on: `answer` (the answer and the end token) or `all` (as the paper).
     rows: B, rows an expert a step.
     length: T, the most tokens a row may have.
+    packing: put several short rows of a task into one row of the batch, where
+      they neither see nor predict each other: fewer steps a pass, of more rows.
     too_long: what happens to a row of more tokens: `skip`, `truncate` (its
       end is cut) or `fatal`.
     bad_rows: what happens to a row that breaks its schema: `fatal` or `skip`.
@@ -151,6 +157,7 @@ class DataConfig:
   loss_on: Literal["answer", "all"] = "answer"
   rows: int = 8
   length: int = 256
+  packing: bool = False
   too_long: Literal["skip", "truncate", "fatal"] = "skip"
   bad_rows: Literal["fatal", "skip"] = "fatal"
   train_rows: int = 0
@@ -215,7 +222,10 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """How many devices each axis of the mesh takes.
+  """How many devices each axis of the mesh takes, and in which processes.
+
+  The hosts of a TPU pod find each other. Elsewhere each process is given the
+  same `coordinator` and `processes`, and its own number as `process`.
 
   Attributes:
     expert: devices over which experts are split; they never communicate.
@@ -223,21 +233,38 @@ class MeshConfig:
     fsdp: devices over which rows and the frozen weights are split.
       0 takes the devices that the other axes leave.
     tensor: devices over which heads and the MLP are split.
-    processes: start as one of several processes (`jax.distributed`), as on a
-      TPU pod or under Slurm.
+    coordinator: HOST:PORT on which process 0 waits for the others.
+    processes: how many processes there are.
+    process: which of them this one is, from 0.
   """
 
   expert: int = 1
   data: int = 1
   fsdp: int = 0
   tensor: int = 1
-  processes: bool = False
+  coordinator: str = ""
+  processes: int = 1
+  process: int = 0
 
   def __post_init__(self):
-    for field in ("expert", "data", "tensor"):
+    for field in ("expert", "data", "tensor", "processes"):
       value = getattr(self, field)
       check(value >= 1, f"mesh.{field}", value, "at least 1")
     check(self.fsdp >= 0, "mesh.fsdp", self.fsdp, "0 (what is left) or more")
+    check(
+      0 <= self.process < self.processes,
+      "mesh.process", self.process,
+      f"0 to {self.processes - 1}, since mesh.processes is {self.processes}",
+    )  # fmt: skip
+    host, _, port = self.coordinator.rpartition(":")
+    check(
+      (bool(host) and port.isdecimal() and 0 < int(port) < 2**16)
+      if self.processes > 1
+      else not self.coordinator,
+      "mesh.coordinator", self.coordinator,
+      "HOST:PORT of process 0" if self.processes > 1
+      else "none, since mesh.processes is 1",
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,6 +356,8 @@ class Config:
     remat: what of a layer the backward pass recomputes: `none`, `elementwise`
       (all but the matrix products with weights: little work, a third of the
       memory) or `full` (half as much work again, the least memory).
+    accumulate: parts in which a step's rows run, one after the other: as many
+      times less memory for activations, and the same result.
     eval_every: steps between two held-out losses; 0 is only at the end.
     save_every: steps between two checkpoints.
     keep: how many checkpoints stay.
@@ -345,6 +374,7 @@ class Config:
   decode: DecodeConfig = DecodeConfig()
   seed: int = 0
   remat: Literal["none", "elementwise", "full"] = "elementwise"
+  accumulate: int = 1
   eval_every: int = 0
   save_every: int = 50
   keep: int = 2
@@ -352,6 +382,10 @@ class Config:
 
   def __post_init__(self):
     _check_literals(self, "")
+    check(
+      self.accumulate >= 1 and self.data.rows % self.accumulate == 0,
+      "accumulate", self.accumulate, f"a divisor of data.rows {self.data.rows}",
+    )  # fmt: skip
     check(self.eval_every >= 0, "eval-every", self.eval_every, "0 or more")
     check(self.save_every >= 1, "save-every", self.save_every, "at least 1")
     check(self.keep >= 1, "keep", self.keep, "at least 1")
@@ -360,6 +394,13 @@ class Config:
       "mesh.expert", self.mesh.expert,
       f"a divisor of the {len(self.data.tasks)} experts",
     )  # fmt: skip
+
+  @classmethod
+  def of(cls, args: Config) -> Config:
+    """Returns the settings alone of a config with more arguments."""
+    return cls(
+      **{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}
+    )
 
   def to_json(self) -> dict:
     """Returns the settings as nested dicts of JSON values."""

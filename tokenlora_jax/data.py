@@ -1,14 +1,13 @@
-"""Rows of the tasks, from any source, as batches for all experts at once.
+"""Rows of the tasks, from any source, as tokens.
 
-Axes: E experts (tasks), B rows an expert, T tokens.
+Axes: T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import importlib
-import itertools
 import logging
 from pathlib import Path
 import sys
@@ -16,7 +15,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 import zlib
 
-import grain
+import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from tokenlora_jax.config import (
@@ -277,142 +277,90 @@ def held_out(
   Raises:
     InputError: no row is left.
   """
-  found = _examples(rows, tokenizer, config, config.eval_rows)
-  return [example for _, example in found]
+  found = fitting(rows, tokenizer, config, config.eval_rows)
+  return [tokenize(rows[i], tokenizer, config) for i in found]
 
 
-def _examples(
+def fitting(
   rows: Sequence[Row],
   tokenizer: Any,
   config: DataConfig,
   most: int = sys.maxsize,
-) -> list[tuple[int, Example]]:
-  """Returns (index in rows, example) of the first `most` rows that fit."""
-  examples = []
-  for i, row in enumerate(rows):
-    if len(examples) == most:
-      break
-    example = tokenize(row, tokenizer, config)
-    if example is not None:
-      examples.append((i, example))
-  if not examples:
+) -> dict[int, int]:
+  """Returns the lengths of one task's first `most` rows that fit.
+
+  Where there are several processes, each tokenizes its share of the rows and
+  tells the others the lengths, so that all know all of them and none holds the
+  tokens of all rows.
+
+  Args:
+    rows: of one task, the same in every process.
+    tokenizer: a transformers-style tokenizer.
+    config: see `tokenize`.
+    most: how many rows are wanted; later ones are not looked at.
+
+  Returns:
+    {index in rows: tokens}, in the order of the rows.
+
+  Raises:
+    InputError: no row fits, one is too long under `fatal`, or processes hold
+      different rows; the same in every process.
+  """
+  _check_same(rows)
+  lengths: dict[int, int] = {}
+  seen = 0
+  while seen < len(rows) and len(lengths) < most:
+    part = rows[seen:][:most]
+    for i, length in enumerate(_lengths(part, tokenizer, config), seen):
+      if length and len(lengths) < most:
+        lengths[i] = int(length)
+        last = i
+    seen += len(part)
+  if not lengths:
     raise InputError(
       f"data.length: {config.length} tokens hold none of {len(rows)} rows"
       + (f", the first from {rows[0].origin}" if rows else "")
     )
-  seen = examples[-1][0] + 1 if len(examples) == most else len(rows)
-  if len(examples) < seen:
+  seen = last + 1 if len(lengths) == most else len(rows)
+  if len(lengths) < seen:
     _log.warning(
       "left out %d of %d rows that data.length %d does not hold (first row: %s)",
-      seen - len(examples), seen, config.length, rows[0].origin,
+      seen - len(lengths), seen, config.length, rows[0].origin,
     )  # fmt: skip
-  return examples
+  return lengths
 
 
-# -----------------------------------------------------------------------------
-# Batches.
+def _lengths(
+  rows: Sequence[Row], tokenizer: Any, config: DataConfig
+) -> np.ndarray:
+  """Returns the tokens of each row, 0 for one that is left out."""
+  count = jax.process_count()
+  own = np.zeros(-(-len(rows) // count), np.int32)
+  for i, row in enumerate(rows[jax.process_index() :: count]):
+    try:
+      example = tokenize(row, tokenizer, config)
+    except InputError:
+      own[i] = -1  # To be raised by all, not by this process alone.
+      break
+    own[i] = 0 if example is None else len(example.tokens)
+  # [processes, share]; row i of a share is the process's i-th.
+  lengths = multihost_utils.process_allgather(own).T.ravel()[: len(rows)]
+  for i in np.flatnonzero(lengths < 0)[:1]:
+    tokenize(rows[i], tokenizer, config)
+  return lengths
 
 
-def batches(
-  rows_by_task: Mapping[str, Sequence[Row]],
-  tokenizer: Any,
-  config: DataConfig,
-) -> grain.IterDataset:
-  """Returns an endless data set of batches, one element an optimizer step.
-
-  Step i is a function of the rows and `config` alone. Each task is shuffled
-  anew every pass, in an order that does not depend on the other tasks, and
-  starts over when its rows are used up. The iterator's `get_state` and
-  `set_state` are the position, for checkpoints.
-
-  Args:
-    rows_by_task: the training rows of each task of `config.tasks`.
-    tokenizer: a transformers-style tokenizer.
-    config: the experts' order, B, the longest T and the seed.
-
-  Returns:
-    Batches as dicts of arrays, experts in the order of `config.tasks`; T is
-    the smallest multiple of 64 that holds the longest row, at most
-    `config.length`:
-      tokens: int32[E, B, T], 0 in the padding.
-      positions: int32[E, B, T].
-      segment_ids: int32[E, B, T], 1 for tokens and 0 for padding.
-      loss_mask: float32[E, B, T], 1 where a token is a target (not shifted).
-      rows: int32[E, B], each row's index in `rows_by_task[task]`.
-
-  Raises:
-    InputError: no row of a task fits.
-  """
-  streams = [
-    grain.MapDataset.source(_examples(rows_by_task[task], tokenizer, config))
-    .shuffle(zlib.crc32(f"{config.seed}:{task}".encode()))
-    .repeat()
-    for task in config.tasks
-  ]
-
-  def batch(step: int) -> dict[str, np.ndarray]:
-    start = step * config.rows
-    picked = [
-      [stream[i] for i in range(start, start + config.rows)]
-      for stream in streams
-    ]
-    return _stack(picked, config.rows, _length(picked, config))
-
-  steps = grain.MapDataset.range(sys.maxsize // config.rows).map(batch)
-  return steps.to_iter_dataset(
-    grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-  )
-
-
-def held_out_batches(
-  rows_by_task: Mapping[str, Sequence[Row]], tokenizer: Any, config: DataConfig
-) -> list[dict[str, np.ndarray]]:
-  """Returns the rows of `held_out`, in batches as `batches` gives them.
-
-  Rows go by length, so that little is padding. Where a task has fewer rows than
-  another, empty ones fill up, without tokens or targets.
-
-  Args:
-    rows_by_task: the held-out rows of each task of `config.tasks`.
-    tokenizer: a transformers-style tokenizer.
-    config: the experts' order, B and the longest T.
-  """
-  examples = [
-    sorted(
-      _examples(rows_by_task[task], tokenizer, config, config.eval_rows),
-      key=lambda pair: len(pair[1].tokens),
+def _check_same(rows: Sequence[Row]) -> None:
+  """Raises `InputError` in every process unless all hold the same rows."""
+  digest = 0
+  for row in rows:
+    text = f"{row.prompt}\0{row.answer}\0"
+    digest = zlib.crc32(text.encode(errors="replace"), digest)
+  own = np.array([len(rows), digest], np.uint32)
+  everyone = multihost_utils.process_allgather(own)
+  for process in np.flatnonzero((everyone != everyone[0]).any(1))[:1]:
+    raise InputError(
+      f"data.dir: process {process} reads {everyone[process, 0]} rows and"
+      f" process 0 other {everyone[0, 0]}; every process must read the same"
+      + (f" (the first here is {rows[0].origin})" if rows else "")
     )
-    for task in config.tasks
-  ]
-  starts = range(0, max(map(len, examples)), config.rows)
-  picked = [[e[i : i + config.rows] for e in examples] for i in starts]
-  return [_stack(p, config.rows, _length(p, config)) for p in picked]
-
-
-def _length(picked: list[list[tuple[int, Example]]], config: DataConfig) -> int:
-  """The padded T of a batch."""
-  longest = max(len(e.tokens) for _, e in itertools.chain(*picked))
-  return min(-(-longest // LENGTH_STEP) * LENGTH_STEP, config.length)
-
-
-def _stack(
-  experts: list[list[tuple[int, Example]]], rows: int, length: int
-) -> dict[str, np.ndarray]:
-  shape = (len(experts), rows, length)
-  batch = {
-    "tokens": np.zeros(shape, np.int32),
-    "positions": np.broadcast_to(
-      np.arange(length, dtype=np.int32), shape
-    ).copy(),
-    "segment_ids": np.zeros(shape, np.int32),
-    "loss_mask": np.zeros(shape, np.float32),
-    "rows": np.zeros(shape[:2], np.int32),
-  }
-  for e, examples in enumerate(experts):
-    for b, (row, example) in enumerate(examples):
-      size = len(example.tokens)
-      batch["tokens"][e, b, :size] = example.tokens
-      batch["segment_ids"][e, b, :size] = 1
-      batch["loss_mask"][e, b, :size] = example.loss_mask
-      batch["rows"][e, b] = row
-  return batch

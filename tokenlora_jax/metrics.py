@@ -9,7 +9,9 @@ which would be another 2 N; the adapters' own are left out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import json
+import os
 from pathlib import Path
 import time
 
@@ -24,21 +26,15 @@ from rich.progress import (
   TextColumn,
   TimeRemainingColumn,
 )
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
-# Dense peak of one device in bfloat16, FLOP/s, from the vendors' data sheets.
-PEAK_FLOPS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H200": 989e12,
-}
+from tokenlora_jax.chips import chip_of
+from tokenlora_jax.workdir import write_atomically
+
+# Seconds after which TensorBoard sees what is new.
+FLUSH_EVERY = 30
 
 
 def peak_flops(device: jax.Device) -> float:
@@ -47,9 +43,8 @@ def peak_flops(device: jax.Device) -> float:
   Of a CPU or an unknown device the rate of a large float32 matrix product is
   measured.
   """
-  matches = [k for k in PEAK_FLOPS if device.device_kind.startswith(k)]
-  if matches:
-    return PEAK_FLOPS[max(matches, key=len)]
+  if chip := chip_of(device.device_kind):
+    return chip.flops
   size = 1024
   x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
   multiply = jax.jit(lambda x: x @ x)
@@ -88,12 +83,17 @@ class RunLog:
     self._console = console
     self._peak = peak_flops(jax.devices()[0]) * jax.device_count()
     self._flops_per_token = 4 * parameters
+    # A run that goes on does again what it did after its last checkpoint.
+    _drop_lines_after(workdir / "metrics.jsonl", first)
     self._file = (workdir / "metrics.jsonl").open("a")
-    # A run that goes on may do again what it did after its last checkpoint.
-    self._board = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=first + 1
+    (workdir / "tensorboard").mkdir(exist_ok=True)
+    # Not SummaryWriter: its thread dies of a full disk, and all wait for it.
+    self._board = EventsWriter(
+      str(workdir / "tensorboard/events"), f".{os.getpid()}"
     )
-    self._last = time.perf_counter()
+    log = SessionLog(status=SessionLog.START)
+    self._board.write_event(Event(step=first + 1, session_log=log))
+    self._last = self._flushed = time.perf_counter()
     self._progress = Progress(
       TextColumn("train"),
       BarColumn(bar_width=20),
@@ -116,12 +116,13 @@ class RunLog:
     Args:
       step: optimizer steps done.
       metrics: float[E] each, on the host.
-      batch: of the step: its real tokens and rows are counted and named.
+      batch: of the step. Its `sizes`, int32[E, B], and `rows`, E arrays, are
+        those of all processes.
     """
     now = time.perf_counter()
     seconds, self._last = now - self._last, now
-    real = int(np.sum(batch["segment_ids"] > 0))
-    rate = batch["tokens"].size / seconds
+    real = int(np.sum(batch["sizes"]))
+    rate = batch["sizes"].size * batch["tokens"].shape[-1] / seconds
     values = {
       "tokens_per_second": real / seconds,
       "mfu": rate * self._flops_per_token / self._peak,
@@ -131,7 +132,10 @@ class RunLog:
         f"{name}/{expert}": float(value)
         for expert, value in zip(self._names, metrics[name], strict=True)
       }
-    self._write(step, values, rows=batch["rows"].tolist())
+    self._write(step, values, rows=[r.tolist() for r in batch["rows"]])
+    if now > self._flushed + FLUSH_EVERY:
+      self._board.flush()
+      self._flushed = now
     losses = " ".join(
       f"{name} {loss:.3f}"
       for name, loss in zip(self._names, metrics["loss"], strict=True)
@@ -153,13 +157,36 @@ class RunLog:
     self._last = time.perf_counter()  # Not the next step's time.
 
   def _write(self, step, values, **more):
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+    scalars = [
+      Summary.Value(tag=name, simple_value=value)
+      for name, value in values.items()
+    ]
+    self._board.write_event(
+      Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
+    )
     self._file.write(json.dumps({"step": step, **values, **more}) + "\n")
     self._file.flush()
 
   def close(self) -> None:
     """Ends the bar and the files."""
-    self._progress.stop()
-    self._file.close()
-    self._board.close()
+    with contextlib.ExitStack() as stack:  # Each, even if one fails.
+      stack.callback(self._board.close)
+      stack.callback(self._file.close)
+      stack.callback(self._progress.stop)
+
+
+def _drop_lines_after(file: Path, step: int) -> None:
+  """Drops the lines of later steps, and one that was not written to its end."""
+  if not file.exists():
+    return
+
+  def stays(line):
+    try:
+      return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+      return False
+
+  lines = file.read_text(errors="replace").splitlines(keepends=True)
+  whole = [line for line in lines if stays(line)]
+  if whole != lines:
+    write_atomically(file, "".join(whole))

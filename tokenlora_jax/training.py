@@ -6,39 +6,43 @@ adapters, loss, clipping and optimizer state stay each expert's own. Only
 adapters are differentiated; the base has neither gradient nor optimizer state
 by construction.
 
+Losses and gradients are calculated under `shard_map`: a device has its experts,
+its rows and its part of every weight. It is sent the rest of a layer's weights
+when it comes to that layer, forward and backward, and at the end gradients are
+summed over the devices of an expert. Nothing else is sent.
+
 Axis letters: E experts, B rows an expert, T length, L layers, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
-from pathlib import Path
+import functools
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-import numpy as np
 import optax
-from rich.console import Console
 
-from tokenlora_jax.checkpoint import Checkpoints
 from tokenlora_jax.config import Config, OptimConfig
-from tokenlora_jax.metrics import RunLog
 from tokenlora_jax.mixing.rules import Exact
-from tokenlora_jax.model.attention import causal_mask
-from tokenlora_jax.model.llama import Llama
-from tokenlora_jax.model.lora import (
-  Adapters,
-  Lora,
-  expert_keys,
-  init_stacked,
-)
+from tokenlora_jax.model.config import LlamaConfig
+from tokenlora_jax.model.kernels import XLA, Kernel, choose_kernel
+from tokenlora_jax.model.llama import Gather, Llama
+from tokenlora_jax.model.lora import Lora, expert_keys, init_stacked
 from tokenlora_jax.model.loss import token_losses
-from tokenlora_jax.sharding import BATCH_SPEC, tree_shardings
+from tokenlora_jax.sharding import (
+  BATCH_SPEC,
+  MANUAL_AXES,
+  described,
+  manual_specs,
+  tree_shardings,
+  whole,
+  whole_ends,
+)
 
 # {tokens, positions, segment_ids, loss_mask}, each [E, B, T].
 Batch = Mapping[str, jax.Array]
@@ -89,26 +93,45 @@ def _weights(loras):
   return {name: {"a": lora.a, "b": lora.b} for name, lora in loras.items()}
 
 
+def _with_weights(loras, weights):
+  """Adapters of other weights and the same scaling."""
+  return {
+    name: Lora(w["a"], w["b"], loras[name].scaling)
+    for name, w in weights.items()
+  }
+
+
 def init_state(config: Config, base: Llama, mesh: Mesh) -> TrainState:
   """Returns the state before the first step, laid out on the mesh."""
-
-  def init(key):
-    loras = init_stacked(key, base.config, config.lora, config.data.tasks)
-    opt = jax.vmap(make_optimizer(config.optim).init)(_weights(loras))
-    return TrainState(jnp.int32(0), loras, opt)
-
+  init = functools.partial(_init, config, base.config)
   key = jax.random.key(config.seed)
   shardings = tree_shardings(jax.eval_shape(init, key), mesh)
   return jax.jit(init, out_shardings=shardings)(key)
+
+
+def describe_state(
+  config: Config, shape: LlamaConfig, mesh: Mesh
+) -> TrainState:
+  """Returns the shapes and shardings of the state, and no arrays."""
+  init = functools.partial(_init, config, shape)
+  return described(jax.eval_shape(init, jax.random.key(0)), mesh)
+
+
+def _init(config, shape, key):
+  loras = init_stacked(key, shape, config.lora, config.data.tasks)
+  opt = jax.vmap(make_optimizer(config.optim).init)(_weights(loras))
+  return TrainState(jnp.int32(0), loras, opt)
 
 
 def expert_losses(
   base: Llama,
   loras: Mapping[str, Lora],
   batch: Batch,
-  key: jax.Array | None = None,
+  keys: jax.Array | None = None,
   dropout: float = 0.0,
   remat: str = "none",
+  kernel: Kernel = XLA,
+  gather: Gather | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Losses of one expert's rows under its own adapter.
 
@@ -116,9 +139,11 @@ def expert_losses(
     base: with stacked layers.
     loras: leaves [L, ...], without an expert axis.
     batch: arrays [B, T].
-    key: of the dropout; none is no dropout.
+    keys: [B], of each row's dropout; none is no dropout.
     dropout: share of the adapters' inputs that is zeroed.
     remat: what the backward pass recomputes.
+    kernel: how tokens attend.
+    gather: brings a layer's weights and adapters together.
 
   Returns:
     (float32[B, T], the loss in nats of predicting token t + 1 at t, 0 where
@@ -129,30 +154,128 @@ def expert_losses(
   one = jnp.ones((tokens.shape[0], 1))
   rule = Exact()
 
-  def adapt(lora, x, key):
-    if key is not None and dropout:
-      # A key a row: what is dropped must not depend on how long the batch is
-      # padded, which other experts' rows decide.
+  def adapt(lora, x, keys):
+    if keys is not None and dropout:
+      # A key a row: what is dropped must depend neither on which device has the
+      # row nor on the other experts' rows.
       keep = jax.vmap(
         lambda key: jax.random.bernoulli(key, 1 - dropout, x.shape[1:])
-      )(jax.random.split(key, x.shape[0]))
+      )(keys)
       x = jnp.where(keep, x / (1 - dropout), 0).astype(x.dtype)
     return rule(lora, x, one)
 
   hidden, _ = base(
     tokens,
     batch["positions"],
-    causal_mask(segments),
+    kernel.mask(segments),
     loras=loras,
     adapt=adapt,
-    key=key,
+    keys=keys,
     remat=remat,
+    attend=kernel.attend,
+    gather=gather,
   )
   targets = jnp.roll(tokens, -1, axis=1)
-  same = segments == jnp.roll(segments, -1, axis=1)
-  mask = jnp.roll(batch["loss_mask"], -1, axis=1) * same
-  mask = mask.at[:, -1].set(0)
+  mask = target_mask(batch)
   return token_losses(base, hidden, targets) * mask, mask
+
+
+def target_mask(batch: Batch) -> jax.Array:
+  """Returns float32[..., T], 1 where the next token is a target."""
+  segments = batch["segment_ids"]
+  same = segments == jnp.roll(segments, -1, axis=-1)
+  mask = jnp.roll(batch["loss_mask"], -1, axis=-1) * same
+  return mask.at[..., -1].set(0)
+
+
+def _gather_layer(parts):
+  layer, loras = parts
+  return whole(layer, "layers."), whole(loras)
+
+
+# Where each argument of a function under `shard_map` is split, beside weights.
+_PER_ROW = P("expert", ("data", "fsdp"))
+_PER_EXPERT = P("expert")
+
+
+def _on_each_device(function, mesh, loras, base, out_specs):
+  """Returns `function(loras, base, batch, keys)`, run on each device's parts.
+
+  It is called with the base's ends together, and its layers still in parts.
+  """
+
+  def local(loras, base, batch, keys):
+    return function(loras, whole_ends(base), batch, keys)
+
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(
+      manual_specs(loras, mesh),
+      manual_specs(base, mesh),
+      _PER_ROW,
+      _PER_ROW,
+    ),
+    out_specs=out_specs,
+    axis_names=MANUAL_AXES,
+    check_vma=False,
+  )
+
+
+def _gradients(config, mesh, loras, base, batch, keys):
+  """Gradients of each expert's mean loss over the target tokens of its rows.
+
+  Returns (gradients as the adapters' weights, losses and targets float32[E]).
+  """
+  length = batch["tokens"].shape[-1]
+  kernel = choose_kernel(
+    mesh, length, base.config.head_width, config.data.packing
+  )
+
+  def one_expert(loras, batch, keys, targets, base):
+    def loss_of(weights, part):
+      batch, keys = part
+      losses, _ = expert_losses(
+        base,
+        _with_weights(loras, weights),
+        batch,
+        keys,
+        config.lora.dropout,
+        config.remat,
+        kernel,
+        _gather_layer,
+      )
+      return losses.sum() / jnp.maximum(targets, 1)
+
+    loss_and_gradients = jax.value_and_grad(loss_of)
+    weights = _weights(loras)
+    if config.accumulate == 1:
+      return loss_and_gradients(weights, (batch, keys))
+    # This device's rows, in parts that run one after the other.
+    parts = jax.tree.map(
+      lambda x: x.reshape(config.accumulate, -1, *x.shape[1:]), (batch, keys)
+    )
+    zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, weights)
+
+    def add(total, part):
+      more = loss_and_gradients(weights, part)
+      return jax.tree.map(jnp.add, total, more), None
+
+    return jax.lax.scan(add, zero, parts)[0]
+
+  def local(loras, base, batch, keys):
+    targets = target_mask(batch).sum((1, 2))
+    targets = jax.lax.psum(targets, ("data", "fsdp"))
+    losses, gradients = jax.vmap(one_expert, in_axes=(0, 0, 0, 0, None))(
+      loras, batch, keys, targets, base
+    )
+    # Over fsdp gradients are summed already, where the weights came together.
+    gradients = jax.lax.psum(gradients, "data")
+    return gradients, jax.lax.psum(losses, ("data", "fsdp")), targets
+
+  specs = manual_specs(_weights(loras), mesh), _PER_EXPERT, _PER_EXPERT
+  run = _on_each_device(local, mesh, loras, base, specs)
+  return run(loras, base, batch, keys)
 
 
 def make_step(config: Config, mesh: Mesh):
@@ -165,40 +288,28 @@ def make_step(config: Config, mesh: Mesh):
   """
   optimizer = make_optimizer(config.optim)
 
-  def one_expert(loras, opt, batch, key, base):
-    def loss_of(weights):
-      adapted = {
-        name: Lora(w["a"], w["b"], loras[name].scaling)
-        for name, w in weights.items()
-      }
-      losses, mask = expert_losses(
-        base, adapted, batch, key, config.lora.dropout, config.remat
-      )
-      targets = mask.sum()
-      return losses.sum() / jnp.maximum(targets, 1), targets
-
-    weights = _weights(loras)
-    (loss, targets), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-      weights
-    )
-    with jax.named_scope("optimizer"):
-      updates, opt = optimizer.update(gradients, opt, weights)
-      weights = optax.apply_updates(weights, updates)
-    loras = {
-      name: Lora(w["a"], w["b"], loras[name].scaling)
-      for name, w in weights.items()
-    }
+  @jax.vmap
+  def update(weights, opt, gradients):
+    updates, opt = optimizer.update(gradients, opt, weights)
     norm = optax.global_norm(gradients)
-    return loras, opt, dict(loss=loss, gradient_norm=norm, targets=targets)
+    return optax.apply_updates(weights, updates), opt, norm
 
   def step(state, base, batch):
     key = jax.random.fold_in(jax.random.key(config.seed), state.step + 1)
-    loras, opt, metrics = jax.vmap(
-      one_expert, in_axes=(0, 0, 0, 0, None), spmd_axis_name="expert"
-    )(state.loras, state.opt, batch, expert_keys(key, config.data.tasks), base)
+    rows = batch["tokens"].shape[1]
+    keys = jax.vmap(lambda key: jax.random.split(key, rows))(
+      expert_keys(key, config.data.tasks)
+    )
+    gradients, losses, targets = _gradients(
+      config, mesh, state.loras, base, batch, keys
+    )
+    with jax.named_scope("optimizer"):
+      weights, opt, norms = update(_weights(state.loras), state.opt, gradients)
+    loras = _with_weights(state.loras, weights)
     state = TrainState(state.step + 1, loras, opt)
     # Laid out as it came, so that its memory is used again and nothing moves.
     layout = tree_shardings(state, mesh)
+    metrics = dict(loss=losses, gradient_norm=norms, targets=targets)
     return jax.lax.with_sharding_constraint(state, layout), metrics
 
   # Every process reads the metrics of all experts.
@@ -206,148 +317,57 @@ def make_step(config: Config, mesh: Mesh):
   return jax.jit(step, donate_argnums=0, out_shardings=(None, everywhere))
 
 
-@jax.jit
-def held_out_sums(loras, base, batch):
-  """Sums of each expert's losses on its own rows: (float32[E], float32[E])."""
+def held_out_sums(
+  loras: Mapping[str, Lora], base: Llama, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+  """Sums of each expert's losses on its own rows, and of targets.
 
-  def one(loras, batch):
-    losses, mask = expert_losses(base, loras, batch)
+  Args:
+    loras: leaves [E, L, ...].
+    base: with stacked layers.
+    batch: arrays [E, B, T] on the mesh.
+
+  Returns:
+    (float32[E], float32[E]).
+  """
+  return _held_out_sums(batch["tokens"].sharding.mesh, loras, base, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _held_out_sums(mesh, loras, base, batch):
+  length = batch["tokens"].shape[-1]
+  # Held-out rows are not packed.
+  kernel = choose_kernel(mesh, length, base.config.head_width, packed=False)
+
+  def one(loras, batch, base):
+    losses, mask = expert_losses(
+      base, loras, batch, kernel=kernel, gather=_gather_layer
+    )
     return losses.sum(), mask.sum()
 
-  return jax.vmap(one, spmd_axis_name="expert")(loras, batch)
+  def local(loras, base, batch, _):
+    sums = jax.vmap(one, in_axes=(0, 0, None))(loras, batch, base)
+    return jax.lax.psum(sums, ("data", "fsdp"))
+
+  specs = _PER_EXPERT, _PER_EXPERT
+  run = _on_each_device(local, mesh, loras, base, specs)
+  return run(loras, base, batch, None)
 
 
 def put_batch(batch, mesh: Mesh) -> Batch:
   """Puts a batch on the mesh.
 
   Args:
-    batch: numpy arrays [E, B, T]. Every process has the whole batch, since it
-      may hold any of its experts and rows; a device gets its own part.
+    batch: numpy arrays [E, B, T], of the experts and rows that this process
+      holds, as `sharding.process_block` says.
     mesh: the mesh.
-  """
-  sharding = NamedSharding(mesh, BATCH_SPEC)
-
-  def put(array):
-    return jax.make_array_from_callback(
-      array.shape, sharding, lambda index: array[index]
-    )
-
-  names = ("tokens", "positions", "segment_ids", "loss_mask")
-  return {name: put(batch[name]) for name in names}
-
-
-def trained_adapters(config: Config, state: TrainState) -> Adapters:
-  """Returns the bank that the state holds, in the decoding layout, on host."""
-  return Adapters.unstack(config.data.tasks, _on_host(state.loras))
-
-
-def _on_host(tree):
-  """Returns a tree as numpy arrays, whole in every process."""
-  return multihost_utils.process_allgather(tree, tiled=True)
-
-
-def held_out_losses(
-  config: Config, state: TrainState, base: Llama, batches: Sequence[Mapping]
-) -> dict[str, float]:
-  """Returns each expert's loss on its own held-out rows, nats a target token.
-
-  Args:
-    config: names the experts.
-    state: its adapters are used.
-    base: with stacked layers.
-    batches: on the mesh; rows of padding have no targets.
-  """
-  losses = targets = 0.0
-  for batch in batches:
-    more = _on_host(held_out_sums(state.loras, base, batch))
-    losses, targets = losses + more[0], targets + more[1]
-  return dict(zip(config.data.tasks, (losses / targets).tolist(), strict=True))
-
-
-def train(
-  config: Config,
-  base: Llama,
-  mesh: Mesh,
-  batches: Iterable[Mapping],
-  held_out: Sequence[Mapping],
-  workdir: Path,
-  console: Console,
-) -> TrainState:
-  """Trains the adapters, going on from the newest checkpoint if there is one.
-
-  Args:
-    config: of the run.
-    base: with stacked layers, on the mesh.
-    mesh: the devices.
-    batches: a Grain data set; element i is the batch of step i.
-    held_out: batches on the mesh, for the held-out losses.
-    workdir: gets checkpoints and logs.
-    console: where progress is shown.
 
   Returns:
-    The state after `config.optim.steps` steps.
-
-  Raises:
-    FloatingPointError: a loss or gradient is not finite; names step, expert and
-      rows. The checkpoints before it stay as they are.
-    KeyboardInterrupt: with Ctrl-C; says where the same command goes on.
+    Arrays of all experts and rows.
   """
-  checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
-  data = iter(batches)
-  state = init_state(config, base, mesh)
-  restored = checkpoints.restore(state, mesh)
-  if restored is not None:
-    # The newest checkpoint holds the state and where in the data it stood.
-    state, data_state = restored
-    data.set_state(data_state)
-  first = int(state.step)
-  step_function = make_step(config, mesh)
-  log = None
-  if jax.process_index() == 0:
-    if restored is not None:
-      console.print(f"going on from step {first} of {config.optim.steps}")
-    log = RunLog(
-      workdir,
-      config.data.tasks,
-      config.optim.steps,
-      first,
-      base.config.matmul_parameters,
-      console,
-    )
-  try:
-    for step in range(first + 1, config.optim.steps + 1):
-      batch = next(data)
-      state, metrics = step_function(state, base, put_batch(batch, mesh))
-      metrics = jax.device_get(metrics)
-      _check_finite(step, config.data.tasks, metrics, batch)
-      if log:
-        log.step(step, metrics, batch)
-      last = step == config.optim.steps
-      if last or step % config.save_every == 0:
-        checkpoints.save(step, state, data.get_state())
-      if last or (config.eval_every and step % config.eval_every == 0):
-        losses = held_out_losses(config, state, base, held_out)
-        if log:
-          log.held_out(step, losses)
-  except KeyboardInterrupt:
-    newest = checkpoints.newest() or 0
-    raise KeyboardInterrupt(
-      f"stopped; the same command goes on from step {newest}"
-    ) from None
-  finally:
-    if log:
-      log.close()
-    checkpoints.close()
-  return state
-
-
-def _check_finite(step, experts, metrics, batch):
-  # An infinite gradient leaves weights that are not numbers, and must be seen
-  # before they are saved.
-  for name in ("loss", "gradient_norm"):
-    for i, value in enumerate(metrics[name]):
-      if not np.isfinite(value):
-        raise FloatingPointError(
-          f"step {step}: the {name.replace('_', ' ')} of {experts[i]} is"
-          f" {value} on rows {batch['rows'][i].tolist()}"
-        )
+  sharding = NamedSharding(mesh, BATCH_SPEC)
+  names = ("tokens", "positions", "segment_ids", "loss_mask")
+  return {
+    name: jax.make_array_from_process_local_data(sharding, batch[name])
+    for name in names
+  }

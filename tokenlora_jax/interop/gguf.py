@@ -1,7 +1,7 @@
 """llama.cpp's GGUF files: metadata, and tensors in blocks of few bits.
 
-Blocks stay in the memory-mapped file until a tensor is read, and only the rows
-that are asked for are dequantised.
+Blocks stay in the file until a tensor is read, and only the rows that are asked
+for are read and dequantised.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tokenlora_jax.interop.reader import (
   Fields,
   Stored,
   one_line,
+  part_of_file,
 )
 from tokenlora_jax.model.config import LlamaConfig, RopeScaling
 
@@ -235,6 +236,7 @@ class GgufReader(BaseReader):
   def __init__(self, path: Path):
     where = str(path)
     file = open_gguf(path)
+    self._path = path
     self._tensors = {t.name: t for t in file.tensors}
     stored = {
       name: Stored(tuple(reversed(t.shape.tolist())), t.tensor_type.name)
@@ -258,12 +260,23 @@ class GgufReader(BaseReader):
     rows = index[0]
     if self._interleaved and key.split(".")[2:3] in (["attn_q"], ["attn_k"]):
       rows = _half_order(tensor.data.shape[0], self.config.head_width)[rows]
-    values = _dequantize(tensor.data[rows], tensor.tensor_type)
+    values = _dequantize(self._blocks(tensor, rows), tensor.tensor_type)
     return values[:, index[1]] if len(index) > 1 else values
 
+  def _blocks(self, tensor, rows):
+    data = tensor.data
+    return part_of_file(
+      self._path, data.dtype, tensor.data_offset, data.shape, rows
+    )
+
   def _ends(self, key):
-    data = self._tensors[key].data.reshape(-1).view(np.uint8)
-    return data[:END].tobytes(), data[-END:].tobytes()
+    data, offset = self._tensors[key].data, self._tensors[key].data_offset
+    size = (data.nbytes,)
+    ends = slice(END), slice(-END, None)
+    head, tail = (
+      part_of_file(self._path, np.uint8, offset, size, end) for end in ends
+    )
+    return head.tobytes(), tail.tobytes()
 
 
 def _half_order(rows: int, head_width: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from pathlib import Path
 import re
 from typing import Any
 
-import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16)
+import ml_dtypes
 import numpy as np
 
 from tokenlora_jax.config import InputError, nearest
@@ -23,6 +23,7 @@ from tokenlora_jax.interop.reader import (
   Fields,
   Stored,
   one_line,
+  part_of_file,
   shorten,
 )
 from tokenlora_jax.model.config import LlamaConfig, RopeScaling
@@ -47,7 +48,12 @@ _MODULES = {
   "up": f"{_LAYER}.mlp.up_proj",
   "down": f"{_LAYER}.mlp.down_proj",
 }
-_FLOATS = ("BF16", "F16", "F32", "F64")
+_FLOATS = {
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+  "F16": np.dtype(np.float16),
+  "F32": np.dtype(np.float32),
+  "F64": np.dtype(np.float64),
+}
 # A table of rotary frequencies that old checkpoints carry; it follows from the
 # config.
 _ROTARY = re.compile(
@@ -218,7 +224,7 @@ class HfReader(BaseReader):
 
     where = str(folder)
     config = parse_config(read_json(folder / _CONFIG), str(folder / _CONFIG))
-    self._files = {}
+    self._places = {}
     stored = {}
     for path in _weight_files(folder):
       try:
@@ -227,12 +233,13 @@ class HfReader(BaseReader):
         raise InputError(
           f"{path}: not a whole safetensors file ({one_line(error)})"
         ) from error
+      offsets = _offsets(path)
       for key in file.keys():  # noqa: SIM118 (it is no mapping)
         if key in stored:
           raise InputError(f"{path}: {key!r} is in another shard too")
         part = file.get_slice(key)
         stored[key] = Stored(tuple(part.get_shape()), part.get_dtype())
-        self._files[key] = file
+        self._places[key] = path, offsets[key]
 
     def ignore(key):
       return _ROTARY(key) or (config.tied and key == "lm_head.weight")
@@ -256,15 +263,30 @@ class HfReader(BaseReader):
       )
 
   def _read(self, key, index):
-    return self._files[key].get_slice(key)[index]
+    path, offset = self._places[key]
+    shape, dtype = self._stored[key]
+    return part_of_file(path, _FLOATS[dtype], offset, shape, index)
 
   def _ends(self, key):
     shape = self._stored[key].shape
     rows = max(1, END // max(1, 2 * int(np.prod(shape[1:]))))
     rows = min(rows, shape[0])
-    part = self._files[key].get_slice(key)
-    head, tail = part[:rows], part[shape[0] - rows :]
+    ends = slice(rows), slice(shape[0] - rows, None)
+    head, tail = (self._read(key, end) for end in ends)
     return head.tobytes(), tail.tobytes()
+
+
+def _offsets(path: Path) -> dict[str, int]:
+  """Where in a whole safetensors file each tensor begins.
+
+  The library does not tell; and the array that it maps or reads for a part of a
+  tensor is the whole file, or the whole tensor.
+  """
+  with path.open("rb") as file:
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+  header.pop("__metadata__", None)
+  return {k: 8 + size + v["data_offsets"][0] for k, v in header.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ from tokenlora_jax.model.config import LlamaConfig
 _SHOWN = 8
 # Bytes of each end of a tensor that a fingerprint reads.
 END = 4096
+# Bytes of a tensor that are in hand at once while an array is filled.
+PIECE = 4 << 20
 
 
 class Stored(NamedTuple):
@@ -132,6 +135,27 @@ class BaseReader(abc.ABC):
       return self._read(self._keys[name], index[::-1]).T
     return self._read(self._keys[name], index)
 
+  def fill(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
+    """Reads part of a parameter into an array, a few rows at a time.
+
+    So nothing else of the part's size exists on the way.
+
+    Args:
+      out: written over; of the part's shape and any float type.
+      name: our name.
+      index: one slice a dimension, with both ends.
+    """
+    # The axis along which a file has whole rows.
+    axis = out.ndim - 1 if _is_transposed(name) else 0
+    length, start = out.shape[axis], index[axis].start
+    rows = max(1, PIECE * length // out.nbytes)
+    for at in range(0, length, rows):
+      stop = min(at + rows, length)
+      source, target = [*index], [slice(None)] * out.ndim
+      source[axis] = slice(start + at, start + stop)
+      target[axis] = slice(at, stop)
+      out[tuple(target)] = self.read(name, tuple(source))
+
   def fingerprint(self) -> str:
     """Returns a SHA-256, in hex, that tells bases apart at little cost.
 
@@ -198,6 +222,28 @@ def _key(name: str, modules: Mapping[str, str]) -> str:
     name.split(".") if name.startswith("layers.") else ("", "", name)
   )
   return f"{modules[module].format(layer)}.{leaf}"
+
+
+def part_of_file(
+  path: Path,
+  dtype: np.dtype,
+  offset: int,
+  shape: tuple[int, ...],
+  index: Any = slice(None),
+) -> np.ndarray:
+  """Reads part of an array that lies in a file, and nothing else of it.
+
+  The file is mapped for as long as that takes: pages of a map that stays count
+  as the process's memory.
+
+  Args:
+    path: the file.
+    dtype: of the array.
+    offset: of its first byte.
+    shape: of the whole array.
+    index: what part.
+  """
+  return np.array(np.memmap(path, dtype, "r", offset, shape)[index])
 
 
 def shorten(items: Collection[str]) -> str:

@@ -134,3 +134,12 @@ PRESETS = {
     head_width=128,
   ),
 }  # fmt: skip
+
+# The same shapes by their names on the hub, which planning need not ask then.
+HUB_PRESETS = {
+  "meta-llama/Llama-2-7b-hf": "llama2-7b",
+  "meta-llama/Llama-2-13b-hf": "llama2-13b",
+  "meta-llama/Llama-2-70b-hf": "llama2-70b",
+  "TinyLlama/TinyLlama-1.1B-Chat-v1.0": "tinyllama-1.1b",
+  "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m",
+}

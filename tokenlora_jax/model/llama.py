@@ -16,8 +16,8 @@ N query heads, K kv heads, G = N/K, H head width, V vocabulary, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
 import math
+from typing import Any
 
 from flax import nnx
 import jax
@@ -33,18 +33,34 @@ from tokenlora_jax.model.attention import (
 from tokenlora_jax.model.cache import KV, Cache
 from tokenlora_jax.model.config import LlamaConfig, RopeScaling
 from tokenlora_jax.model.lora import LayerLoras, Lora
+from tokenlora_jax.model.quantize import dot
 
 # Gives the parameter of a name and shape: drawn, loaded, or only described.
-# Stacked layers are named "layers.*. ..." and have a leading L.
+# Stacked layers are named "layers.*. ..." and have a leading L. A kernel may
+# come in few bits (`model/quantize.py`).
 MakeParameter = Callable[[str, tuple[int, ...]], jax.Array]
 
-# The adapters' part of a linear map: (lora, x [B, T, in], key) -> [B, T, out].
+# The adapters' part of a linear map: (lora, x [B, T, in], keys [B]) -> [B, T,
+# out].
 Adapt = Callable[[Lora, jax.Array, jax.Array | None], jax.Array]
 
-# What a layer keeps for the backward pass. `elementwise` keeps what projections
-# and attention give and recomputes norms and activations from it.
+# Attention of queries [B, T, N, H] to keys and values [B, K, T, H], and what it
+# needs to know who may look where.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
+
+# Brings what a layer holds, (weights, loras), together from where it lies.
+Gather = Callable[[Any], Any]
+
+
+def _save_all_but_weights(primitive, *_, **__):
+  return primitive.name != "all_gather"
+
+
+# What a layer keeps for the backward pass: never the weights that it was sent.
+# `elementwise` keeps what projections and attention give and recomputes norms
+# and activations from it.
 REMAT_POLICIES = {
-  "none": jax.checkpoint_policies.everything_saveable,
+  "none": _save_all_but_weights,
   "elementwise": jax.checkpoint_policies.save_only_these_names(
     ATTENTION, *PROJECTIONS
   ),
@@ -53,7 +69,7 @@ REMAT_POLICIES = {
 
 
 class Linear(nnx.Module):
-  """y = x W + b, with W kept [in, out]."""
+  """y = x W + b, with W kept [in, out], in full or in few bits."""
 
   def __init__(self, name, make: MakeParameter, shape, has_bias: bool):
     self.kernel = nnx.Param(make(f"{name}.kernel", shape))
@@ -64,43 +80,54 @@ class Linear(nnx.Module):
     )
 
   def __call__(self, x):
-    y = x @ self.kernel[...]
+    y = dot(x, self.kernel.get_value())
     return y if self.bias is None else y + self.bias[...]
 
 
-class QKV(nnx.Module):
+class QKV(Linear):
   """Queries, keys and values of one input, as one product.
 
-  The kernel is [D, K, G + 2, H]: of every kv head its G query heads, its key
-  and its value. So one product reads all three, and what a kv head needs is
-  never split.
+  The kernel is [D, K * (G + 2) * H]: of every kv head its G query heads, its
+  key and its value. So one product reads all three, and where devices split
+  it between kv heads, each has what its heads need.
   """
 
   def __init__(self, name, config: LlamaConfig, make: MakeParameter, stack):
     self.config = config
-
-    def joined(leaf, axes):
-      parts = [
-        make(f"{name}.{p}.{leaf}", (*stack, *config.projection_shapes[p][axes]))
-        for p in "qkv"
-      ]
-      heads = [self._by_head(part) for part in parts]
-      return nnx.Param(jnp.concatenate(heads, axis=-2))
-
-    self.kernel = joined("kernel", slice(None))
-    self.bias = joined("bias", slice(1, None)) if config.qkv_bias else None
-
-  def _by_head(self, x):
-    config = self.config
-    return x.reshape(*x.shape[:-1], config.kv_heads, -1, config.head_width)
+    size = (config.heads + 2 * config.kv_heads) * config.head_width
+    shape = *stack, config.width, size
+    super().__init__(f"{name}.qkv", make, shape, config.qkv_bias)
 
   def __call__(self, x):
     """Returns q [B, T, N*H], k [B, T, K*H] and v [B, T, K*H]."""
-    y = jnp.einsum("btd,dkgh->btkgh", x, self.kernel[...])
-    if self.bias is not None:
-      y = y + self.bias[...]
+    config = self.config
+    heads = config.kv_heads, -1, config.head_width
+    y = super().__call__(x).reshape(*x.shape[:2], *heads)
     parts = y[..., :-2, :], y[..., -2, :], y[..., -1, :]
     return [part.reshape(*x.shape[:2], -1) for part in parts]
+
+
+def join_heads(config: LlamaConfig, parts: Sequence[jax.Array]) -> jax.Array:
+  """Joins what q, k and v have apart, as `QKV` keeps it.
+
+  Args:
+    config: the shape of the Llama.
+    parts: the kernels [..., D, N*H], [..., D, K*H] and [..., D, K*H], or the
+      biases without D.
+
+  Returns:
+    [..., K * (G + 2) * H].
+
+  Example:
+    >>> from tokenlora_jax.model.config import PRESETS
+    >>> q, k = jnp.ones((64, 64)), jnp.ones((64, 32))
+    >>> join_heads(PRESETS["tiny"], [q, k, k]).shape
+    (64, 128)
+  """
+  heads = config.kv_heads, -1, config.head_width
+  by_head = [part.reshape(*part.shape[:-1], *heads) for part in parts]
+  joined = jnp.concatenate(by_head, axis=-2)
+  return joined.reshape(*joined.shape[:-3], -1)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -174,6 +201,11 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
+def _fold(keys, number):
+  """Returns other keys, one of each."""
+  return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
 class Layer(nnx.Module):
   """One transformer layer: attention and a gated MLP, each pre-normed."""
 
@@ -201,8 +233,9 @@ class Layer(nnx.Module):
     mask: jax.Array,
     cached: KV | None = None,
     loras: LayerLoras | None = None,
+    keys: jax.Array | None = None,
     adapt: Adapt | None = None,
-    key: jax.Array | None = None,
+    attend: Attend = attention,
   ) -> tuple[jax.Array, KV]:
     """Returns (x [B, T, D], the keys and values of its tokens)."""
     config = self.config
@@ -210,9 +243,8 @@ class Layer(nnx.Module):
 
     def adapted(name, h, y):
       if loras and name in loras:
-        fold = PROJECTIONS.index(name)
-        lora_key = None if key is None else jax.random.fold_in(key, fold)
-        y = y + adapt(loras[name], h, lora_key)
+        own = None if keys is None else _fold(keys, PROJECTIONS.index(name))
+        y = y + adapt(loras[name], h, own)
       return checkpoint_name(y, name)
 
     with jax.named_scope("attention"):
@@ -224,7 +256,7 @@ class Layer(nnx.Module):
       q, k = rotate(q, *rotation), rotate(k, *rotation)
       kv = KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
       if cached is None:
-        mixed = attention(q, kv.k, kv.v, mask)
+        mixed = attend(q, kv.k, kv.v, mask)
       else:
         mixed = cached_attention(q, kv.k, kv.v, cached.k, cached.v, mask)
       mixed = mixed.reshape(*x.shape[:2], -1)
@@ -251,7 +283,7 @@ class Llama(nnx.Module):
     >>> from tokenlora_jax.model.config import PRESETS
     >>> base = Llama(PRESETS["tiny"], lambda name, shape: jnp.ones(shape))
     >>> base.layers[0].qkv.kernel.shape
-    (64, 2, 4, 16)
+    (64, 128)
   """
 
   def __init__(
@@ -291,23 +323,29 @@ class Llama(nnx.Module):
     cache: Cache | None = None,
     loras: Sequence[LayerLoras] | Mapping[str, Lora] | None = None,
     adapt: Adapt | None = None,
-    key: jax.Array | None = None,
+    keys: jax.Array | None = None,
     remat: str = "none",
+    attend: Attend = attention,
+    gather: Gather | None = None,
   ) -> tuple[jax.Array, Cache | tuple[KV, ...] | None]:
     """Runs the layers.
 
     Args:
       tokens: int32[B, T].
       positions: int32[B, T], for the rotary embedding.
-      mask: bool[B, T, T], which tokens each may see; with a cache bool[B, T,
-        S + T], which slots and tokens.
+      mask: bool[B, T, T], which tokens each may see, or what `attend` takes
+        in its place; with a cache bool[B, T, S + T], which slots and tokens.
       cache: what came before the tokens, if anything (list layout only).
       loras: adapters, a mapping a layer; for stacked layers one mapping whose
         leaves have a leading L.
       adapt: what the adapters add to a linear map (a mixing rule).
-      key: of the adapters' dropout.
+      keys: [B], of the adapters' dropout in each row.
       remat: what the backward pass recomputes of each layer, of
         `REMAT_POLICIES`.
+      attend: how tokens attend to each other without a cache.
+      gather: called on each layer and its adapters just before they are used,
+        forward and backward, so that a layer split over devices is whole only
+        while it runs.
 
     Returns:
       (hidden [B, T, D] after the final norm; the cache with the tokens, or
@@ -320,32 +358,33 @@ class Llama(nnx.Module):
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     rotation = jnp.cos(angles), jnp.sin(angles)
     x = self.embedding[...][tokens]
-    keys = None if key is None else jax.random.split(key, config.layers)
-    run = functools.partial(Layer.__call__, adapt=adapt)
-    if remat != "none":
+
+    def run(layer, i, loras, x, rotation, mask, keys, **cached):
+      if gather is not None:
+        layer, loras = gather((layer, loras))
+      if keys is not None:
+        keys = _fold(keys, i)
+      more = dict(loras=loras, keys=keys, adapt=adapt, attend=attend, **cached)
+      return layer(x, rotation, mask, **more)
+
+    if remat != "none" or gather is not None:
       run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
     if self.stacked:
       if cache is not None:
         raise ValueError("decoding wants the list layout: load_base(path)")
 
       def body(x, per_layer):
-        layer, loras, key = per_layer
-        return run(layer, x, rotation, mask, loras=loras, key=key)[0], None
+        return run(*per_layer, x, rotation, mask, keys)[0], None
 
-      x, _ = jax.lax.scan(body, x, (self.layers, loras, keys))
+      layers = self.layers, jnp.arange(config.layers), loras
+      x, _ = jax.lax.scan(body, x, layers)
       kvs = None
     else:
       kvs = []
       for i, layer in enumerate(self.layers):
-        x, kv = run(
-          layer,
-          x,
-          rotation,
-          mask,
-          cached=None if cache is None else cache.layers[i],
-          loras=loras[i] if loras and i < len(loras) else None,
-          key=None if keys is None else keys[i],
-        )
+        own = loras[i] if loras and i < len(loras) else None
+        cached = {} if cache is None else {"cached": cache.layers[i]}
+        x, kv = run(layer, i, own, x, rotation, mask, keys, **cached)
         kvs.append(kv)
       kvs = tuple(kvs)
     hidden = rms_norm(x, self.norm[...], config.norm_eps)

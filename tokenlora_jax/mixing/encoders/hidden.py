@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
@@ -68,6 +69,9 @@ class HiddenEncoder:
       padded = np.zeros((batch, size), np.int32)
       for row, i in enumerate(places):
         padded[row, : len(tokens[i])] = tokens[i]
-      vectors = _embed(self.base, padded, lengths)
-      out[places] = np.asarray(vectors)[: len(places)]
+      # The base, and so the result, may lie across processes.
+      vectors = multihost_utils.process_allgather(
+        _embed(self.base, padded, lengths), tiled=True
+      )
+      out[places] = vectors[: len(places)]
     return out

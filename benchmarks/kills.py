@@ -1,0 +1,335 @@
+"""Whether a run that is killed ends as one that was not.
+
+  python -m benchmarks.kills --kills 20 --seed 0
+
+One run of train.py is left alone. Another is killed with SIGKILL at random
+moments of its whole life (start-up, compilation, steps, checkpoints being
+written, the bank) and started again each time until it is done. A third is
+stopped by SIGTERM half-way, and its folder goes on in three ways: on one device,
+on four simulated ones, and with its newest checkpoint cut short.
+
+Each must leave what the run left alone has left: adapters bit for bit, and in
+metrics.jsonl each step once, on the same rows with the same losses (to 1e-5 on
+four devices, where sums have another order). Exit status 1 is a difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+import hashlib
+import json
+import os
+from pathlib import Path
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).parents[1]
+TOLERANCE = 1e-5
+
+
+class Trainer:
+  """A process of train.py, its output in a file of the folder above its own.
+
+  Args:
+    args: of this script.
+    workdir: of the run.
+    devices: how many CPU devices it sees.
+  """
+
+  def __init__(self, args: argparse.Namespace, workdir: Path, devices: int = 1):
+    self.workdir = workdir
+    self._logged = _steps(workdir)
+    self._output = workdir.with_suffix(".out")
+    self._output_before = self.said()
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    settings = {
+      "--config": args.config,
+      "--workdir": workdir,
+      "--optim.steps": args.steps,
+      "--save-every": args.save_every,
+      "--eval-every": args.steps // 4,
+    }
+    command = [sys.executable, "train.py"]
+    for name, value in settings.items():
+      command += [name, str(value)]
+    self._start = time.monotonic()
+    with self._output.open("ab") as output:
+      self._process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag},
+        stdout=output,
+        stderr=subprocess.STDOUT,
+      )
+
+  @property
+  def seconds(self) -> float:
+    """Its age."""
+    return time.monotonic() - self._start
+
+  @property
+  def trains(self) -> bool:
+    """Whether it has come to its steps."""
+    return _steps(self.workdir) not in (self._logged, 0)
+
+  def said(self) -> str:
+    """What it has printed, with its predecessors in the folder."""
+    return self._output.read_text() if self._output.exists() else ""
+
+  def wait(self, until: Callable[[], bool] = lambda: False) -> int | None:
+    """Waits for something, and returns the exit status if it ended first."""
+    while not until():
+      try:
+        return self._process.wait(0.005)
+      except subprocess.TimeoutExpired:
+        pass
+    return self._process.poll()
+
+  def finish(self) -> str:
+    """Waits for its end, and returns what it printed."""
+    if status := self.wait():
+      sys.exit(f"train.py ended with status {status}:\n{self.said()}")
+    return self.said().removeprefix(self._output_before)
+
+  def stop(self, number: signal.Signals) -> int:
+    """Sends a signal and returns the exit status."""
+    self._process.send_signal(number)
+    return self._process.wait()
+
+
+def _steps(workdir: Path) -> int:
+  """How many lines metrics.jsonl has."""
+  file = workdir / "metrics.jsonl"
+  return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def lines(workdir: Path) -> list[dict]:
+  """The lines of metrics.jsonl, without times."""
+  text = (workdir / "metrics.jsonl").read_text()
+  found = [json.loads(line) for line in text.splitlines()]
+  times = ("tokens_per_second", "mfu")
+  return [{k: v for k, v in x.items() if k not in times} for x in found]
+
+
+def adapters(workdir: Path) -> list[Path]:
+  """The files of the adapters of a finished run."""
+  return sorted((workdir / "bank").glob("*/adapter_model.safetensors"))
+
+
+def sha256(workdir: Path) -> str:
+  """Of all adapters of a finished run."""
+  total = hashlib.sha256()
+  for file in adapters(workdir):
+    total.update(file.read_bytes())
+  return total.hexdigest()
+
+
+def compare(workdir: Path, alone: Path) -> list[str]:
+  """Returns how a run's result differs from another's, to the last bit."""
+  wrong = []
+  if sha256(workdir) != sha256(alone):
+    wrong.append("adapters")
+  ours, theirs = lines(workdir), lines(alone)
+  if _rows(ours) != _rows(theirs):
+    wrong.append("steps or rows")
+  if ours != theirs:
+    wrong.append("losses")
+  names = {path.name for path in (workdir / "checkpoints").iterdir()}
+  if names != {path.name for path in (alone / "checkpoints").iterdir()}:
+    wrong.append(f"checkpoints {sorted(names)}")
+  return wrong
+
+
+def _rows(found: Sequence[dict]) -> list:
+  return [(line["step"], line.get("rows")) for line in found]
+
+
+def furthest(workdir: Path, alone: Path) -> tuple[float, float]:
+  """Returns the largest differences of losses and of adapters' numbers."""
+  losses = [
+    abs(ours[name] - theirs[name])
+    for ours, theirs in zip(lines(workdir), lines(alone), strict=True)
+    for name in ours
+    if name.startswith(("loss/", "held_out/"))
+  ]
+  numbers = [
+    np.abs(ours[name] - theirs[name]).max()
+    for ours, theirs in zip(
+      map(load_file, adapters(workdir)),
+      map(load_file, adapters(alone)),
+      strict=True,
+    )
+    for name in ours
+  ]
+  return max(losses), float(max(numbers))
+
+
+def kill_until_done(
+  args: argparse.Namespace,
+  workdir: Path,
+  alone: Path,
+  start_up: float,
+  rest: float,
+) -> list[list[str]]:
+  """Trains while killing, and returns a table's row a kill.
+
+  Half of the moments lie in the time that a process takes to its first step;
+  of the others each lies in its share of the time that is left to train.
+
+  Args:
+    args: of this script.
+    workdir: of the run.
+    alone: the folder of the run that was left alone.
+    start_up: seconds from a process's start to its first step.
+    rest: seconds from there to the end of a run that is left alone.
+  """
+  draw = random.Random(args.seed)
+  table = []
+  while len(table) < args.kills:
+    trainer = Trainer(args, workdir)
+    left = args.kills - len(table)
+    early = draw.random() < 0.5
+    moment = draw.random()
+    if early:
+      wait = moment * start_up
+      done = trainer.wait(lambda t=trainer, w=wait: t.seconds > w) is not None
+    else:
+      done = trainer.wait(lambda t=trainer: t.trains) is not None
+      began = trainer.seconds
+      share = rest * (1 - _steps(workdir) / _steps(alone)) / left
+      wait = moment * 2 * share
+      until = began + wait
+      done = trainer.wait(lambda t=trainer, u=until: t.seconds > u) is not None
+    age, trained = trainer.seconds, trainer.trains
+    if done:
+      trainer.finish()
+      continue
+    trainer.stop(signal.SIGKILL)
+    folder = workdir / "checkpoints"
+    names = [p.name for p in folder.iterdir()] if folder.exists() else []
+    half = [name for name in names if not name.isdigit()]
+    whole = max((int(name) for name in names if name.isdigit()), default=0)
+    table.append(
+      [
+        f"{len(table) + 1}",
+        f"{age:.2f}",
+        f"{wait:.2f} s " + ("after its start" if early else "after a step"),
+        f"{_steps(workdir)}" if trained else "none yet",
+        ", ".join(half),
+        f"{whole}",
+      ]
+    )
+    print(f"kill {len(table)} after {age:.2f} s", file=sys.stderr)
+  Trainer(args, workdir).finish()
+  return table
+
+
+def cut_newest(workdir: Path) -> Path:
+  """Cuts the files of the newest checkpoint's arrays in half."""
+  steps = [path for path in (workdir / "checkpoints").iterdir()]
+  newest = max(steps, key=lambda path: int(path.name))
+  for file in (newest / "state").glob("**/d/*"):
+    os.truncate(file, file.stat().st_size // 2)
+  return newest
+
+
+def main() -> None:
+  """Runs all and prints tables."""
+  parser = argparse.ArgumentParser(
+    prog="python -m benchmarks.kills",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--kills", type=int, default=20)
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--config", default="configs/tiny.py")
+  parser.add_argument("--steps", type=int, default=60)
+  parser.add_argument("--save-every", type=int, default=2)
+  args = parser.parse_args()
+  console = Console(width=100)
+  console.print(f"seed {args.seed}, {args.steps} steps of {args.config}")
+  with tempfile.TemporaryDirectory() as folder:
+    failures = _all(args, Path(folder), console)
+  sys.exit(1 if failures else 0)
+
+
+def _all(args: argparse.Namespace, folder: Path, console: Console) -> int:
+  """Does what the module's text says, and returns how many runs differ."""
+  results = Table("run", "adapters, sha256", "differs in", "")
+  failures = 0
+
+  def report(name, workdir, wrong, note=""):
+    nonlocal failures
+    failures += bool(wrong)
+    results.add_row(
+      name, sha256(workdir)[:16], ", ".join(wrong) or "nothing", note
+    )
+
+  alone = folder / "alone"
+  trainer = Trainer(args, alone)
+  trainer.wait(lambda: trainer.trains)
+  start_up = trainer.seconds
+  trainer.finish()
+  rest = trainer.seconds - start_up
+  console.print(f"left alone: {start_up:.1f} s to step 1, then {rest:.1f} s")
+  report("left alone", alone, [])
+
+  killed = folder / "killed"
+  kills = Table(
+    "kill",
+    "its age, s",
+    "moment",
+    "lines logged",
+    "half written",
+    "goes on from",
+  )
+  for row in kill_until_done(args, killed, alone, start_up, rest):
+    kills.add_row(*row)
+  console.print(kills)
+  report(f"{args.kills} times SIGKILL", killed, compare(killed, alone))
+
+  half = folder / "half"
+  trainer = Trainer(args, half)
+  trainer.wait(lambda: _steps(half) >= args.steps // 2)
+  status = trainer.stop(signal.SIGTERM)
+  said = trainer.said().splitlines()[-1]
+  stopped = status == 0 and "stopped by SIGTERM" in said
+  for name, devices in (("SIGTERM", 1), ("one to four devices", 4)):
+    workdir = Path(shutil.copytree(half, folder / name.replace(" ", "-")))
+    Trainer(args, workdir, devices).finish()
+    if devices == 1:
+      wrong = compare(workdir, alone) + ([] if stopped else ["how it stopped"])
+      report(name, workdir, wrong, f"status {status}: {said}")
+      continue
+    losses, numbers = furthest(workdir, alone)
+    wrong = ["losses"] if losses > TOLERANCE else []
+    if _rows(lines(workdir)) != _rows(lines(alone)):
+      wrong.append("steps or rows")
+    report(
+      name, workdir, wrong, f"losses by {losses:.1e}, adapters {numbers:.1e}"
+    )
+
+  newest = cut_newest(half)
+  warning = Trainer(args, half).finish()
+  said = next((x for x in warning.splitlines() if "damaged" in x), "")
+  wrong = compare(half, alone) + (
+    [] if str(newest) in said else ["its warning"]
+  )
+  report("newest checkpoint cut", half, wrong, said)
+  console.print(results)
+  return failures
+
+
+if __name__ == "__main__":
+  main()

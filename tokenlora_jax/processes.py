@@ -1,0 +1,117 @@
+"""Starting several processes as one run: on a TPU pod, or where flags say so."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+import urllib.request
+
+import jax
+
+from tokenlora_jax.config import InputError, MeshConfig
+
+# Seconds for process 0 to start, as long as JAX itself waits for processes.
+WAIT = 300
+
+# Where a Google Cloud TPU machine is told the hosts of its slice.
+_HOSTS = (
+  "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+  "worker-network-endpoints"
+)
+
+
+def start_processes(config: MeshConfig) -> None:
+  """Joins this process with the others of the run, if there are any.
+
+  Must come before anything that asks JAX for devices. Only process 0 warns from
+  then on.
+
+  Args:
+    config: says how many processes there are, unless this is a TPU pod.
+
+  Raises:
+    InputError: process 0 does not answer, or JAX cannot join the processes.
+  """
+  if config.processes > 1:
+    # Of a wrong address JAX itself would say nothing for five minutes, and then
+    # abort with a stack trace.
+    host, _, port = config.coordinator.rpartition(":")
+    if config.process == 0:
+      _check_free(int(port))
+    else:
+      _wait_for(host.strip("[]"), int(port))
+    given = config.coordinator, config.processes, config.process
+  elif tpu_hosts() > 1:
+    given = ()
+  else:
+    return
+  try:
+    jax.distributed.initialize(*given)
+  except (RuntimeError, ValueError) as error:
+    reason = str(error).strip().splitlines()[0]
+    raise InputError(
+      f"mesh.processes: the processes cannot be joined: {reason}"
+    ) from None
+  if jax.process_index() > 0:
+    logging.getLogger("tokenlora_jax").setLevel(logging.ERROR)
+
+
+def _check_free(port: int) -> None:
+  """Checks that process 0 can listen for the others."""
+  try:
+    socket.create_server(("", port)).close()
+  except OSError as error:
+    reason = os.strerror(error.errno)
+    raise InputError(
+      f"mesh.coordinator: port {port} cannot be listened on ({reason})"
+    ) from None
+
+
+def _wait_for(host: str, port: int) -> None:
+  """Waits until process 0 listens."""
+  until = time.monotonic() + WAIT
+  while True:
+    try:
+      socket.create_connection((host, port), timeout=5).close()
+      return
+    except OSError as error:
+      if time.monotonic() >= until:
+        raise InputError(
+          f"mesh.coordinator: {host!r} does not answer on port {port}"
+          f" ({error.strerror or error}); does process 0 run there?"
+        ) from None
+    time.sleep(1)
+
+
+def tpu_hosts() -> int:
+  """Returns how many hosts of TPUs start together, 1 where there is no TPU.
+
+  Environment variables say it where Kubernetes starts the hosts, else the
+  machine's metadata. JAX is not started.
+
+  Example:
+    >>> tpu_hosts()
+    1
+  """
+  # JAX sets this when it is imported on a machine with TPUs.
+  if "tpu" not in (jax.config.jax_platforms or ""):
+    return 1
+  names = os.environ.get("TPU_PROCESS_ADDRESSES")
+  names = names or os.environ.get("TPU_WORKER_HOSTNAMES")
+  if not names and "TPU_SKIP_MDS_QUERY" not in os.environ:
+    names = _metadata()
+  slices = int(os.environ.get("MEGASCALE_NUM_SLICES") or 1)
+  return len((names or "").split(",")) * slices
+
+
+def _metadata() -> str:
+  request = urllib.request.Request(
+    _HOSTS, headers={"Metadata-Flavor": "Google"}
+  )
+  try:
+    with urllib.request.urlopen(request, timeout=5) as reply:
+      return reply.read().decode()
+  except OSError:  # Not a machine of Google Cloud.
+    return ""
