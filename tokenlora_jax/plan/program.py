@@ -264,7 +264,10 @@ class Program:
     if op == "dynamic-update-slice":
       return 2 * sizes[1]
     if op in ("copy-start", "slice-start"):
-      return 2 * min([out, *sizes]) if sizes else out
+      # It names where from and where to, often a memory of the chip itself.
+      ends = [s for s in instruction.shapes if s.dims]
+      moved = min(s.bytes for s in ends)
+      return moved * sum(s.main for s in ends)
     if op == "fusion":
       body = self.computations[_CALLS.search(instruction.text)[1]]
       reads = [min(size, _read_of(body, i)) for i, size in enumerate(sizes)]
