@@ -96,7 +96,7 @@ def test_a_full_disk_leaves_the_bank_as_it_was(run, monkeypatch):
   argv, workdir = run
   before = contents(workdir)
 
-  def full(tensors, file):
+  def full(*_, **__):
     raise SafetensorError("I/O error: No space left on device (os error 28)")
 
   monkeypatch.setattr(safetensors.numpy, "save_file", full)
