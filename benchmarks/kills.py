@@ -36,6 +36,8 @@ from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-5
+# About how long a checkpoint is being written, seconds.
+SAVE = 0.2
 
 
 class Trainer:
@@ -96,6 +98,11 @@ class Trainer:
         pass
     return self._process.poll()
 
+  def wait_for(self, seconds: float) -> bool:
+    """Waits so long, and returns whether it ended first."""
+    until = self.seconds + seconds
+    return self.wait(lambda: self.seconds > until) is not None
+
   def finish(self) -> str:
     """Waits for its end, and returns what it printed."""
     if status := self.wait():
@@ -112,6 +119,17 @@ def _steps(workdir: Path) -> int:
   """How many lines metrics.jsonl has."""
   file = workdir / "metrics.jsonl"
   return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def half_written(workdir: Path) -> list[str]:
+  """The names of the checkpoints that are being written, or were."""
+  return [p.name for p in workdir.glob("checkpoints/*") if not p.name.isdigit()]
+
+
+def whole(workdir: Path) -> list[int]:
+  """The steps of the checkpoints that are there."""
+  names = [path.name for path in workdir.glob("checkpoints/*")]
+  return sorted(int(name) for name in names if name.isdigit())
 
 
 def lines(workdir: Path) -> list[dict]:
@@ -145,9 +163,8 @@ def compare(workdir: Path, alone: Path) -> list[str]:
     wrong.append("steps or rows")
   if ours != theirs:
     wrong.append("losses")
-  names = {path.name for path in (workdir / "checkpoints").iterdir()}
-  if names != {path.name for path in (alone / "checkpoints").iterdir()}:
-    wrong.append(f"checkpoints {sorted(names)}")
+  if whole(workdir) != whole(alone) or half_written(workdir):
+    wrong.append("checkpoints")
   return wrong
 
 
@@ -184,8 +201,9 @@ def kill_until_done(
 ) -> list[list[str]]:
   """Trains while killing, and returns a table's row a kill.
 
-  Half of the moments lie in the time that a process takes to its first step;
-  of the others each lies in its share of the time that is left to train.
+  Of the moments, 2 in 5 lie in the time that a process takes to its first step.
+  The others lie each in its share of the time that is left to train; half of
+  them then wait until a checkpoint is being written.
 
   Args:
     args: of this script.
@@ -198,36 +216,31 @@ def kill_until_done(
   table = []
   while len(table) < args.kills:
     trainer = Trainer(args, workdir)
-    left = args.kills - len(table)
-    early = draw.random() < 0.5
+    phase = draw.choices(("start-up", "steps", "a save"), (4, 3, 3))[0]
     moment = draw.random()
-    if early:
-      wait = moment * start_up
-      done = trainer.wait(lambda t=trainer, w=wait: t.seconds > w) is not None
+    if phase == "start-up":
+      done = trainer.wait_for(moment * start_up)
     else:
+      left = 1 - _steps(workdir) / _steps(alone)
+      share = rest * left / (args.kills - len(table))
       done = trainer.wait(lambda t=trainer: t.trains) is not None
-      began = trainer.seconds
-      share = rest * (1 - _steps(workdir) / _steps(alone)) / left
-      wait = moment * 2 * share
-      until = began + wait
-      done = trainer.wait(lambda t=trainer, u=until: t.seconds > u) is not None
+      done = done or trainer.wait_for(moment * 2 * share)
+    if phase == "a save" and not done:
+      done = trainer.wait(lambda: half_written(workdir)) is not None
+      done = done or trainer.wait_for(moment * SAVE)
     age, trained = trainer.seconds, trainer.trains
     if done:
       trainer.finish()
       continue
     trainer.stop(signal.SIGKILL)
-    folder = workdir / "checkpoints"
-    names = [p.name for p in folder.iterdir()] if folder.exists() else []
-    half = [name for name in names if not name.isdigit()]
-    whole = max((int(name) for name in names if name.isdigit()), default=0)
     table.append(
       [
         f"{len(table) + 1}",
+        phase,
         f"{age:.2f}",
-        f"{wait:.2f} s " + ("after its start" if early else "after a step"),
         f"{_steps(workdir)}" if trained else "none yet",
-        ", ".join(half),
-        f"{whole}",
+        ", ".join(half_written(workdir)),
+        f"{max(whole(workdir), default=0)}",
       ]
     )
     print(f"kill {len(table)} after {age:.2f} s", file=sys.stderr)
@@ -237,8 +250,7 @@ def kill_until_done(
 
 def cut_newest(workdir: Path) -> Path:
   """Cuts the files of the newest checkpoint's arrays in half."""
-  steps = [path for path in (workdir / "checkpoints").iterdir()]
-  newest = max(steps, key=lambda path: int(path.name))
+  newest = workdir / f"checkpoints/{whole(workdir)[-1]}"
   for file in (newest / "state").glob("**/d/*"):
     os.truncate(file, file.stat().st_size // 2)
   return newest
