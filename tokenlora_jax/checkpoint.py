@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from tokenlora_jax.config import InputError
+from tokenlora_jax.config import InputError, first_line
 from tokenlora_jax.sharding import described
 
 _log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class Checkpoints:
         reason = "it does not hold the numbers that were saved"
       restored = items.state, about
     except Exception as error:  # Whatever damaged files make Orbax raise.
-      reason = _in_one_line(error)
+      reason = first_line(error)
     return restored, _anywhere(reason)
 
   def _set_aside(self, damaged: Mapping[int, str], whole: int) -> None:
@@ -200,12 +200,8 @@ def _why_unreadable(folder: Path, count: int) -> str:
       spec = {"driver": "zarr", "kvstore": kvstore}
       tensorstore.open(spec).result().read().result()
   except ValueError as error:
-    return _in_one_line(error)
+    return first_line(error)
   return "" if len(names) == count else f"{len(names)} arrays, not {count}"
-
-
-def _in_one_line(error: Exception) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _anywhere(reason: str) -> str:

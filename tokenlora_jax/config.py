@@ -35,6 +35,16 @@ def nearest(value: str, allowed: Iterable[str]) -> str:
   return f" (did you mean {match[0]!r}?)" if match else ""
 
 
+def first_line(error: Exception) -> str:
+  """Returns the first line of what an error says, or else its type's name.
+
+  Example:
+    >>> first_line(ValueError("no such row\\n  at line 3")), first_line(OSError())
+    ('no such row', 'OSError')
+  """
+  return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def check_choice(field: str, value: str, allowed: Sequence[str]) -> None:
   """Raises `InputError` unless `value` is one of `allowed`.
 

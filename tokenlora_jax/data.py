@@ -23,6 +23,7 @@ from tokenlora_jax.config import (
   DataConfig,
   InputError,
   check_choice,
+  first_line,
   nearest,
 )
 from tokenlora_jax.tasks import Task, get_task
@@ -197,9 +198,9 @@ def _package(name: str, config: DataConfig) -> ModuleType:
 def _unavailable(
   config: DataConfig, dataset: str, error: Exception
 ) -> InputError:
-  reason = (str(error).strip() or type(error).__name__).splitlines()[0]
   return InputError(
-    f"data.source {config.source!r}: {dataset} cannot be loaded: {reason}"
+    f"data.source {config.source!r}: {dataset} cannot be loaded:"
+    f" {first_line(error)}"
   )
 
 

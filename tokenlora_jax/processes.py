@@ -10,7 +10,7 @@ import urllib.request
 
 import jax
 
-from tokenlora_jax.config import InputError, MeshConfig
+from tokenlora_jax.config import InputError, MeshConfig, first_line
 
 # Seconds for process 0 to start, as long as JAX itself waits for processes.
 WAIT = 300
@@ -50,9 +50,8 @@ def start_processes(config: MeshConfig) -> None:
   try:
     jax.distributed.initialize(*given)
   except (RuntimeError, ValueError) as error:
-    reason = str(error).strip().splitlines()[0]
     raise InputError(
-      f"mesh.processes: the processes cannot be joined: {reason}"
+      f"mesh.processes: the processes cannot be joined: {first_line(error)}"
     ) from None
   if jax.process_index() > 0:
     logging.getLogger("tokenlora_jax").setLevel(logging.ERROR)

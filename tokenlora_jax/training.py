@@ -44,7 +44,13 @@ from tokenlora_jax.sharding import (
   whole_ends,
 )
 
-# {tokens, positions, segment_ids, loss_mask}, each [E, B, T].
+# What the step is given of a batch, each [E, B, T].
+BATCH_TYPES = {
+  "tokens": jnp.int32,
+  "positions": jnp.int32,
+  "segment_ids": jnp.int32,
+  "loss_mask": jnp.float32,
+}
 Batch = Mapping[str, jax.Array]
 
 
@@ -366,8 +372,7 @@ def put_batch(batch, mesh: Mesh) -> Batch:
     Arrays of all experts and rows.
   """
   sharding = NamedSharding(mesh, BATCH_SPEC)
-  names = ("tokens", "positions", "segment_ids", "loss_mask")
   return {
     name: jax.make_array_from_process_local_data(sharding, batch[name])
-    for name in names
+    for name in BATCH_TYPES
   }

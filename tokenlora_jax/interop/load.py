@@ -68,9 +68,7 @@ def load_base(
   check_choice("base.dtype", dtype, ("float32", "bfloat16"))
   check_choice("base.quantize", quantize, tuple(QUANTIZERS))
   if path.startswith("random:"):
-    preset = path.removeprefix("random:")
-    check_choice("base.path random:", preset, tuple(PRESETS))
-    config, fingerprint = PRESETS[preset], path
+    config, fingerprint = _preset(path), path
     read = functools.partial(_draw, config)
   else:
     reader = open_base(path)
@@ -96,13 +94,18 @@ def base_shape(path: str) -> LlamaConfig:
     >>> base_shape("meta-llama/Llama-2-7b-hf").layers
     32
   """
-  preset = path.removeprefix("random:")
-  if preset != path:
-    check_choice("base.path random:", preset, tuple(PRESETS))
-    return PRESETS[preset]
+  if path.startswith("random:"):
+    return _preset(path)
   if path in HUB_PRESETS and not Path(path).exists():
     return PRESETS[HUB_PRESETS[path]]
   return open_base(path).config
+
+
+def _preset(path: str) -> LlamaConfig:
+  """Returns the shape that `random:PRESET` names."""
+  preset = path.removeprefix("random:")
+  check_choice("base.path random:", preset, tuple(PRESETS))
+  return PRESETS[preset]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from tokenlora_jax.model.quantize import QUANTIZERS
 from tokenlora_jax.plan.program import Collective, Program, crosses
 from tokenlora_jax.plan.topology import Topology
 from tokenlora_jax.sharding import BATCH_SPEC, check_heads, described, make_mesh
-from tokenlora_jax.training import describe_state, make_step
+from tokenlora_jax.training import BATCH_TYPES, describe_state, make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +128,7 @@ def plan_training(
   sharding = NamedSharding(mesh, BATCH_SPEC)
   batch = {
     name: jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
-    for name, dtype in (
-      ("tokens", jnp.int32),
-      ("positions", jnp.int32),
-      ("segment_ids", jnp.int32),
-      ("loss_mask", jnp.float32),
-    )
+    for name, dtype in BATCH_TYPES.items()
   }
   parts = {"weights": base, "adapters": state.loras, "optimizer": state.opt}
   plan = plan_program(

@@ -17,7 +17,7 @@ import jax
 from jax.experimental import topologies
 
 from tokenlora_jax.chips import CHIPS, Chip
-from tokenlora_jax.config import InputError, check_choice
+from tokenlora_jax.config import InputError, check_choice, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +145,7 @@ def _described(name: str, platform: str, **settings) -> Sequence[jax.Device]:
   try:
     found = topologies.get_topology_desc(platform=platform, **settings)
   except Exception as error:
-    reason = str(error).strip().splitlines()[0]
-    raise InputError(f"--plan {name}: no such topology: {reason}") from None
+    raise InputError(
+      f"--plan {name}: no such topology: {first_line(error)}"
+    ) from None
   return found.devices
