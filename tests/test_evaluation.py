@@ -18,8 +18,8 @@ from tokenlora_jax.evaluation import (
   standard_variants,
 )
 from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.mixing.mixture import forward
 from tokenlora_jax.mixing.routers import Router, make_router
-from tokenlora_jax.mixing.rules import forward
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.config import PRESETS
 from tokenlora_jax.model.llama import Llama

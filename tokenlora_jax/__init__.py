@@ -7,8 +7,9 @@ from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.minilm import load_minilm
 from tokenlora_jax.interop.peft import load_adapters, save_adapter
 from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.mixing.mixture import forward
 from tokenlora_jax.mixing.routers import make_router, register_router
-from tokenlora_jax.mixing.rules import forward
+from tokenlora_jax.mixing.rules import register_rule
 from tokenlora_jax.model.lora import Adapters, random_adapters
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
   "make_router",
   "random_adapters",
   "register_router",
+  "register_rule",
   "save_adapter",
   "save_bank",
 ]

@@ -4,9 +4,11 @@ An answer is scored as the decoder would make it: its token n (n = 0, 1, ...,
 the end token included) is predicted under the gates of chunk
 floor(n / refresh_every), which the router decided from the prompt and the
 answer's tokens before that chunk; the prompt is read under the first gates.
-Since the answer is given, a router that reads text can say all gates beforehand
-and a text is scored in one forward pass with gates [B, T, E]. One that looks at
-hidden states, which depend on the gates before, is followed by the decoder.
+Since the answer is given, a router that reads text can say all gates beforehand,
+one that decides in the layers needs nothing else, and a text is scored in one
+forward pass with gates [B, T, E]. One that looks at hidden states or evidence,
+which depend on the tokens before, is followed by the decoder, and so is the cache
+policy `recompute`, which reads a text many times.
 
 Axis letters: B batch, T length, N answer tokens, E experts.
 """
@@ -16,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
-from typing import Any
+import itertools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +28,15 @@ import numpy as np
 from tokenlora_jax.config import DecodeConfig
 from tokenlora_jax.data import LENGTH_STEP, Example
 from tokenlora_jax.decoding import Decoder
+from tokenlora_jax.mixing.mixture import (
+  Mixture,
+  check_mixable,
+  expert_rows,
+  one_hot_rows,
+  route_layers,
+)
 from tokenlora_jax.mixing.routers import Router, make_router
-from tokenlora_jax.mixing.rules import Rule, get_rule, mixture
+from tokenlora_jax.mixing.rules import Rule, get_rule, mix_probabilities
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
@@ -71,17 +81,39 @@ def standard_variants(
   ]
 
 
-@functools.partial(jax.jit, static_argnames="rule")
-def _losses(base, loras, gates, tokens, lengths, *, rule: Rule | None):
-  """Loss of predicting token t + 1 at t, float32[B, T]."""
-  batch, length = tokens.shape
-  positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-  real = (positions < lengths[:, None]).astype(jnp.int32)
-  adapt = None if rule is None else mixture(rule, gates)
-  hidden, _ = base(
-    tokens, positions, causal_mask(real), loras=loras, adapt=adapt
-  )
-  return token_losses(base, hidden, jnp.roll(tokens, -1, axis=1))
+@functools.partial(jax.jit, static_argnames=("rule", "remix"))
+def _losses(
+  base, loras, router, gates, tokens, lengths, *, rule: Rule | None, remix: bool
+):
+  """Loss of predicting token t + 1 at t, float32[B, T]; gates [B, T, E]."""
+  batch = tokens.shape[0]
+  apart, mixing = rule is not None and rule.of_outputs, gates
+  if apart:
+    experts = gates.shape[-1]
+    tokens, lengths = (
+      expert_rows(tokens, experts),
+      expert_rows(lengths, experts),
+    )
+    mixing = one_hot_rows(batch, experts)
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  mask = causal_mask((positions < lengths[:, None]).astype(jnp.int32))
+  if rule is None:
+    hidden, _ = base(tokens, positions, mask)
+  else:
+    if router is not None and router.looks_first:
+      router = router.look(base(tokens, positions, mask)[0])
+    mixture = Mixture(rule, mixing, router)
+    hidden, _ = base(
+      tokens, positions, mask,
+      loras=route_layers(loras, router),
+      adapt=mixture,
+      remix=mixture if remix else None,
+    )  # fmt: skip
+  losses = token_losses(base, hidden, jnp.roll(tokens, -1, axis=1))
+  if not apart:
+    return losses
+  losses = losses.reshape(batch, experts, -1)
+  return -mix_probabilities(-losses, gates.swapaxes(1, 2))
 
 
 @jax.jit
@@ -100,16 +132,23 @@ class Evaluator:
     adapters: the experts.
     tokenizer: the base's.
     rule: what the gates mean.
+    cache: what becomes of what was read under older gates.
   """
 
   def __init__(
-    self, base: Llama, adapters: Adapters, tokenizer: Any, rule: str = "exact"
+    self,
+    base: Llama,
+    adapters: Adapters,
+    tokenizer: Any,
+    rule: str = "exact",
+    cache: Literal["reuse", "recompute", "remix"] = "reuse",
   ):
     adapters.check(base.config)
     self._base = base
     self._adapters = adapters
     self._tokenizer = tokenizer
-    self._rule = rule
+    self._rule = get_rule(rule)
+    self._cache = cache
     # By the router's id, with the router, so that the id is not given again.
     self._routed: dict[int, tuple[Router, dict[bytes, np.ndarray]]] = {}
 
@@ -132,6 +171,9 @@ class Evaluator:
       router = make_router("one-hot", expert=self._adapters.index(expert))
     if router is not None:
       router = router.bind(self._adapters.names)
+      check_mixable(self._rule, self._cache, router, self._adapters)
+    pace = variant.refresh_every
+    rereads = self._cache == "recompute" and pace
     order = sorted(
       (i for i, e in enumerate(examples) if len(e.tokens) > e.prompt_length),
       key=lambda i: -len(examples[i].tokens),
@@ -139,13 +181,12 @@ class Evaluator:
     for start in range(0, len(order), BATCH):
       places = order[start : start + BATCH]
       batch = [examples[i] for i in places]
-      if router is not None and router.needs == "hidden":
-        losses = self._decode(batch, router, variant.refresh_every)
+      if router is None:
+        losses = self._score(batch, None, None)
+      elif rereads or router.needs not in ("nothing", "text"):
+        losses = self._decode(batch, router, pace)
       else:
-        gates = None
-        if router is not None:
-          gates = self.gates(router, variant.refresh_every, batch)
-        losses = self._score(batch, gates)
+        losses = self._score(batch, router, self.gates(router, pace, batch))
       yield from zip(places, losses, strict=True)
 
   def gates(
@@ -186,9 +227,19 @@ class Evaluator:
       )
       gates = np.asarray(_gates(router, observation, np.zeros(len(filled))))
       known |= dict(zip(part, gates, strict=False))
-    return [np.stack([known[text] for text in row]) for row in asked]
+    return [self._smoothed(router, row, known) for row in asked]
 
-  def _score(self, batch, gates) -> list[np.ndarray]:
+  def _smoothed(self, router, texts, known) -> np.ndarray:
+    """Returns the gates [N, E] of an answer, given those of its prefixes."""
+    gates = [known[texts[0]]]
+    for before, text in itertools.pairwise(texts):
+      now = gates[-1]
+      if text != before:
+        now = np.asarray(router.smooth(now, known[text]))
+      gates.append(now)
+    return np.stack(gates)
+
+  def _score(self, batch, router, gates) -> list[np.ndarray]:
     lengths = np.ones(BATCH, np.int32)
     lengths[: len(batch)] = [len(e.tokens) for e in batch]
     size = -(-int(lengths.max()) // LENGTH_STEP) * LENGTH_STEP
@@ -197,16 +248,22 @@ class Evaluator:
       row[: len(example.tokens)] = example.tokens
     loras = rule = table = None
     if gates is not None:
-      loras, rule = self._adapters.layers, get_rule(self._rule)
-      table = np.zeros((BATCH, size, len(self._adapters.names)), np.float32)
+      loras, rule = self._adapters.layers, self._rule
+      # Any gates do behind a text, but those of predictions must have a sum.
+      table = np.ones((BATCH, size, len(self._adapters.names)), np.float32)
       for row, example, answer in zip(table, batch, gates, strict=False):
         # Token n is made at the position before it.
         first = example.prompt_length - 1
         row[:first] = answer[0]
         row[first : first + len(answer)] = answer
     losses = np.asarray(
-      _losses(self._base, loras, table, tokens, lengths, rule=rule)
-    )
+      _losses(
+        self._base, loras,
+        router if router is not None and router.prototypes else None,
+        table, tokens, lengths,
+        rule=rule, remix=self._cache == "remix" and rule is not None,
+      )
+    )  # fmt: skip
     return [
       losses[i, e.prompt_length - 1 : len(e.tokens) - 1]
       for i, e in enumerate(batch)
@@ -225,8 +282,14 @@ class Evaluator:
       [e.tokens[: e.prompt_length].tolist() for e in filled],
       self._adapters,
       router,
-      DecodeConfig(longest, refresh_every),
-      rule=self._rule,
+      DecodeConfig(
+        longest,
+        refresh_every,
+        rule=self._rule.name,
+        cache=self._cache,
+        stop_at_eos=False,
+      ),
+      self._tokenizer,
       forced=forced,
     )
     pairs = zip(out.log_probs, answers[: len(batch)], strict=False)
