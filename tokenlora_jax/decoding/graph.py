@@ -296,14 +296,9 @@ def decode(
     texts = jnp.concatenate([prompt, state.tokens], axis=1)[:, :slots]
     pad = prompt.shape[1] - state.lengths
     with jax.named_scope("reread"):
-      hidden, layers, looked = _read_whole(
+      _, layers, looked = _read_whole(
         reading, base, loras, router, state.gates, texts, pad
       )
-    places = jnp.arange(slots)
-    read = (places >= pad[:, None]) & (places < state.cache.slot)
-    # The last row of each sequence: the mixture, or any expert.
-    last = hidden.reshape(len(texts), copies, *hidden.shape[1:])[:, -1]
-    total = jnp.sum(last * read[..., None], axis=1, dtype=jnp.float32)
 
     def filled(cache: Cache | None, layers: tuple[KV, ...]) -> Cache | None:
       return cache and dataclasses.replace(cache, layers=tuple(layers))
@@ -312,7 +307,6 @@ def decode(
       state,
       cache=filled(state.cache, layers),
       looked=filled(state.looked, looked),
-      hidden=total,
     )
 
   def one_chunk(carry):
