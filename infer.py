@@ -1,7 +1,7 @@
 """Mixes a bank of LoRA adapters while a frozen Llama makes text.
 
   python infer.py --prompt TEXT ...       make text, with who led each token
-  python infer.py evaluate ...            held-out losses, a table
+  python infer.py evaluate ...            ways to mix compared on held-out rows
   python infer.py --plan v5e:1x1 ...      would it fit there, and how fast
 
 Prompts come from --prompt, --prompts-file (a prompt a line), --examples, or
@@ -9,6 +9,7 @@ standard input (a prompt a line).
 """
 
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,16 +18,19 @@ import sys
 from typing import Annotated, TextIO
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 import tyro
 
 from tokenlora_jax import cli, report
-from tokenlora_jax.config import Config, InputError
-from tokenlora_jax.data import held_out, load_rows
+from tokenlora_jax.config import Config, InputError, check
+from tokenlora_jax.data import load_rows
 from tokenlora_jax.decoding import Decoder, Generation
-from tokenlora_jax.evaluation import Evaluator, mean_loss, standard_variants
+from tokenlora_jax.evaluation import Evaluator
+from tokenlora_jax.experiment.arms import make_arms
+from tokenlora_jax.experiment.results import loss_table
+from tokenlora_jax.experiment.rows import RowLog, digest_bank, open_rows
+from tokenlora_jax.experiment.run import digest_questions, questions, run_cells
 from tokenlora_jax.interop.bank import Bank, load_bank
 from tokenlora_jax.interop.load import base_shape, load_base
 from tokenlora_jax.interop.tokenizers import load_tokenizer
@@ -47,8 +51,7 @@ class Arguments(Config):
     examples: take the first so many held-out prompts of each task.
     compare: show base, each adapter, uniform, prompt-level and token-level
       gates side by side.
-    output: write each text with its tokens and gates to this new JSONL file
-      (`evaluate`: the table to this new JSON file).
+    output: write each text with its tokens and gates to this new JSONL file.
     plan: make no text, but compile the programs for hardware that need not be
       here and say whether they fit and what they take: v5e:1x1, h100:1. A
       prompt of data.length tokens is read, and decode.max-new-tokens are made.
@@ -63,6 +66,38 @@ class Arguments(Config):
   output: str = ""
   plan: str = ""
   plan_json: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation(Config):
+  """What `infer.py evaluate` takes besides the config.
+
+  Attributes:
+    bank: the folder that train.py wrote; WORKDIR/bank by default.
+    tasks: whose held-out rows are scored; those of the config by default.
+    rows: how many rows a task; 0 is data.eval-rows.
+    variants: what is compared: `base`; `own`, the adapter of a row's own task
+      (the oracle); `single`, each adapter on all tasks, or `adapter:NAME`;
+      `uniform`; `sum`; and of each router `top1` (its best adapter alone),
+      `prompt` (its gates at the prompt) and `token:K` (anew every K tokens).
+    routers: by name; the config's by default.
+    rules: what gates mean: exact, peft_linear, peft040, probabilities.
+    caches: of `token:K`: reuse, recompute, remix.
+    output: keep each row in this folder as it comes. The same command goes on
+      where it stopped, and more tasks, variants, routers, rules or caches may be
+      added later.
+  """
+
+  bank: str = ""
+  tasks: tuple[str, ...] = ()
+  rows: int = 0
+  variants: tuple[str, ...] = (
+    "base", "own", "uniform", "prompt", "token:1", "token:2", "token:4",
+  )  # fmt: skip
+  routers: tuple[str, ...] = ()
+  rules: tuple[str, ...] = ("exact",)
+  caches: tuple[str, ...] = ("reuse",)
+  output: str = ""
 
 
 def read_prompts(args: Arguments) -> list[str]:
@@ -101,6 +136,7 @@ def generate(args: Arguments, console: Console) -> None:
   """Makes a text for each prompt."""
   if args.compare and args.output:
     raise InputError("--output: takes no --compare; leave out one of them")
+  cli.check_new_file("--output", args.output)
   prompts = read_prompts(args)
   base, tokenizer, bank = load(args)
   names = bank.adapters.names
@@ -180,27 +216,52 @@ def compare(args, base, tokenizer, bank: Bank, router, prompt: str) -> Table:
   return table
 
 
-def evaluate(args: Arguments, console: Console) -> None:
-  """Prints the held-out losses of several ways to set the gates."""
+def evaluate(args: Evaluation, console: Console) -> None:
+  """Compares ways to mix on held-out rows."""
+  check(args.rows >= 0, "--rows", args.rows, "0 (data.eval-rows) or more")
   base, tokenizer, bank = load(args)
-  for task in args.data.tasks:
-    bank.adapters.index(task)
-  tests = {
-    task: held_out(load_rows(args.data, task, "test"), tokenizer, args.data)
-    for task in args.data.tasks
+  adapters = bank.adapters
+  data = dataclasses.replace(
+    args.data,
+    tasks=args.tasks or args.data.tasks,
+    eval_rows=args.rows or args.data.eval_rows,
+  )
+  if "own" in args.variants:
+    for task in data.tasks:
+      adapters.index(task)
+  routers = {
+    name: bank.router(dataclasses.replace(args.router, name=name))
+    for name in args.routers or (args.router.name,)
   }
-  evaluator = Evaluator(base, bank.adapters, tokenizer)
-  variants = standard_variants(bank.router(args.router))
-  losses = {variant.name: {} for variant in variants}
-  work = [(variant, task) for variant in variants for task in tests]
-  for variant, task in track(work, "evaluate", console=console):
-    found = dict(evaluator.losses(variant, task, tests[task]))
-    losses[variant.name][task] = mean_loss(found)
-  counts = {task: len(examples) for task, examples in tests.items()}
-  console.print(report.loss_table(losses, counts))
-  if args.output:
-    result = {"rows": counts, "losses": losses}
-    write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")
+  arms, skipped = make_arms(
+    args.variants, routers, args.rules, args.caches, adapters
+  )
+  for line in skipped:
+    console.print(line, style="dim", markup=False, soft_wrap=True)
+  tests = {
+    task: questions(load_rows(data, task, "test"), tokenizer, data)
+    for task in data.tasks
+  }
+  with contextlib.ExitStack() as stack:
+    log = RowLog()
+    if args.output:
+      about = {
+        "base": dataclasses.asdict(args.base),
+        "router": dataclasses.asdict(args.router),
+        "bank": digest_bank(bank_folder(args)),
+        "rows": {task: digest_questions(tests[task]) for task in tests},
+      }
+      log = stack.enter_context(open_rows(Path(args.output), about))
+    run_cells(
+      arms,
+      tests,
+      routers,
+      Evaluator(base, adapters, tokenizer),
+      adapters.names,
+      log,
+      console,
+    )
+  console.print(loss_table(log.rows))
 
 
 def plan(args: Arguments, console: Console) -> None:
@@ -210,19 +271,22 @@ def plan(args: Arguments, console: Console) -> None:
   show_plans(make, shape, args.plan, args.plan_json, console)
 
 
-def load(args: Arguments):
+def bank_folder(args: Arguments | Evaluation) -> Path:
+  """Returns the bank's folder."""
+  return Path(args.bank or Path(args.workdir) / "bank")
+
+
+def load(args: Arguments | Evaluation):
   """Returns (base, tokenizer, bank), checked to belong together."""
-  cli.check_new_file("--output", args.output)
-  folder = args.bank or str(Path(args.workdir) / "bank")
   tokenizer = load_tokenizer(args.base.path)
   base = load_base(args.base.path, args.base.dtype, quantize=args.base.quantize)
-  return base, tokenizer, load_bank(folder, base)
+  return base, tokenizer, load_bank(bank_folder(args), base)
 
 
 def main(argv: Sequence[str]) -> None:
   """Runs the program with these arguments."""
   argv = list(argv)
-  commands = {"generate": generate, "evaluate": evaluate}
+  commands = ("generate", "evaluate")
   command = "generate"
   if argv and not argv[0].startswith("-"):
     command = argv.pop(0)
@@ -230,9 +294,12 @@ def main(argv: Sequence[str]) -> None:
       raise InputError(
         f"{command!r}: is no command; want {', '.join(commands)}"
       )
-  args, console = cli.parse(Arguments, argv, __doc__), cli.console()
-  run = plan if args.plan else commands[command]
-  run(args, console)
+  console = cli.console()
+  if command == "evaluate":
+    evaluate(cli.parse(Evaluation, argv, __doc__), console)
+    return
+  args = cli.parse(Arguments, argv, __doc__)
+  (plan if args.plan else generate)(args, console)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ ARROWS = {
   "training": "model sharding mixing config",
   "loop": "training checkpoint metrics model config",
   "evaluation": "decoding mixing model data tasks text config",
+  "experiment": "evaluation mixing model data workdir config",
   "plan": "training decoding mixing model sharding chips workdir cli config",
   "report": "evaluation decoding mixing model data tasks text config",
   "interop": "model config sharding mixing",

@@ -15,11 +15,11 @@ Axis letters: B batch, T length, N answer tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import itertools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from tokenlora_jax.mixing.mixture import (
   one_hot_rows,
   route_layers,
 )
-from tokenlora_jax.mixing.routers import Router, make_router
+from tokenlora_jax.mixing.routers import Router
 from tokenlora_jax.mixing.rules import Rule, get_rule, mix_probabilities
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.llama import Llama
@@ -48,44 +48,44 @@ BATCH = 8
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """One way to set the gates, to be compared with others.
+  """One way to mix, to be compared with others.
 
   Attributes:
-    name: what tables call it.
-    router: who decides; None is the base alone, `own` one-hot on the expert of
-      the row's own task, which no router can know: the oracle.
+    router: who decides the gates; None is the base alone.
     refresh_every: tokens between two router calls; 0 is once, at the prompt.
+    rule: what the gates mean.
+    cache: what becomes of what was read under older gates.
   """
 
-  name: str
-  router: Router | str | None
+  router: Router | None
   refresh_every: int = 0
+  rule: str = "exact"
+  cache: Literal["reuse", "recompute", "remix"] = "reuse"
 
 
-def standard_variants(
-  router: Router, refresh_every: Sequence[int] = (1, 2, 4)
-) -> list[Variant]:
-  """Returns base, own adapter, uniform, and a router at several paces.
+class Scored(NamedTuple):
+  """What became of one answer.
 
-  Example:
-    >>> router = make_router("fixed", gates=[0.5, 0.5])
-    >>> [v.name for v in standard_variants(router)][3:]
-    ['prompt', 'every 1', 'every 2', 'every 4']
+  Attributes:
+    place: of the row among those that were scored.
+    losses: float32[N], of each answer token, nats.
+    gates: float32[N, E], under which each was predicted; of routers that decide
+      in the layers their mean over the adapted maps. None: the base alone.
   """
-  return [
-    Variant("base", None),
-    Variant("own adapter", "own"),
-    Variant("uniform", make_router("uniform")),
-    Variant("prompt", router),
-    *(Variant(f"every {n}", router, n) for n in refresh_every),
-  ]
+
+  place: int
+  losses: np.ndarray
+  gates: np.ndarray | None
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "remix"))
 def _losses(
   base, loras, router, gates, tokens, lengths, *, rule: Rule | None, remix: bool
 ):
-  """Loss of predicting token t + 1 at t, float32[B, T]; gates [B, T, E]."""
+  """Loss of predicting token t + 1 at t, float32[B, T], and who led there.
+
+  `gates` are [B, T, E]; those that come back are the layers' where these decide.
+  """
   batch = tokens.shape[0]
   apart, mixing = rule is not None and rule.of_outputs, gates
   if apart:
@@ -109,11 +109,13 @@ def _losses(
       adapt=mixture,
       remix=mixture if remix else None,
     )  # fmt: skip
+    if mixture.seen:
+      gates = jnp.mean(jnp.stack(mixture.seen), axis=0)
   losses = token_losses(base, hidden, jnp.roll(tokens, -1, axis=1))
   if not apart:
-    return losses
+    return losses, gates
   losses = losses.reshape(batch, experts, -1)
-  return -mix_probabilities(-losses, gates.swapaxes(1, 2))
+  return -mix_probabilities(-losses, gates.swapaxes(1, 2)), gates
 
 
 @jax.jit
@@ -124,56 +126,46 @@ def _gates(router, observation, batch):
 class Evaluator:
   """Scores held-out answers of one base and bank.
 
-  Router calls are remembered: variants that differ only in `refresh_every` ask
-  about many of the same texts.
+  Router calls are remembered: variants that differ only in `refresh_every`,
+  rule or cache ask about many of the same texts.
 
   Args:
     base: with its layers in a list.
     adapters: the experts.
     tokenizer: the base's.
-    rule: what the gates mean.
-    cache: what becomes of what was read under older gates.
   """
 
-  def __init__(
-    self,
-    base: Llama,
-    adapters: Adapters,
-    tokenizer: Any,
-    rule: str = "exact",
-    cache: Literal["reuse", "recompute", "remix"] = "reuse",
-  ):
+  def __init__(self, base: Llama, adapters: Adapters, tokenizer: Any):
     adapters.check(base.config)
     self._base = base
     self._adapters = adapters
     self._tokenizer = tokenizer
-    self._rule = get_rule(rule)
-    self._cache = cache
-    # By the router's id, with the router, so that the id is not given again.
-    self._routed: dict[int, tuple[Router, dict[bytes, np.ndarray]]] = {}
+    # By the router's id, with the router, so that the id is not given again:
+    # the router bound to the adapters, and its gates by text.
+    self._routed: dict[int, tuple[Router, Router, dict[bytes, np.ndarray]]] = {}
 
-  def losses(
-    self, variant: Variant, expert: str, examples: Sequence[Example]
-  ) -> Iterator[tuple[int, np.ndarray]]:
-    """Scores answers, a batch after the other.
+  def score(
+    self, variant: Variant, examples: Sequence[Example]
+  ) -> Iterator[list[Scored]]:
+    """Scores answers.
 
     Args:
-      variant: who decides the gates.
-      expert: the expert of the rows' own task.
+      variant: how to mix.
       examples: rows as tokens.
 
     Yields:
-      (place in `examples`, float32[N], the loss of each answer token in nats),
-      in some order; rows that were cut before the answer are left out.
+      A batch after the other, the longest rows first; rows that were cut before
+      the answer are left out.
+
+    Raises:
+      InputError: rule, cache policy and router do not fit together.
     """
-    router = variant.router
-    if router == "own":
-      router = make_router("one-hot", expert=self._adapters.index(expert))
+    router, pace = variant.router, variant.refresh_every
     if router is not None:
-      router = router.bind(self._adapters.names)
-      check_mixable(self._rule, self._cache, router, self._adapters)
-    pace = variant.refresh_every
-    rereads = self._cache == "recompute" and pace
+      router, _ = self._memory(router)
+      rule = get_rule(variant.rule)
+      check_mixable(rule, variant.cache, router, self._adapters)
+    rereads = variant.cache == "recompute" and pace
     order = sorted(
       (i for i, e in enumerate(examples) if len(e.tokens) > e.prompt_length),
       key=lambda i: -len(examples[i].tokens),
@@ -182,12 +174,16 @@ class Evaluator:
       places = order[start : start + BATCH]
       batch = [examples[i] for i in places]
       if router is None:
-        losses = self._score(batch, None, None)
+        found = self._score(batch, variant, None, None)
       elif rereads or router.needs not in ("nothing", "text"):
-        losses = self._decode(batch, router, pace)
+        found = self._decode(batch, variant, router)
       else:
-        losses = self._score(batch, router, self.gates(router, pace, batch))
-      yield from zip(places, losses, strict=True)
+        gates = self.gates(variant.router, pace, batch)
+        found = self._score(batch, variant, router, gates)
+      yield [
+        Scored(place, losses, gates)
+        for place, (losses, gates) in zip(places, found, strict=True)
+      ]
 
   def gates(
     self, router: Router, refresh_every: int, examples: Sequence[Example]
@@ -209,7 +205,7 @@ class Evaluator:
       ]
       asked.append(prefixes)
       texts |= dict.fromkeys(prefixes)
-    _, known = self._routed.setdefault(id(router), (router, {}))
+    router, known = self._memory(router)
     new = [text for text in texts if text not in known]
     # By length, so that little is padding; a short batch is filled up, so
     # that it does not compile anew.
@@ -229,6 +225,13 @@ class Evaluator:
       known |= dict(zip(part, gates, strict=False))
     return [self._smoothed(router, row, known) for row in asked]
 
+  def _memory(self, router: Router) -> tuple[Router, dict[bytes, np.ndarray]]:
+    """Returns the router bound to the adapters, and its gates by text."""
+    if id(router) not in self._routed:
+      bound = router.bind(self._adapters.names)
+      self._routed[id(router)] = router, bound, {}
+    return self._routed[id(router)][1:]
+
   def _smoothed(self, router, texts, known) -> np.ndarray:
     """Returns the gates [N, E] of an answer, given those of its prefixes."""
     gates = [known[texts[0]]]
@@ -239,7 +242,8 @@ class Evaluator:
       gates.append(now)
     return np.stack(gates)
 
-  def _score(self, batch, router, gates) -> list[np.ndarray]:
+  def _score(self, batch, variant, router, gates):
+    """Reads texts once, under the gates [N, E] of each: [(losses, gates)]."""
     lengths = np.ones(BATCH, np.int32)
     lengths[: len(batch)] = [len(e.tokens) for e in batch]
     size = -(-int(lengths.max()) // LENGTH_STEP) * LENGTH_STEP
@@ -248,7 +252,7 @@ class Evaluator:
       row[: len(example.tokens)] = example.tokens
     loras = rule = table = None
     if gates is not None:
-      loras, rule = self._adapters.layers, self._rule
+      loras, rule = self._adapters.layers, get_rule(variant.rule)
       # Any gates do behind a text, but those of predictions must have a sum.
       table = np.ones((BATCH, size, len(self._adapters.names)), np.float32)
       for row, example, answer in zip(table, batch, gates, strict=False):
@@ -256,20 +260,22 @@ class Evaluator:
         first = example.prompt_length - 1
         row[:first] = answer[0]
         row[first : first + len(answer)] = answer
-    losses = np.asarray(
+    losses, table = jax.device_get(
       _losses(
         self._base, loras,
         router if router is not None and router.prototypes else None,
         table, tokens, lengths,
-        rule=rule, remix=self._cache == "remix" and rule is not None,
+        rule=rule, remix=variant.cache == "remix" and rule is not None,
       )
     )  # fmt: skip
+    spans = [slice(e.prompt_length - 1, len(e.tokens) - 1) for e in batch]
     return [
-      losses[i, e.prompt_length - 1 : len(e.tokens) - 1]
-      for i, e in enumerate(batch)
+      (losses[i, span], None if gates is None else table[i, span])
+      for i, span in enumerate(spans)
     ]
 
-  def _decode(self, batch, router, refresh_every) -> list[np.ndarray]:
+  def _decode(self, batch, variant, router):
+    """Follows texts as the decoder makes them: [(losses, gates)]."""
     filled = batch + batch[-1:] * (BATCH - len(batch))
     answers = [e.tokens[e.prompt_length :] for e in filled]
     longest = max(map(len, answers))
@@ -284,23 +290,15 @@ class Evaluator:
       router,
       DecodeConfig(
         longest,
-        refresh_every,
-        rule=self._rule.name,
-        cache=self._cache,
+        variant.refresh_every,
+        rule=variant.rule,
+        cache=variant.cache,
         stop_at_eos=False,
       ),
       self._tokenizer,
       forced=forced,
     )
-    pairs = zip(out.log_probs, answers[: len(batch)], strict=False)
-    return [-row[: len(answer)] for row, answer in pairs]
-
-
-def mean_loss(losses: Mapping[int, np.ndarray]) -> float:
-  """Returns the mean over all tokens of all rows, nats a token.
-
-  Example:
-    >>> mean_loss({0: np.array([1.0, 2.0]), 1: np.array([6.0])})
-    3.0
-  """
-  return float(np.concatenate(list(losses.values())).mean())
+    return [
+      (-out.log_probs[i, : len(answer)], out.gates[i, : len(answer)])
+      for i, answer in enumerate(answers[: len(batch)])
+    ]
