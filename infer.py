@@ -28,9 +28,11 @@ from tokenlora_jax.data import load_rows
 from tokenlora_jax.decoding import Decoder, Generation
 from tokenlora_jax.evaluation import Evaluator
 from tokenlora_jax.experiment.arms import make_arms
-from tokenlora_jax.experiment.results import loss_table
+from tokenlora_jax.experiment.plots import write_plots
+from tokenlora_jax.experiment.results import summarise
 from tokenlora_jax.experiment.rows import RowLog, digest_bank, open_rows
 from tokenlora_jax.experiment.run import digest_questions, questions, run_cells
+from tokenlora_jax.experiment.tables import NOTE, terminal_tables, write_tables
 from tokenlora_jax.interop.bank import Bank, load_bank
 from tokenlora_jax.interop.load import base_shape, load_base
 from tokenlora_jax.interop.tokenizers import load_tokenizer
@@ -261,7 +263,13 @@ def evaluate(args: Evaluation, console: Console) -> None:
       log,
       console,
     )
-  console.print(loss_table(log.rows))
+    results = summarise(log.rows)
+    if args.output:
+      write_tables(results, Path(args.output))
+      write_plots(log.rows, results, Path(args.output))
+  for table in terminal_tables(results):
+    console.print(table)
+  console.print(NOTE, style="dim")
 
 
 def plan(args: Arguments, console: Console) -> None:

@@ -27,7 +27,11 @@ ARROWS = {
   "training": "model sharding mixing config",
   "loop": "training checkpoint metrics model config",
   "evaluation": "decoding mixing model data tasks text config",
-  "experiment": "evaluation mixing model data workdir config",
+  "statistics": "",
+  "experiment": (
+    "report statistics evaluation decoding mixing model data tasks text workdir"
+    " config"
+  ),
   "plan": "training decoding mixing model sharding chips workdir cli config",
   "report": "evaluation decoding mixing model data tasks text config",
   "interop": "model config sharding mixing",
