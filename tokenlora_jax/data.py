@@ -76,7 +76,7 @@ def load_rows(config: DataConfig, task_name: str, split: str) -> list[Row]:
 
   Args:
     config: the source, its folder, the caps and what to do with bad rows.
-    task_name: a name of `tasks.TASKS`.
+    task_name: a name of `tasks.TASKS` or `tasks.EVALUATION_TASKS`.
     split: `train`, at most `config.train_rows` rows (0 is all), or `test`.
 
   Raises:
@@ -90,6 +90,10 @@ def load_rows(config: DataConfig, task_name: str, split: str) -> list[Row]:
   """
   check_choice("split", split, ("train", "test"))
   task = get_task(task_name)
+  if split not in task.splits:
+    raise InputError(
+      f"data.tasks: {task.name} has no {split} rows; it is only evaluated"
+    )
   cap = config.train_rows if split == "train" else 0
   rows: list[Row] = []
   skipped: list[InputError] = []
