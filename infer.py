@@ -9,7 +9,6 @@ standard input (a prompt a line).
 """
 
 from collections.abc import Sequence
-import contextlib
 import dataclasses
 import functools
 import json
@@ -23,16 +22,10 @@ from rich.text import Text
 import tyro
 
 from tokenlora_jax import cli, report
-from tokenlora_jax.config import Config, InputError, check
+from tokenlora_jax.config import Config, InputError
 from tokenlora_jax.data import load_rows
 from tokenlora_jax.decoding import Decoder, Generation
-from tokenlora_jax.evaluation import Evaluator
-from tokenlora_jax.experiment.arms import make_arms
-from tokenlora_jax.experiment.plots import write_plots
-from tokenlora_jax.experiment.results import summarise
-from tokenlora_jax.experiment.rows import RowLog, digest_bank, open_rows
-from tokenlora_jax.experiment.run import digest_questions, questions, run_cells
-from tokenlora_jax.experiment.tables import NOTE, terminal_tables, write_tables
+from tokenlora_jax.experiment.command import Evaluation, evaluate
 from tokenlora_jax.interop.bank import Bank, load_bank
 from tokenlora_jax.interop.load import base_shape, load_base
 from tokenlora_jax.interop.tokenizers import load_tokenizer
@@ -68,38 +61,6 @@ class Arguments(Config):
   output: str = ""
   plan: str = ""
   plan_json: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation(Config):
-  """What `infer.py evaluate` takes besides the config.
-
-  Attributes:
-    bank: the folder that train.py wrote; WORKDIR/bank by default.
-    tasks: whose held-out rows are scored; those of the config by default.
-    rows: how many rows a task; 0 is data.eval-rows.
-    variants: what is compared: `base`; `own`, the adapter of a row's own task
-      (the oracle); `single`, each adapter on all tasks, or `adapter:NAME`;
-      `uniform`; `sum`; and of each router `top1` (its best adapter alone),
-      `prompt` (its gates at the prompt) and `token:K` (anew every K tokens).
-    routers: by name; the config's by default.
-    rules: what gates mean: exact, peft_linear, peft040, probabilities.
-    caches: of `token:K`: reuse, recompute, remix.
-    output: keep each row in this folder as it comes. The same command goes on
-      where it stopped, and more tasks, variants, routers, rules or caches may be
-      added later.
-  """
-
-  bank: str = ""
-  tasks: tuple[str, ...] = ()
-  rows: int = 0
-  variants: tuple[str, ...] = (
-    "base", "own", "uniform", "prompt", "token:1", "token:2", "token:4",
-  )  # fmt: skip
-  routers: tuple[str, ...] = ()
-  rules: tuple[str, ...] = ("exact",)
-  caches: tuple[str, ...] = ("reuse",)
-  output: str = ""
 
 
 def read_prompts(args: Arguments) -> list[str]:
@@ -218,60 +179,6 @@ def compare(args, base, tokenizer, bank: Bank, router, prompt: str) -> Table:
   return table
 
 
-def evaluate(args: Evaluation, console: Console) -> None:
-  """Compares ways to mix on held-out rows."""
-  check(args.rows >= 0, "--rows", args.rows, "0 (data.eval-rows) or more")
-  base, tokenizer, bank = load(args)
-  adapters = bank.adapters
-  data = dataclasses.replace(
-    args.data,
-    tasks=args.tasks or args.data.tasks,
-    eval_rows=args.rows or args.data.eval_rows,
-  )
-  if "own" in args.variants:
-    for task in data.tasks:
-      adapters.index(task)
-  routers = {
-    name: bank.router(dataclasses.replace(args.router, name=name))
-    for name in args.routers or (args.router.name,)
-  }
-  arms, skipped = make_arms(
-    args.variants, routers, args.rules, args.caches, adapters
-  )
-  for line in skipped:
-    console.print(line, style="dim", markup=False, soft_wrap=True)
-  tests = {
-    task: questions(load_rows(data, task, "test"), tokenizer, data)
-    for task in data.tasks
-  }
-  with contextlib.ExitStack() as stack:
-    log = RowLog()
-    if args.output:
-      about = {
-        "base": dataclasses.asdict(args.base),
-        "router": dataclasses.asdict(args.router),
-        "bank": digest_bank(bank_folder(args)),
-        "rows": {task: digest_questions(tests[task]) for task in tests},
-      }
-      log = stack.enter_context(open_rows(Path(args.output), about))
-    run_cells(
-      arms,
-      tests,
-      routers,
-      Evaluator(base, adapters, tokenizer),
-      adapters.names,
-      log,
-      console,
-    )
-    results = summarise(log.rows)
-    if args.output:
-      write_tables(results, Path(args.output))
-      write_plots(log.rows, results, Path(args.output))
-  for table in terminal_tables(results):
-    console.print(table)
-  console.print(NOTE, style="dim")
-
-
 def plan(args: Arguments, console: Console) -> None:
   """Prints what decoding would take on hardware that need not be here."""
   make = functools.partial(plan_decoding, args)
@@ -304,7 +211,10 @@ def main(argv: Sequence[str]) -> None:
       )
   console = cli.console()
   if command == "evaluate":
-    evaluate(cli.parse(Evaluation, argv, __doc__), console)
+    args = cli.parse(Evaluation, argv, __doc__)
+    base, tokenizer, bank = load(args)
+    folder = bank_folder(args)
+    evaluate(args, base, tokenizer, bank.adapters, bank.router, folder, console)
     return
   args = cli.parse(Arguments, argv, __doc__)
   (plan if args.plan else generate)(args, console)

@@ -12,14 +12,19 @@ from tokenlora_jax.config import DataConfig, InputError
 from tokenlora_jax.data import Row, tokenize
 from tokenlora_jax.evaluation import Evaluator
 from tokenlora_jax.experiment.arms import Arm, make_arms
+from tokenlora_jax.experiment.questions import Question
 from tokenlora_jax.experiment.rows import RowLog, open_rows, read_rows
-from tokenlora_jax.experiment.run import Question, run_cells
+from tokenlora_jax.experiment.run import run_cells
 from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.model.lora import random_adapters
 
-ABOUT = {"base": "b", "rows": {"e0": "x", "e1": "y"}}
+ABOUT = {
+  "base": "b",
+  "router": {"gates": (1, 2)},
+  "rows": {"e0": "x", "e1": "y"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +151,7 @@ ARMS = [
 
 def run(tests, routers, evaluator, log):
   console = Console(file=io.StringIO(), width=200)
-  run_cells(ARMS, tests, routers, evaluator, ("e0", "e1"), log, console)
+  run_cells(ARMS, tests, routers, evaluator, ("e0", "e1"), None, log, console)
   return console.file.getvalue()
 
 
@@ -234,7 +239,7 @@ def test_another_experiment_is_refused(tmp_path):
   ):
     refused(tmp_path, {**ABOUT, **change}, told)
   # More tasks may come.
-  with open_rows(tmp_path, {"base": "b", "rows": {"e2": "z"}}):
+  with open_rows(tmp_path, {**ABOUT, "rows": {"e2": "z"}}):
     pass
   about = json.loads((tmp_path / "experiment.json").read_text())
   assert about["rows"] == {"e0": "x", "e1": "y", "e2": "z"}

@@ -106,6 +106,13 @@ def test_evaluate_agrees_with_training(run, workdir, tmp_path):
       assert 0 < means[task] < 7, variant
       assert f"{means[task]:.3f}" in shown
   assert losses["token:1"] != losses["prompt"]
+  # The same command has nothing left to do, and says the same.
+  kept = (output / "rows.jsonl").read_bytes()
+  again = run("evaluate", "--output", str(output))
+  assert "nats a token" in shown and "nats a token" not in again
+  assert again.endswith(shown[shown.index("held-out loss") :])
+  assert (output / "rows.jsonl").read_bytes() == kept
+  refused(run, "evaluate", "--output", str(output), "--rows", "1", told="rows.")
 
 
 def test_compare_shows_all_ways_side_by_side(run):

@@ -58,8 +58,9 @@ class Pace:
   """What an arm took, over all its rows.
 
   Attributes:
-    seconds: of scoring, compilation and the router included; a router's answers
-      to texts that another arm asked about before are not asked for again.
+    seconds: of scoring and generation, compilation and the router included; a
+      router's answers to texts that another arm asked about before are not asked
+      for again.
     tokens_per_second: answer tokens scored a second.
     made_per_second: tokens generated a second; 0 where none were.
   """

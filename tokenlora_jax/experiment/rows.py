@@ -20,7 +20,8 @@ from tokenlora_jax.workdir import locked, write_atomically
 
 FORMAT = 1
 
-# What a row must have; `scores` and `gates` may be empty.
+# What a row must have; `scores` and `gates` may be empty. Where answers were
+# generated or chosen, there is more (see `answers.Judge.judge`).
 FIELDS = {
   "variant": str, "router": str, "rule": str, "cache": str, "task": str,
   "row": str, "loss": float, "tokens": int, "seconds": float, "gates": dict,
@@ -98,7 +99,8 @@ def open_rows(folder: Path, about: Mapping[str, Any]) -> Iterator[RowLog]:
       f"--output {folder}: cannot be made ({error.strerror})"
     ) from None
   with locked(folder, "--output", "evaluate"):
-    about = {"format": FORMAT, **about}
+    # As it is when it is read again: lists, not tuples.
+    about = json.loads(json.dumps({"format": FORMAT, **about}))
     if file.exists():
       about = _same(file, about)
     elif (folder / "rows.jsonl").exists():

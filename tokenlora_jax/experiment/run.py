@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-import dataclasses
 import math
-from pathlib import Path
 import time
 from typing import Any
 
@@ -19,61 +17,12 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 
-from tokenlora_jax.config import DataConfig
-from tokenlora_jax.data import Example, Row, fitting, tokenize
 from tokenlora_jax.evaluation import Evaluator, Scored
+from tokenlora_jax.experiment.answers import Judge
 from tokenlora_jax.experiment.arms import Arm, variant_of
-from tokenlora_jax.experiment.rows import RowLog, digest
+from tokenlora_jax.experiment.questions import Question
+from tokenlora_jax.experiment.rows import RowLog
 from tokenlora_jax.mixing.routers import Router
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-  """One held-out row.
-
-  Attributes:
-    name: its place in the data, the same on any machine.
-    example: its tokens.
-  """
-
-  name: str
-  example: Example
-
-
-def questions(
-  rows: Sequence[Row], tokenizer: Any, config: DataConfig
-) -> list[Question]:
-  """Returns one task's first `config.eval_rows` rows that fit.
-
-  Args:
-    rows: of one task.
-    tokenizer: a transformers-style tokenizer.
-    config: of the data.
-
-  Raises:
-    InputError: no row is left.
-  """
-  folder = f"{Path(config.dir)}/"
-  found = []
-  for i in fitting(rows, tokenizer, config, config.eval_rows):
-    example = tokenize(rows[i], tokenizer, config)
-    # Cut before its answer, there is nothing to score.
-    if len(example.tokens) > example.prompt_length:
-      found.append(Question(rows[i].origin.removeprefix(folder), example))
-  return found
-
-
-def digest_questions(questions: Sequence[Question]) -> str:
-  """Returns a fingerprint of names and tokens, and of where answers start."""
-  return digest(
-    part
-    for one in questions
-    for part in (
-      one.name.encode(errors="replace"),
-      one.example.tokens.tobytes(),
-      str(one.example.prompt_length).encode(),
-    )
-  )
 
 
 def run_cells(
@@ -82,6 +31,7 @@ def run_cells(
   routers: Mapping[str, Router],
   evaluator: Evaluator,
   experts: Sequence[str],
+  judge: Judge | None,
   log: RowLog,
   console: Console,
 ) -> None:
@@ -93,6 +43,7 @@ def run_cells(
     routers: by name.
     evaluator: of the base and the experts.
     experts: their names.
+    judge: scores what the arms say, too; None: losses alone.
     log: what is done; gets the rest.
     console: shows a bar, or a line a cell where it is no terminal.
 
@@ -125,11 +76,16 @@ def run_cells(
       loss = tokens = 0
       start = last = time.perf_counter()
       for batch in evaluator.score(variant, [one.example for one in left]):
-        now = time.perf_counter()
-        share, last = (now - last) / len(batch), now
+        seconds = (time.perf_counter() - last) / len(batch)
+        asked = [left[one.place] for one in batch]
         rows = [
-          _row(arm, task, left[one.place], one, experts, share) for one in batch
+          _row(arm, task, question, one, experts, seconds)
+          for question, one in zip(asked, batch, strict=True)
         ]
+        if judge is not None:
+          said = judge.judge(task, variant, asked)
+          rows = [row | more for row, more in zip(rows, said, strict=True)]
+        last = time.perf_counter()
         log.add(rows)
         loss += sum(row["loss"] for row in rows)
         tokens += sum(row["tokens"] for row in rows)
