@@ -18,12 +18,13 @@ from tokenlora_jax.experiment.arms import make_arms
 from tokenlora_jax.experiment.plots import write_plots
 from tokenlora_jax.experiment.questions import digest_questions, questions
 from tokenlora_jax.experiment.results import summarise
-from tokenlora_jax.experiment.rows import RowLog, digest_bank, open_rows
+from tokenlora_jax.experiment.rows import AGAIN, RowLog, digest_bank, open_rows
 from tokenlora_jax.experiment.run import run_cells
 from tokenlora_jax.experiment.tables import NOTE, terminal_tables, write_tables
 from tokenlora_jax.mixing.routers import Router
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
+from tokenlora_jax.workdir import writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +149,10 @@ def evaluate(
     )
     results = summarise(log.rows)
     if args.output:
-      write_tables(results, Path(args.output))
-      write_plots(log.rows, results, Path(args.output))
+      folder = Path(args.output)
+      with writing(folder, AGAIN):
+        write_tables(results, folder)
+        write_plots(log.rows, results, folder)
   for table in terminal_tables(results):
     console.print(table)
   console.print(NOTE, style="dim")
