@@ -6,9 +6,10 @@ floor(n / refresh_every), which the router decided from the prompt and the
 answer's tokens before that chunk; the prompt is read under the first gates.
 Since the answer is given, a router that reads text can say all gates beforehand,
 one that decides in the layers needs nothing else, and a text is scored in one
-forward pass with gates [B, T, E]. One that looks at hidden states or evidence,
-which depend on the tokens before, is followed by the decoder, and so is the cache
-policy `recompute`, which reads a text many times.
+forward pass with gates [B, T, E]. So it is where any router decides once, at the
+prompt. Later decisions from hidden states or evidence, which depend on the tokens
+before, are followed by the decoder, and so is the cache policy `recompute`, which
+reads a text many times.
 
 Axis letters: B batch, T length, N answer tokens, E experts.
 """
@@ -123,6 +124,11 @@ def _gates(router, observation, batch):
   return router.gates(batch.shape[0], observation, None)
 
 
+def _told(router: Router) -> bool:
+  """Whether a router decides from the text, or from nothing."""
+  return router.needs in ("nothing", "text")
+
+
 class Evaluator:
   """Scores held-out answers of one base and bank.
 
@@ -165,7 +171,9 @@ class Evaluator:
       router, _ = self._memory(router)
       rule = get_rule(variant.rule)
       check_mixable(rule, variant.cache, router, self._adapters)
-    rereads = variant.cache == "recompute" and pace
+    followed = pace and (
+      variant.cache == "recompute" or (router is not None and not _told(router))
+    )
     order = sorted(
       (i for i, e in enumerate(examples) if len(e.tokens) > e.prompt_length),
       key=lambda i: -len(examples[i].tokens),
@@ -175,7 +183,7 @@ class Evaluator:
       batch = [examples[i] for i in places]
       if router is None:
         found = self._score(batch, variant, None, None)
-      elif rereads or router.needs not in ("nothing", "text"):
+      elif followed:
         found = self._decode(batch, variant, router)
       else:
         gates = self.gates(variant.router, pace, batch)
@@ -191,7 +199,8 @@ class Evaluator:
     """Returns the gates under which each answer token is made, [N, E] each.
 
     Args:
-      router: one that does not look at hidden states.
+      router: any, if it decides once; otherwise one that looks at nothing or at
+        text.
       refresh_every: tokens between two calls; 0 is once, at the prompt.
       examples: rows as tokens.
     """
@@ -210,20 +219,27 @@ class Evaluator:
     # By length, so that little is padding; a short batch is filled up, so
     # that it does not compile anew.
     new.sort(key=len)
-    for start in range(0, len(new), 4 * BATCH):
-      part = new[start : start + 4 * BATCH]
-      filled = part + part[-1:] * (4 * BATCH - len(part))
-      observation = router.observe(
-        [
-          self._tokenizer.decode(
-            np.frombuffer(text, np.int32).tolist(), skip_special_tokens=True
-          )
-          for text in filled
-        ]
-      )
-      gates = np.asarray(_gates(router, observation, np.zeros(len(filled))))
-      known |= dict(zip(part, gates, strict=False))
+    size = 4 * BATCH if _told(router) else BATCH
+    for start in range(0, len(new), size):
+      part = new[start : start + size]
+      filled = part + part[-1:] * (size - len(part))
+      tokens = [np.frombuffer(text, np.int32).tolist() for text in filled]
+      known |= dict(zip(part, self._ask(router, tokens), strict=False))
     return [self._smoothed(router, row, known) for row in asked]
+
+  def _ask(self, router: Router, texts: list[list[int]]) -> np.ndarray:
+    """Returns the router's gates [B, E] for texts as tokens."""
+    if not _told(router):
+      decoder = Decoder(
+        self._base, texts, self._adapters, router,
+        DecodeConfig(1, refresh_every=0), self._tokenizer,
+      )  # fmt: skip
+      return decoder.first_gates()
+    words = [
+      self._tokenizer.decode(text, skip_special_tokens=True) for text in texts
+    ]
+    observation = router.observe(words)
+    return np.asarray(_gates(router, observation, np.zeros(len(texts))))
 
   def _memory(self, router: Router) -> tuple[Router, dict[bytes, np.ndarray]]:
     """Returns the router bound to the adapters, and its gates by text."""

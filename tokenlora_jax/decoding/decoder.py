@@ -249,6 +249,10 @@ class Decoder:
         seen = router.learn(seen, told)
     return self._ask(router, seen=seen), seen
 
+  def first_gates(self) -> np.ndarray:
+    """Returns the gates that the router decides at the prompts, [B, E]."""
+    return np.asarray(self._ask_at_prompt(self._router)[0])
+
   def _start(self) -> graph.DecodeState:
     """Decides the first gates and reads the prompts."""
     batch = len(self._prompts)
