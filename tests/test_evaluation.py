@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import by_projection
+from tiny import by_projection, normal
 
 from tokenlora_jax.config import DataConfig, DecodeConfig
 from tokenlora_jax.data import Example, Row, held_out
@@ -17,6 +17,7 @@ from tokenlora_jax.evaluation import (
   mean_loss,
   standard_variants,
 )
+from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.mixture import forward
 from tokenlora_jax.mixing.routers import Router, make_router
@@ -276,3 +277,31 @@ def test_standard_variants(letters):
     ("every 1", 1), ("every 2", 2),
   ]  # fmt: skip
   assert [v.router for v in variants[3:]] == [letters] * 3
+
+
+@pytest.mark.parametrize("rule", ["exact", "probabilities"])
+@pytest.mark.parametrize(
+  ("router", "pace"),
+  [("posterior", 0), ("posterior", 1), ("posterior", 3), ("hidden", 0)],
+)
+def test_one_pass_scores_as_the_decoder_does(rule, router, pace):
+  """For routers that look at what the decoder reads."""
+  base = load_base("random:tiny", "float32")
+  adapters = random_adapters(base, experts=3, rank=4)
+  rng = np.random.default_rng(0)
+  examples = [
+    Example(rng.integers(4, 250, n).astype(np.int32), np.ones(n), 5)
+    for n in (9, 14, 11)
+  ]
+  made = (
+    make_router("posterior", share=0.1, smoothing=0.3)
+    if router == "posterior"
+    else make_router("centroid", centroids=normal(3, 64), encoder="hidden")
+  )
+  evaluator = Evaluator(base, adapters, None, rule)
+  variant = Variant("any", made, pace)
+  got = dict(evaluator.losses(variant, "e0", examples))
+  bound = made.bind(adapters.names)
+  followed = evaluator._decode(examples, bound, pace)
+  for i, losses in enumerate(followed):
+    np.testing.assert_allclose(got[i], losses, atol=1e-4)

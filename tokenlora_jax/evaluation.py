@@ -4,11 +4,12 @@ An answer is scored as the decoder would make it: its token n (n = 0, 1, ...,
 the end token included) is predicted under the gates of chunk
 floor(n / refresh_every), which the router decided from the prompt and the
 answer's tokens before that chunk; the prompt is read under the first gates.
-Since the answer is given, a router that reads text can say all gates beforehand,
-one that decides in the layers needs nothing else, and a text is scored in one
-forward pass with gates [B, T, E]. One that looks at hidden states or evidence,
-which depend on the tokens before, is followed by the decoder, and so is the cache
-policy `recompute`, which reads a text many times.
+Since the answer is given, all gates can be said beforehand, and a text is scored
+in one forward pass with gates [B, T, E]: a router that reads text is asked about
+its prefixes, and the evidence for each expert is another pass. Only a router that
+looks at hidden states between tokens, which depend on the gates before, is
+followed by the decoder, and so is the cache policy `recompute`, which reads a
+text many times.
 
 Axis letters: B batch, T length, N answer tokens, E experts.
 """
@@ -31,8 +32,6 @@ from tokenlora_jax.decoding import Decoder
 from tokenlora_jax.mixing.mixture import (
   Mixture,
   check_mixable,
-  expert_rows,
-  one_hot_rows,
   route_layers,
 )
 from tokenlora_jax.mixing.routers import Router, make_router
@@ -86,15 +85,6 @@ def _losses(
   base, loras, router, gates, tokens, lengths, *, rule: Rule | None, remix: bool
 ):
   """Loss of predicting token t + 1 at t, float32[B, T]; gates [B, T, E]."""
-  batch = tokens.shape[0]
-  apart, mixing = rule is not None and rule.of_outputs, gates
-  if apart:
-    experts = gates.shape[-1]
-    tokens, lengths = (
-      expert_rows(tokens, experts),
-      expert_rows(lengths, experts),
-    )
-    mixing = one_hot_rows(batch, experts)
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   mask = causal_mask((positions < lengths[:, None]).astype(jnp.int32))
   if rule is None:
@@ -102,23 +92,24 @@ def _losses(
   else:
     if router is not None and router.looks_first:
       router = router.look(base(tokens, positions, mask)[0])
-    mixture = Mixture(rule, mixing, router)
+    mixture = Mixture(rule, gates, router)
     hidden, _ = base(
       tokens, positions, mask,
       loras=route_layers(loras, router),
       adapt=mixture,
       remix=mixture if remix else None,
     )  # fmt: skip
-  losses = token_losses(base, hidden, jnp.roll(tokens, -1, axis=1))
-  if not apart:
-    return losses
-  losses = losses.reshape(batch, experts, -1)
-  return -mix_probabilities(-losses, gates.swapaxes(1, 2))
+  return token_losses(base, hidden, jnp.roll(tokens, -1, axis=1))
 
 
 @jax.jit
-def _gates(router, observation, batch):
-  return router.gates(batch.shape[0], observation, None)
+def _gates(router, observation, batch, seen=None):
+  return router.gates(batch.shape[0], observation, seen)
+
+
+@jax.jit
+def _learn(router, belief, log_probs):
+  return router.learn(belief, log_probs)
 
 
 class Evaluator:
@@ -149,6 +140,8 @@ class Evaluator:
     self._tokenizer = tokenizer
     self._rule = get_rule(rule)
     self._cache = cache
+    # What each expert alone makes of a text, by its tokens.
+    self._told: dict[bytes, np.ndarray] = {}
     # By the router's id, with the router, so that the id is not given again.
     self._routed: dict[int, tuple[Router, dict[bytes, np.ndarray]]] = {}
 
@@ -173,7 +166,9 @@ class Evaluator:
       router = router.bind(self._adapters.names)
       check_mixable(self._rule, self._cache, router, self._adapters)
     pace = variant.refresh_every
-    rereads = self._cache == "recompute" and pace
+    follow = router is not None and (
+      pace and (self._cache == "recompute" or router.needs == "hidden")
+    )
     order = sorted(
       (i for i, e in enumerate(examples) if len(e.tokens) > e.prompt_length),
       key=lambda i: -len(examples[i].tokens),
@@ -183,7 +178,7 @@ class Evaluator:
       batch = [examples[i] for i in places]
       if router is None:
         losses = self._score(batch, None, None)
-      elif rereads or router.needs not in ("nothing", "text"):
+      elif follow:
         losses = self._decode(batch, router, pace)
       else:
         losses = self._score(batch, router, self.gates(router, pace, batch))
@@ -195,10 +190,18 @@ class Evaluator:
     """Returns the gates under which each answer token is made, [N, E] each.
 
     Args:
-      router: one that does not look at hidden states.
+      router: any; one that looks at hidden states only at the prompt.
       refresh_every: tokens between two calls; 0 is once, at the prompt.
       examples: rows as tokens.
     """
+    if router.needs == "evidence":
+      return self._believed(router, refresh_every, examples)
+    if router.needs in ("hidden", "prompt"):
+      first = self._decoder(examples, router).prompt_gates()
+      counts = [len(e.tokens) - e.prompt_length for e in examples]
+      return [
+        np.tile(row, (n, 1)) for row, n in zip(first, counts, strict=False)
+      ]
     asked, texts = [], {}
     for example in examples:
       count = len(example.tokens) - example.prompt_length
@@ -240,17 +243,45 @@ class Evaluator:
     return np.stack(gates)
 
   def _score(self, batch, router, gates) -> list[np.ndarray]:
+    """Returns the losses [N] of answers under gates [N, E] each."""
+    if gates is None:
+      return self._read(batch, None, None, None)
+    if not self._rule.of_outputs:
+      return self._read(batch, router, gates, self._rule)
+    mixed = [
+      mix_probabilities(-told[None].swapaxes(1, 2), now.T[None])[0]
+      for told, now in zip(self._alone(batch), gates, strict=True)
+    ]
+    return [-np.asarray(row) for row in mixed]
+
+  def _alone(self, batch) -> list[np.ndarray]:
+    """Returns the losses [N, E] of answers by each expert alone."""
+    new = [e for e in batch if e.tokens.tobytes() not in self._told]
+    if new:
+      passes = [
+        self._read(
+          new, None,
+          [np.tile(one, (len(e.tokens) - e.prompt_length, 1)) for e in new],
+          get_rule("exact"),
+        )
+        for one in np.eye(len(self._adapters.names), dtype=np.float32)
+      ]  # fmt: skip
+      for i, example in enumerate(new):
+        told = np.stack([losses[i] for losses in passes], axis=1)
+        self._told[example.tokens.tobytes()] = told
+    return [self._told[e.tokens.tobytes()] for e in batch]
+
+  def _read(self, batch, router, gates, rule) -> list[np.ndarray]:
     lengths = np.ones(BATCH, np.int32)
     lengths[: len(batch)] = [len(e.tokens) for e in batch]
     size = -(-int(lengths.max()) // LENGTH_STEP) * LENGTH_STEP
     tokens = np.zeros((BATCH, size), np.int32)
     for row, example in zip(tokens, batch, strict=False):
       row[: len(example.tokens)] = example.tokens
-    loras = rule = table = None
+    loras = table = None
     if gates is not None:
-      loras, rule = self._adapters.layers, self._rule
-      # Any gates do behind a text, but those of predictions must have a sum.
-      table = np.ones((BATCH, size, len(self._adapters.names)), np.float32)
+      loras = self._adapters.layers
+      table = np.zeros((BATCH, size, len(self._adapters.names)), np.float32)
       for row, example, answer in zip(table, batch, gates, strict=False):
         # Token n is made at the position before it.
         first = example.prompt_length - 1
@@ -269,30 +300,53 @@ class Evaluator:
       for i, e in enumerate(batch)
     ]
 
-  def _decode(self, batch, router, refresh_every) -> list[np.ndarray]:
-    filled = batch + batch[-1:] * (BATCH - len(batch))
-    answers = [e.tokens[e.prompt_length :] for e in filled]
-    longest = max(map(len, answers))
-    size = -(-longest // LENGTH_STEP) * LENGTH_STEP
-    forced = np.zeros((BATCH, size), np.int32)
-    for row, answer in zip(forced, answers, strict=True):
-      row[: len(answer)] = answer
-    *_, out = Decoder(
+  def _believed(self, router, refresh_every, examples) -> list[np.ndarray]:
+    """Returns the gates [N, E] of answers by a router that weighs evidence."""
+    gates = []
+    for start in range(0, len(examples), BATCH):
+      batch = examples[start : start + BATCH]
+      told = self._alone(batch)
+      first = self._decoder(batch, router).prompt_gates()
+      for row, prior in enumerate(first[: len(batch)]):
+        losses = told[row]
+        pace = refresh_every or len(losses)
+        belief, found = jnp.log(prior)[None], []
+        for n, loss in enumerate(losses):
+          if n % pace == 0:
+            now = np.asarray(_gates(router, (), np.zeros(1), belief))[0]
+            if found:
+              now = np.asarray(router.smooth(found[-1], now))
+          found.append(now)
+          belief = _learn(router, belief, -loss[None])
+        gates.append(np.stack(found))
+    return gates
+
+  def _decoder(self, batch, router, refresh_every=0, forced=None) -> Decoder:
+    """Returns what would make the answers; `batch` is filled up."""
+    filled = [*batch, *batch[-1:] * (BATCH - len(batch))]
+    count = max(len(e.tokens) - e.prompt_length for e in filled)
+    return Decoder(
       self._base,
       [e.tokens[: e.prompt_length].tolist() for e in filled],
       self._adapters,
       router,
       DecodeConfig(
-        longest,
-        refresh_every,
-        rule=self._rule.name,
-        cache=self._cache,
+        count, refresh_every, rule=self._rule.name, cache=self._cache,
         stop_at_eos=False,
       ),
       self._tokenizer,
       forced=forced,
-    )
-    pairs = zip(out.log_probs, answers[: len(batch)], strict=False)
+    )  # fmt: skip
+
+  def _decode(self, batch, router, refresh_every) -> list[np.ndarray]:
+    answers = [e.tokens[e.prompt_length :] for e in batch]
+    size = -(-max(map(len, answers)) // LENGTH_STEP) * LENGTH_STEP
+    forced = np.zeros((BATCH, size), np.int32)
+    filled = answers + answers[-1:] * (BATCH - len(answers))
+    for row, answer in zip(forced, filled, strict=True):
+      row[: len(answer)] = answer
+    *_, out = self._decoder(batch, router, refresh_every, forced)
+    pairs = zip(out.log_probs, answers, strict=False)
     return [-row[: len(answer)] for row, answer in pairs]
 
 

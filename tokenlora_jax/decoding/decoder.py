@@ -165,7 +165,7 @@ class Decoder:
       rule,
       # Where gates never move, nothing is older than they are.
       config.cache if decides else "reuse",
-      evidence=needs == "evidence",
+      evidence=refreshes and needs == "evidence",
       refresh=refreshes and needs in ("hidden", "evidence"),
     )
     # What the compiled loop needs of the router, if anything.
@@ -248,6 +248,10 @@ class Decoder:
         )
         seen = router.learn(seen, told)
     return self._ask(router, seen=seen), seen
+
+  def prompt_gates(self) -> np.ndarray:
+    """Returns the gates that are decided at the prompts, float32[B, E]."""
+    return np.asarray(self._ask_at_prompt(self._router)[0])
 
   def _start(self) -> graph.DecodeState:
     """Decides the first gates and reads the prompts."""
