@@ -33,6 +33,7 @@ from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.plan.decoding import plan_decoding
 from tokenlora_jax.plan.report import show_plans
+from tokenlora_jax.telemetry import GateTrace
 from tokenlora_jax.workdir import write_atomically
 
 
@@ -47,8 +48,9 @@ class Arguments(Config):
     examples: take the first so many held-out prompts of each task.
     compare: show base, each adapter, uniform, prompt-level and token-level
       gates side by side.
-    output: write each text with its tokens and gates to this new JSONL file
-      (`evaluate`: the table to this new JSON file).
+    output: write each text with its tokens, gates, and their entropy, switches
+      and shares to this new JSONL file (`evaluate`: the table to this new JSON
+      file).
     plan: make no text, but compile the programs for hardware that need not be
       here and say whether they fit and what they take: v5e:1x1, h100:1. A
       prompt of data.length tokens is read, and decode.max-new-tokens are made.
@@ -137,6 +139,7 @@ def generate(args: Arguments, console: Console) -> None:
         "text": out.texts[0],
         "tokens": out.tokens[0, : out.lengths[0]].tolist(),
         "gates": gates.astype(float).round(6).tolist(),
+        **GateTrace.of(gates).record(),
         "experts": names,
         "router": dataclasses.asdict(args.router),
         "decode": dataclasses.asdict(args.decode),

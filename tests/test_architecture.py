@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 ARROWS = {
   "config": "",
   "chips": "",
+  "telemetry": "config",
   "cli": "config",
   "workdir": "config",
   "metrics": "workdir chips",
@@ -28,7 +29,7 @@ ARROWS = {
   "loop": "training checkpoint metrics model config",
   "evaluation": "decoding mixing model data tasks text config",
   "plan": "training decoding mixing model sharding chips workdir cli config",
-  "report": "evaluation decoding mixing model data tasks text config",
+  "report": "telemetry evaluation decoding mixing model data tasks text config",
   "interop": "model config sharding mixing",
 }
 ARROWS["__init__"] = " ".join(ARROWS)

@@ -17,6 +17,7 @@ from tokenlora_jax.decoding import generate
 from tokenlora_jax.interop.bank import load_bank
 from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.telemetry import GateTrace
 import train
 
 TASKS = ("gsm8k", "codealpaca")
@@ -79,12 +80,17 @@ def test_examples_are_decoded_and_recorded(run, workdir, tmp_path):
     np.testing.assert_allclose(record["gates"], out.gates[0, :count], atol=1e-6)
     np.testing.assert_allclose(np.sum(record["gates"], axis=1), 1, atol=1e-5)
     assert record["experts"] == list(TASKS)
+    told = GateTrace.of(out.gates[0, :count])
+    np.testing.assert_allclose(record["entropy"], told.entropy, atol=1e-6)
+    assert record["switches"] == told.switches.tolist()
+    np.testing.assert_allclose(record["shares"], told.shares, atol=1e-6)
+    np.testing.assert_allclose(record["leads"], told.leads, atol=1e-6)
     assert record["router"]["encoder"] == "hidden"
     assert record["decode"]["refresh_every"] == 2
     # What streamed by is the text, but for a character cut in two.
     assert record["text"].rstrip("\ufffd") in shown
   assert "■ gsm8k  ■ codealpaca" in shown
-  assert shown.count("mean gates:") == 2
+  assert shown.count("mean gates:") == shown.count(" nats | ") == 2
 
 
 def test_evaluate_agrees_with_training(run, workdir, tmp_path):
