@@ -30,7 +30,9 @@ ARROWS = {
   "evaluation": "decoding mixing model data tasks text config",
   "plan": "training decoding mixing model sharding chips workdir cli config",
   "report": "telemetry evaluation decoding mixing model data tasks text config",
-  "interop": "model config sharding mixing",
+  "interop": "model config sharding mixing workdir",
+  # A part of infer.py, an entry point.
+  "bank_cli": "cli workdir data tasks mixing interop config",
 }
 ARROWS["__init__"] = " ".join(ARROWS)
 
