@@ -1,6 +1,7 @@
 """Editing a bank: one part changes in one step, the others not at all."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -256,6 +257,19 @@ def test_a_second_writer_waits(folder):
     drop_expert(folder, "beta")
   os.close(place)
   drop_expert(folder, "beta")
+
+
+def test_a_disk_without_locks_gets_a_warning(folder, monkeypatch, caplog):
+  def flock(file, how):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  drop_expert(folder, "beta")
+  assert caplog.messages == [
+    f"{folder}: its disk has no locks (No locks available); let no other process"
+    " write to this bank"
+  ]
+  assert load_bank(folder).adapters.names == ("alpha", "gamma")
 
 
 # -----------------------------------------------------------------------------

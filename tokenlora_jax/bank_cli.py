@@ -116,7 +116,7 @@ def add(argv: Sequence[str], console: Console) -> None:
   args = cli.parse(Add, argv, "Adds an adapter to a bank, as a new expert.")
   for flag in ("bank", "adapter", "name"):
     if not getattr(args, flag):
-      raise InputError(f"--{flag}: there is none; it is needed")
+      raise InputError(f"--{flag}: is needed; see --help")
   record = read_record(args.bank)
   base = identify_base(args.base.path)
   check_base(Path(args.bank), record, base)

@@ -110,6 +110,12 @@ def parse_flags(
       out.
   """
   _check_flags(cls, argv)
+  given = {argument.partition("=")[0] for argument in argv}
+  if not given & {"-h", "--help"}:
+    for field in dataclasses.fields(cls):
+      flag = "--" + field.name.replace("_", "-")
+      if field.default is dataclasses.MISSING and flag not in given:
+        raise InputError(f"{flag}: is needed; see --help")
   return _read(cls, argv, description)
 
 

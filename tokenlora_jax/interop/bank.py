@@ -110,7 +110,7 @@ class Bank:
         f"{nearest(router, self.fitted)}; {remedy}"
       )
     fitted = self.fitted[router]
-    if fitted.experts != names:
+    if tuple(fitted.experts) != names:
       raise InputError(
         f"router.name: {router!r} was fitted for {', '.join(fitted.experts)},"
         f" but the bank has {', '.join(names)}; {remedy} again"

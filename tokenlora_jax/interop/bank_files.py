@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import fcntl
+import logging
 import os
 from pathlib import Path
 import shutil
@@ -29,6 +30,8 @@ from tokenlora_jax.interop.bank_record import (
   read_record,
 )
 from tokenlora_jax.workdir import NO_LOCKS, write_atomically
+
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -134,6 +137,10 @@ def _locked(folder: Path) -> Iterator[None]:
     if error.errno not in NO_LOCKS:
       os.close(place)
       raise
+    _log.warning(
+      "%s: its disk has no locks (%s); let no other process write to this bank",
+      folder, error.strerror,
+    )  # fmt: skip
   try:
     yield
   finally:
