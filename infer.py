@@ -3,6 +3,9 @@
   python infer.py --prompt TEXT ...       make text, with who led each token
   python infer.py evaluate ...            held-out losses, a table
   python infer.py --plan v5e:1x1 ...      would it fit there, and how fast
+  python infer.py bank ...                what is in a bank; bank-add and
+                                          bank-drop change it
+  python infer.py export ...              a mixture as one PEFT folder
 
 Prompts come from --prompt, --prompts-file (a prompt a line), --examples, or
 standard input (a prompt a line).
@@ -14,7 +17,7 @@ import functools
 import json
 from pathlib import Path
 import sys
-from typing import Annotated, TextIO
+from typing import Annotated
 
 from rich.console import Console
 from rich.progress import track
@@ -22,8 +25,8 @@ from rich.table import Table
 from rich.text import Text
 import tyro
 
-from tokenlora_jax import cli, report
-from tokenlora_jax.config import Config, InputError
+from tokenlora_jax import bank_cli, cli, report
+from tokenlora_jax.config import Config, InputError, nearest
 from tokenlora_jax.data import held_out, load_rows
 from tokenlora_jax.decoding import Decoder, Generation
 from tokenlora_jax.evaluation import Evaluator, mean_loss, standard_variants
@@ -33,6 +36,7 @@ from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.plan.decoding import plan_decoding
 from tokenlora_jax.plan.report import show_plans
+from tokenlora_jax.telemetry import GateTrace
 from tokenlora_jax.workdir import write_atomically
 
 
@@ -47,8 +51,9 @@ class Arguments(Config):
     examples: take the first so many held-out prompts of each task.
     compare: show base, each adapter, uniform, prompt-level and token-level
       gates side by side.
-    output: write each text with its tokens and gates to this new JSONL file
-      (`evaluate`: the table to this new JSON file).
+    output: write each text with its tokens, gates, and their entropy, switches
+      and shares to this new JSONL file (`evaluate`: the table to this new JSON
+      file).
     plan: make no text, but compile the programs for hardware that need not be
       here and say whether they fit and what they take: v5e:1x1, h100:1. A
       prompt of data.length tokens is read, and decode.max-new-tokens are made.
@@ -74,27 +79,13 @@ def read_prompts(args: Arguments) -> list[str]:
   prompts = list(args.prompt)
   if args.prompts_file:
     file = Path(args.prompts_file)
-    prompts += read_lines(file, f"--prompts-file {file}")
+    prompts += cli.read_lines(file, f"--prompts-file {file}", "prompt")
   for task in args.data.tasks if args.examples else ():
     rows = load_rows(args.data, task, "test")[: args.examples]
     prompts += [row.prompt for row in rows]
   if not prompts and sys.stdin.isatty():
     raise InputError("--prompt: there is none; give one, or --examples 1")
-  return prompts or read_lines(sys.stdin, "standard input")
-
-
-def read_lines(source: Path | TextIO, name: str) -> list[str]:
-  """Returns the lines that are not blank, or raises `InputError`."""
-  try:
-    text = (
-      source.read_text("utf-8") if isinstance(source, Path) else source.read()
-    )
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError(f"{name} cannot be read: {error}") from None
-  lines = [line for line in text.splitlines() if line.strip()]
-  if not lines:
-    raise InputError(f"{name}: holds no prompt")
-  return lines
+  return prompts or cli.read_lines(sys.stdin, "standard input", "prompt")
 
 
 def generate(args: Arguments, console: Console) -> None:
@@ -137,6 +128,7 @@ def generate(args: Arguments, console: Console) -> None:
         "text": out.texts[0],
         "tokens": out.tokens[0, : out.lengths[0]].tolist(),
         "gates": gates.astype(float).round(6).tolist(),
+        **GateTrace.of(gates).record(),
         "experts": names,
         "router": dataclasses.asdict(args.router),
         "decode": dataclasses.asdict(args.decode),
@@ -226,10 +218,15 @@ def main(argv: Sequence[str]) -> None:
   command = "generate"
   if argv and not argv[0].startswith("-"):
     command = argv.pop(0)
-    if command not in commands:
-      raise InputError(
-        f"{command!r}: is no command; want {', '.join(commands)}"
-      )
+  if command in bank_cli.COMMANDS:
+    bank_cli.COMMANDS[command](argv, cli.console())
+    return
+  if command not in commands:
+    known = [*commands, *bank_cli.COMMANDS]
+    raise InputError(
+      f"{command!r}: is no command; want {', '.join(known)}"
+      f"{nearest(command, known)}"
+    )
   args, console = cli.parse(Arguments, argv, __doc__), cli.console()
   run = plan if args.plan else commands[command]
   run(args, console)

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 ARROWS = {
   "config": "",
   "chips": "",
+  "telemetry": "config",
   "cli": "config",
   "workdir": "config",
   "metrics": "workdir chips",
@@ -28,8 +29,10 @@ ARROWS = {
   "loop": "training checkpoint metrics model config",
   "evaluation": "decoding mixing model data tasks text config",
   "plan": "training decoding mixing model sharding chips workdir cli config",
-  "report": "evaluation decoding mixing model data tasks text config",
-  "interop": "model config sharding mixing",
+  "report": "telemetry evaluation decoding mixing model data tasks text config",
+  "interop": "model config sharding mixing workdir",
+  # A part of infer.py, an entry point.
+  "bank_cli": "cli workdir data tasks mixing interop config",
 }
 ARROWS["__init__"] = " ".join(ARROWS)
 

@@ -1,5 +1,6 @@
 """The two programs end to end, on a tiny random base."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -9,14 +10,15 @@ import sys
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 import infer
 from tokenlora_jax.config import DecodeConfig, InputError, RouterConfig
 from tokenlora_jax.decoding import generate
-from tokenlora_jax.interop.bank import load_bank
+from tokenlora_jax.interop.bank import load_bank, save_bank
 from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.model.lora import Adapters
+from tokenlora_jax.telemetry import GateTrace
 import train
 
 TASKS = ("gsm8k", "codealpaca")
@@ -66,6 +68,8 @@ def test_examples_are_decoded_and_recorded(run, workdir, tmp_path):
   base = infer.load_base("random:tiny", "float32")
   tokenizer = load_tokenizer("random:tiny")
   bank = load_bank(workdir / "bank", base)
+  assert bank.experts["gsm8k"].template == "Question: {question}\n\nAnswer:"
+  assert bank.experts["codealpaca"].task == "codealpaca"
   router = bank.router(RouterConfig(encoder="hidden"))
   assert found[0]["prompt"].startswith("Question:")
   for record in found:
@@ -79,12 +83,17 @@ def test_examples_are_decoded_and_recorded(run, workdir, tmp_path):
     np.testing.assert_allclose(record["gates"], out.gates[0, :count], atol=1e-6)
     np.testing.assert_allclose(np.sum(record["gates"], axis=1), 1, atol=1e-5)
     assert record["experts"] == list(TASKS)
+    told = GateTrace.of(out.gates[0, :count])
+    np.testing.assert_allclose(record["entropy"], told.entropy, atol=1e-6)
+    assert record["switches"] == told.switches.tolist()
+    np.testing.assert_allclose(record["shares"], told.shares, atol=1e-6)
+    np.testing.assert_allclose(record["leads"], told.leads, atol=1e-6)
     assert record["router"]["encoder"] == "hidden"
     assert record["decode"]["refresh_every"] == 2
     # What streamed by is the text, but for a character cut in two.
     assert record["text"].rstrip("\ufffd") in shown
   assert "■ gsm8k  ■ codealpaca" in shown
-  assert shown.count("mean gates:") == 2
+  assert shown.count("mean gates:") == shown.count(" nats | ") == 2
 
 
 def test_evaluate_agrees_with_training(run, workdir, tmp_path):
@@ -230,21 +239,18 @@ def test_bad_banks_are_one_line(run, workdir, tmp_path):
   weights = bank / "gsm8k" / "adapter_model.safetensors"
   whole = weights.read_bytes()
   weights.write_bytes(whole[:-100])
-  refused(run, *one, bank=bank, told="gsm8k.*not a whole safetensors file")
-  refused(run, "evaluate", bank=bank, told="not a whole safetensors file")
+  damaged = "gsm8k/adapter_model.* was damaged or exchanged"
+  refused(run, *one, bank=bank, told=damaged)
+  refused(run, "evaluate", bank=bank, told=damaged)
 
-  # Both experts are of a base that is half as wide.
-  for expert in TASKS:
-    weights = bank / expert / "adapter_model.safetensors"
-    weights.write_bytes((workdir / "bank" / expert / weights.name).read_bytes())
-    tensors = load_file(weights)
-    save_file(
-      {
-        key: np.ascontiguousarray(value[:, :32] if "lora_A" in key else value)
-        for key, value in tensors.items()
-      },
-      weights,
-    )
+  # All experts are of a base that is half as wide.
+  whole = load_bank(workdir / "bank")
+  layers = [
+    {n: dataclasses.replace(x, a=x.a[..., :32]) for n, x in layer.items()}
+    for layer in whole.adapters.layers
+  ]
+  narrow = Adapters(whole.adapters.names, tuple(layers))
+  save_bank(bank, dataclasses.replace(whole, adapters=narrow))
   refused(run, *one, bank=bank, told=r"layer 0 q .*\[32, 64\].* another base\?")
 
 

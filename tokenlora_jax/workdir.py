@@ -124,11 +124,15 @@ def _check(workdir: Path, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-  """Puts an error of the disk that a run's folder is on into one line.
+def writing(
+  folder: Path,
+  then: str = "the same command goes on from its newest checkpoint",
+) -> Iterator[None]:
+  """Puts an error of the disk that a folder is on into one line.
 
   Args:
     folder: what is written to.
+    then: what follows once the disk is well again.
 
   Raises:
     InputError: the disk is full or fails.
@@ -151,7 +155,7 @@ def writing(folder: Path) -> Iterator[None]:
     remedy = "make room there" if full else "make it writable"
     raise InputError(
       f"{folder}: cannot be written to ({os.strerror(number)}); {remedy},"
-      " and the same command goes on from its newest checkpoint"
+      f" and {then}"
     ) from error
 
 
