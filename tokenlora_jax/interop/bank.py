@@ -44,7 +44,12 @@ from tokenlora_jax.interop.peft import (
   load_adapters,
   save_adapter,
 )
-from tokenlora_jax.mixing.routers import Router, make_router
+from tokenlora_jax.mixing.routers import (
+  SHAPING,
+  Router,
+  make_router,
+  router_settings,
+)
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
 
@@ -127,21 +132,38 @@ class Bank:
       InputError: the router does not exist, or the bank lacks its centroids or
         what was fitted for it.
     """
-    settings: dict[str, Any] = {}
-    if config.name == "centroid":
-      settings["centroids"] = self._table(config.encoder)
-      settings["sharpen"] = config.sharpen
-      settings["encoder"] = _encoder(config.encoder, config)
-    elif config.name == "one-hot":
-      settings["expert"] = config.expert
-    elif config.name == "fixed":
-      settings["gates"] = config.gates
-    elif config.name in self.fitted:
+    taken = router_settings(config.name)
+    fitted = self.fitted.get(config.name)
+    settings: dict[str, Any] = {
+      name: getattr(config, name) for name in taken if hasattr(config, name)
+    }
+    if fitted is not None:
       fitted = self.fitted_for(config.name)
-      settings = {**fitted.settings, **fitted.arrays}
-      if "encoder" in settings:
-        settings["encoder"] = _encoder(settings["encoder"], config)
-    return make_router(config.name, **settings).bind(self.adapters.names)
+      settings |= fitted.settings
+    if "arrays" in taken:
+      settings["arrays"] = self.fitted_for(config.name).arrays
+    elif fitted is not None:
+      settings |= fitted.arrays
+    elif "centroids" in taken:
+      settings["centroids"] = self._table(config.encoder)
+    elif "encoder" in taken:
+      # What it compares vectors with can only have been fitted.
+      self.fitted_for(config.name)
+    if "encoder" in taken:
+      settings["encoder"] = _encoder(settings["encoder"], config)
+    if "adapters" in taken:
+      settings["adapters"] = self.adapters
+    if "prior" in taken:
+      prior = dataclasses.replace(
+        config, name=config.prior, prior="uniform", top_k=None,
+        temperature=None, threshold=0.0, smoothing=0.0,
+      )  # fmt: skip
+      settings["prior"] = self.router(prior)
+    shaping = {name: getattr(config, name) for name in SHAPING}
+    # What is 0 is left to the router's own.
+    shaping = {k: v for k, v in shaping.items() if v or k == "top_k"}
+    router = make_router(config.name, **settings, **shaping)
+    return router.bind(self.adapters.names)
 
   def _table(self, encoder: str) -> np.ndarray:
     if encoder not in self.centroids:
@@ -158,7 +180,9 @@ class Bank:
 
 
 def _encoder(name: Any, config: RouterConfig) -> Any:
-  return load_minilm(config.minilm) if name == "minilm" else name
+  if name != "minilm":
+    return name
+  return dataclasses.replace(load_minilm(config.minilm), window=config.window)
 
 
 # -----------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from tokenlora_jax.mixing.routers.registry import (
   router_settings,
 )
 from tokenlora_jax.mixing.routers.router import Router
-from tokenlora_jax.mixing.routers.shaping import shape_gates
+from tokenlora_jax.mixing.routers.shaping import SHAPING, shape_gates
 
 __all__ = [
+  "SHAPING",
   "CentroidRouter",
   "ConstantRouter",
   "PosteriorRouter",
