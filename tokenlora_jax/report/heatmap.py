@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import re
 from typing import Any
+import unicodedata
 
 import numpy as np
 
@@ -108,6 +109,11 @@ class HeatMap:
     ]
     return [" · ".join(facts), f"shares of the gates: {', '.join(shares)}"]
 
+  @property
+  def edged(self) -> bool:
+    """Whether the stacked area has room for lines between two experts."""
+    return len(self.pieces) <= 250
+
   def letter_places(self, least: float) -> dict[int, tuple[float, float]]:
     """Returns where in the stacked area an expert's letter has most room.
 
@@ -174,16 +180,32 @@ def letter(expert: int) -> str:
 
 
 def kind(piece: str) -> str:
-  """Returns "blank" for white space, "empty" for what shows nothing, or "".
+  """Returns how a token is not like others, or "".
+
+  Returns:
+    "blank" for white space, "joined" for accents of a character before, "empty"
+    for what shows nothing.
 
   Example:
-    >>> kind("\\n "), kind(""), kind("\\u200b"), kind(" a")
-    ('blank', 'empty', 'empty', '')
+    >>> [kind(piece) for piece in (" a", "\\n ", "\\u0301", "", "\\u200b")]
+    ['', 'blank', 'joined', 'empty', 'empty']
   """
   if piece.isspace():
     return "blank"
+  if piece and all(unicodedata.category(x)[0] == "M" for x in piece):
+    return "joined"
   shows = any(letter.isprintable() for letter in visible(piece))
   return "" if shows else "empty"
+
+
+def indent(piece: str) -> int:
+  """Returns how many spaces come first: a letter stands at the word.
+
+  Example:
+    >>> indent("  of"), indent("of"), indent("  ")
+    (2, 0, 0)
+  """
+  return 0 if piece.isspace() else len(piece) - len(piece.lstrip(" "))
 
 
 def visible(text: str) -> str:

@@ -127,20 +127,22 @@ def _token(one: HeatMap, i: int) -> str:
   """Returns a token; its text is exactly what it adds, as far as it shows."""
   piece, lead = one.pieces[i], int(one.leads[i])
   kind = heatmap.kind(piece)
-  kinds, more = [kind] if kind else [], ""
+  kinds, badge, name = [kind] if kind else [], "", ""
   if lead >= 0:
     step = max(1, int(np.ceil(one.strengths[i] * STEPS)))
     kinds += [f"e{lead % len(COLOURS)}", f"s{step}"]
     if one.starts[i]:
-      more = f' data-lead="{heatmap.letter(lead)}"'
-  if kind:
-    spoken = _spoken(piece) if kind == "blank" else "no visible text"
-    more += f' aria-label="{spoken}"'
+      badge = f'<i data-lead="{heatmap.letter(lead)}"></i>'
+  if kind == "blank":
+    name = f' aria-label="{_spoken(piece)}"'
+  if kind == "empty":
+    name = ' aria-label="no visible text"'
+  at = heatmap.indent(piece)
   # A line feed shows too, and is still what is copied.
-  text = _text(piece).replace("\n", '<i class="nl"></i>\n')
+  text = _text(piece[at:]).replace("\n", '<i class="nl"></i>\n')
   return (
     f'<span role="option" tabindex="{-1 if i else 0}" aria-selected="false"'
-    f' class="{" ".join(kinds)}"{more}>{text}</span>'
+    f' class="{" ".join(kinds)}"{name}>{piece[:at]}{badge}{text}</span>'
   )
 
 
@@ -185,9 +187,10 @@ def _area(one: HeatMap) -> str:
     f"{tick}</text>"
     for tick in heatmap.ticks(count)
   ]
+  edged = ' class="edged"' if one.edged else ""
   return (
     f'<svg height="{AREA + 20}" role="img" aria-label="Gates of each token,'
-    f' stacked; the full height is {top:g}"><svg viewBox="0 0 {count} {top:.4g}"'
+    f' stacked; the full height is {top:g}"><svg{edged} viewBox="0 0 {count} {top:.4g}"'
     f' preserveAspectRatio="none" width="100%" height="{AREA}">{"".join(paths)}'
     f"</svg>{''.join(letters)}{''.join(numbers)}</svg>"
   )

@@ -97,9 +97,9 @@ def set_lines(cells: Sequence[Cell]) -> list[list[Cell]]:
   """Returns cells as lines of at most COLUMNS, cut after words if possible.
 
   Example:
-    >>> text = [Cell(x, 0, ends="word" * (x == " ")) for x in "1 " * COLUMNS]
-    >>> [len(line) for line in set_lines(text)] == [COLUMNS // 2 * 2] * 2
-    True
+    >>> cells = [Cell("a", 0), Cell("↵", 0, ends="line"), Cell("b", 0)]
+    >>> [len(line) for line in set_lines(cells)]
+    [2, 1]
   """
   lines, line, width = [], [], 0
   for cell in cells:
@@ -133,12 +133,13 @@ class _Drawing:
       )
     }  # fmt: skip
     self._boxes: list[tuple[Sequence, str]] = []
+    self._edges: list[np.ndarray] = []
     self._words: list[tuple] = []
     self.y = float(MARGIN)
 
   def put_on(self, axes: Any) -> None:
     """Draws all of it."""
-    from matplotlib.collections import PolyCollection
+    from matplotlib.collections import LineCollection, PolyCollection
 
     axes.add_collection(
       PolyCollection(
@@ -147,6 +148,9 @@ class _Drawing:
         antialiaseds=False, linewidths=0,
       )
     )  # fmt: skip
+    axes.add_collection(
+      LineCollection(self._edges, colors=PAPER, linewidths=0.7)
+    )
     for x, y, text, font, size, colour, middle in self._words:
       axes.text(
         x, y, text, font=self._fonts[font], fontsize=size, color=colour,
@@ -214,22 +218,23 @@ class _Drawing:
     last = begins + TEXT_LINES
     for line in lines[first:last]:
       self._line(line, one)
-    kept = max((line[-1].token for line in lines[:last]), default=-1)
-    if left := len(one.pieces) - kept - 1:
+    if lines[last:]:
+      left = len(one.pieces) - lines[last][0].token
       self.note(f"... {left:,} more tokens")
 
   def _cells(self, one: HeatMap) -> Iterator[Cell]:
     yield from self._of(one.prompt, -1, "")
     for i, piece in enumerate(one.pieces):
+      cells = self._of(piece, i, heatmap.kind(piece))
       if one.starts[i] and one.leads[i] >= 0:
         name = heatmap.letter(int(one.leads[i]))
-        yield Cell(name, i, width=len(name) + 1, badge=True)
-      yield from self._of(piece, i, heatmap.kind(piece))
+        badge = Cell(name, i, width=len(name) + 1, badge=True)
+        cells.insert(heatmap.indent(piece), badge)
+      yield from cells
 
-  def _of(self, text: str, token: int, kind: str) -> Iterator[Cell]:
-    if kind == "empty":
-      yield Cell("∅", token)
-      return
+  def _of(self, text: str, token: int, kind: str) -> list[Cell]:
+    if kind in ("empty", "joined"):
+      return [Cell("∅" if kind == "empty" else "◌", token)]
     marks = []
     for x in heatmap.visible(text):
       if x == "\n":
@@ -244,7 +249,7 @@ class _Drawing:
           marks[-1] = marks[-1]._replace(text=marks[-1].text + x)
       else:
         marks.append(Cell(x if ord(x) in self._known else "□", token))
-    yield from marks
+    return marks
 
   def _line(self, line: Sequence[Cell], one: HeatMap) -> None:
     self.y += LINE
@@ -305,6 +310,8 @@ class _Drawing:
       upper = np.stack([edges, np.repeat(line, 2)], axis=1)
       corners = [(left, bottom), *upper, (left + width, bottom)]
       self._boxes.append((corners, colours.colour(expert)))
+      if one.edged:
+        self._edges.append(upper)
     for expert, (x, y) in one.letter_places(14 / AREA).items():
       name = heatmap.letter(expert)
       x, y = left + width * x, bottom - AREA * y
