@@ -54,6 +54,9 @@ class Arguments(Config):
     output: write each text with its tokens, gates, and their entropy, switches
       and shares to this new JSONL file (`evaluate`: the table to this new JSON
       file).
+    html: draw each text, its tokens tinted by the expert that leads them, over
+      the course of the gates, in this new file, a page that any browser shows.
+    png: draw the same in this new file, a picture.
     plan: make no text, but compile the programs for hardware that need not be
       here and say whether they fit and what they take: v5e:1x1, h100:1. A
       prompt of data.length tokens is read, and decode.max-new-tokens are made.
@@ -66,6 +69,8 @@ class Arguments(Config):
   examples: int = 0
   compare: bool = False
   output: str = ""
+  html: str = ""
+  png: str = ""
   plan: str = ""
   plan_json: str = ""
 
@@ -90,13 +95,14 @@ def read_prompts(args: Arguments) -> list[str]:
 
 def generate(args: Arguments, console: Console) -> None:
   """Makes a text for each prompt."""
-  if args.compare and args.output:
-    raise InputError("--output: takes no --compare; leave out one of them")
+  if args.compare:
+    check_files(args, (), "takes no --compare; leave out one of them")
+  check_files(args, ("output", "html", "png"))
   prompts = read_prompts(args)
   base, tokenizer, bank = load(args)
   names = bank.adapters.names
   router = bank.router(args.router)
-  records = []
+  records, maps = [], []
   console.print(report.legend(names))
   for prompt in prompts:
     console.rule()
@@ -134,9 +140,35 @@ def generate(args: Arguments, console: Console) -> None:
         "decode": dataclasses.asdict(args.decode),
       }
     )
+    maps.append(report.HeatMap(prompt, pieces, gates, names, facts(args)))
   if args.output:
     lines = [json.dumps(record) + "\n" for record in records]
     write_atomically(Path(args.output), "".join(lines))
+  if args.html:
+    write_atomically(Path(args.html), report.heatmap_html(maps))
+  if args.png:
+    write_atomically(Path(args.png), report.heatmap_png(maps))
+
+
+def check_files(args: Arguments, taken: Sequence[str], why: str = "") -> None:
+  """Raises `InputError` unless the files to write are taken, and new."""
+  for name in ("output", "html", "png"):
+    path = getattr(args, name)
+    if path and name not in taken:
+      raise InputError(f"--{name}: {why}")
+    cli.check_new_file(f"--{name}", path)
+
+
+def facts(args: Arguments) -> dict[str, str]:
+  """Returns what a heat map says of how its gates came about."""
+  router, every = args.router, args.decode.refresh_every
+  often = "every token" if every == 1 else f"every {every} tokens"
+  return {
+    "router": f"{router.name} ({router.encoder})"
+    if router.name == "centroid"
+    else router.name,
+    "gates refreshed": often if every else "once, at the prompt",
+  }
 
 
 def token_pieces(tokenizer, out: Generation) -> list[str]:
@@ -174,6 +206,7 @@ def compare(args, base, tokenizer, bank: Bank, router, prompt: str) -> Table:
 
 def evaluate(args: Arguments, console: Console) -> None:
   """Prints the held-out losses of several ways to set the gates."""
+  check_files(args, ("output",), "evaluate makes no text; leave it out")
   base, tokenizer, bank = load(args)
   for task in args.data.tasks:
     bank.adapters.index(task)
@@ -204,7 +237,6 @@ def plan(args: Arguments, console: Console) -> None:
 
 def load(args: Arguments):
   """Returns (base, tokenizer, bank), checked to belong together."""
-  cli.check_new_file("--output", args.output)
   folder = args.bank or str(Path(args.workdir) / "bank")
   tokenizer = load_tokenizer(args.base.path)
   base = load_base(args.base.path, args.base.dtype, quantize=args.base.quantize)

@@ -61,8 +61,13 @@ def records(path):
 
 
 def test_examples_are_decoded_and_recorded(run, workdir, tmp_path):
-  output = tmp_path / "out.jsonl"
-  shown = run("--examples", "1", "--output", str(output))
+  output, page, picture = (
+    tmp_path / name for name in ("out.jsonl", "out.html", "out.png")
+  )
+  shown = run(
+    "--examples", "1", "--output", str(output), "--html", str(page),
+    "--png", str(picture),
+  )  # fmt: skip
   found = records(output)
   assert len(found) == 2
   base = infer.load_base("random:tiny", "float32")
@@ -94,6 +99,19 @@ def test_examples_are_decoded_and_recorded(run, workdir, tmp_path):
     assert record["text"].rstrip("\ufffd") in shown
   assert "■ gsm8k  ■ codealpaca" in shown
   assert shown.count("mean gates:") == shown.count(" nats | ") == 2
+  # The heat map is of the same texts.
+  drawn = page.read_text("utf-8").partition('id="records">')[2]
+  for record, one in zip(
+    found, json.JSONDecoder().raw_decode(drawn)[0], strict=True
+  ):
+    assert one["prompt"] == record["prompt"]
+    assert "".join(one["pieces"]) == record["text"].rstrip("\ufffd")
+    np.testing.assert_allclose(one["gates"], record["gates"], atol=1e-4)
+    assert one["experts"] == list(TASKS)
+    assert one["facts"] == {
+      "router": "centroid (hidden)", "gates refreshed": "every 2 tokens",
+    }  # fmt: skip
+  assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_evaluate_agrees_with_training(run, workdir, tmp_path):
@@ -190,6 +208,10 @@ def test_bad_input_is_one_line_and_overwrites_nothing(
     (["evaluate", "--output", str(output)], r"out\.jsonl: exists"),
     ([*one, "--output", str(tmp_path / "no" / "o")], "there is no folder .*no"),
     ([*one, "--compare", "--output", "new"], "--output: takes no --compare"),
+    ([*one, "--compare", "--png", "new"], "--png: takes no --compare"),
+    ([*one, "--html", str(output)], r"--html .*out\.jsonl: exists"),
+    ([*one, "--png", str(output)], r"--png .*out\.jsonl: exists"),
+    (["evaluate", "--html", "new"], "--html: evaluate makes no text"),
     (["--prompts-file", str(empty)], "--prompts-file.* holds no prompt"),
     (["--prompts-file", str(latin)], "--prompts-file.* cannot be read"),
     (["--prompts-file", "nowhere.txt"], r"nowhere\.txt"),

@@ -234,7 +234,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 def quiet() -> None:
   """Silences the libraries' chatter; warnings of ours are shown in one line."""
-  for name in ("jax", "transformers", "huggingface_hub"):
+  for name in ("jax", "transformers", "huggingface_hub", "matplotlib"):
     logging.getLogger(name).setLevel(logging.ERROR)
   # What goes wrong while Orbax reads and writes, it raises as well.
   for name in ("absl", "orbax", "asyncio"):

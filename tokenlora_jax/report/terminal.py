@@ -1,4 +1,4 @@
-"""What a person looks at: the table of losses and the trace of gates.
+"""What a terminal shows: the table of losses and the trace of gates.
 
 Axis letters: N tokens, E experts.
 """
@@ -13,12 +13,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from tokenlora_jax.report.colours import COLOURS
 from tokenlora_jax.telemetry import GateTrace, leaders
-
-# Colours that colour-blind people can tell apart (Okabe and Ito, 2008).
-COLOURS = (
-  "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442",
-)  # fmt: skip
 
 
 def loss_table(
