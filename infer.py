@@ -1,7 +1,7 @@
 """Mixes a bank of LoRA adapters while a frozen Llama makes text.
 
   python infer.py --prompt TEXT ...       make text, with who led each token
-  python infer.py evaluate ...            held-out losses, a table
+  python infer.py evaluate ...            ways to mix compared on held-out rows
   python infer.py --plan v5e:1x1 ...      would it fit there, and how fast
   python infer.py bank ...                what is in a bank; bank-add and
                                           bank-drop change it
@@ -20,16 +20,15 @@ import sys
 from typing import Annotated
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 import tyro
 
 from tokenlora_jax import bank_cli, cli, report
 from tokenlora_jax.config import Config, InputError, nearest
-from tokenlora_jax.data import held_out, load_rows
+from tokenlora_jax.data import load_rows
 from tokenlora_jax.decoding import Decoder, Generation
-from tokenlora_jax.evaluation import Evaluator, mean_loss, standard_variants
+from tokenlora_jax.experiment.command import Evaluation, evaluate
 from tokenlora_jax.interop.bank import Bank, load_bank
 from tokenlora_jax.interop.load import base_shape, load_base
 from tokenlora_jax.interop.tokenizers import load_tokenizer
@@ -52,8 +51,7 @@ class Arguments(Config):
     compare: show base, each adapter, uniform, prompt-level and token-level
       gates side by side.
     output: write each text with its tokens, gates, and their entropy, switches
-      and shares to this new JSONL file (`evaluate`: the table to this new JSON
-      file).
+      and shares to this new JSONL file.
     html: draw each text, its tokens tinted by the expert that leads them, over
       the course of the gates, in this new file, a page that any browser shows.
     png: draw the same in this new file, a picture.
@@ -204,30 +202,6 @@ def compare(args, base, tokenizer, bank: Bank, router, prompt: str) -> Table:
   return table
 
 
-def evaluate(args: Arguments, console: Console) -> None:
-  """Prints the held-out losses of several ways to set the gates."""
-  check_files(args, ("output",), "evaluate makes no text; leave it out")
-  base, tokenizer, bank = load(args)
-  for task in args.data.tasks:
-    bank.adapters.index(task)
-  tests = {
-    task: held_out(load_rows(args.data, task, "test"), tokenizer, args.data)
-    for task in args.data.tasks
-  }
-  evaluator = Evaluator(base, bank.adapters, tokenizer)
-  variants = standard_variants(bank.router(args.router))
-  losses = {variant.name: {} for variant in variants}
-  work = [(variant, task) for variant in variants for task in tests]
-  for variant, task in track(work, "evaluate", console=console):
-    found = dict(evaluator.losses(variant, task, tests[task]))
-    losses[variant.name][task] = mean_loss(found)
-  counts = {task: len(examples) for task, examples in tests.items()}
-  console.print(report.loss_table(losses, counts))
-  if args.output:
-    result = {"rows": counts, "losses": losses}
-    write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")
-
-
 def plan(args: Arguments, console: Console) -> None:
   """Prints what decoding would take on hardware that need not be here."""
   make = functools.partial(plan_decoding, args)
@@ -235,33 +209,42 @@ def plan(args: Arguments, console: Console) -> None:
   show_plans(make, shape, args.plan, args.plan_json, console)
 
 
-def load(args: Arguments):
+def bank_folder(args: Arguments | Evaluation) -> Path:
+  """Returns the bank's folder."""
+  return Path(args.bank or Path(args.workdir) / "bank")
+
+
+def load(args: Arguments | Evaluation):
   """Returns (base, tokenizer, bank), checked to belong together."""
-  folder = args.bank or str(Path(args.workdir) / "bank")
   tokenizer = load_tokenizer(args.base.path)
   base = load_base(args.base.path, args.base.dtype, quantize=args.base.quantize)
-  return base, tokenizer, load_bank(folder, base)
+  return base, tokenizer, load_bank(bank_folder(args), base)
 
 
 def main(argv: Sequence[str]) -> None:
   """Runs the program with these arguments."""
   argv = list(argv)
-  commands = {"generate": generate, "evaluate": evaluate}
   command = "generate"
   if argv and not argv[0].startswith("-"):
     command = argv.pop(0)
   if command in bank_cli.COMMANDS:
     bank_cli.COMMANDS[command](argv, cli.console())
     return
+  commands = "generate", "evaluate", *bank_cli.COMMANDS
   if command not in commands:
-    known = [*commands, *bank_cli.COMMANDS]
     raise InputError(
-      f"{command!r}: is no command; want {', '.join(known)}"
-      f"{nearest(command, known)}"
+      f"{command!r}: is no command; want {', '.join(commands)}"
+      f"{nearest(command, commands)}"
     )
-  args, console = cli.parse(Arguments, argv, __doc__), cli.console()
-  run = plan if args.plan else commands[command]
-  run(args, console)
+  console = cli.console()
+  if command == "evaluate":
+    args = cli.parse(Evaluation, argv, __doc__)
+    base, tokenizer, bank = load(args)
+    folder = bank_folder(args)
+    evaluate(args, base, tokenizer, bank.adapters, bank.router, folder, console)
+    return
+  args = cli.parse(Arguments, argv, __doc__)
+  (plan if args.plan else generate)(args, console)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,13 @@ ARROWS = {
   "checkpoint": "config sharding",
   "training": "model sharding mixing config",
   "loop": "training checkpoint metrics model config",
+  "scoring": "tasks config",
   "evaluation": "decoding mixing model data tasks text config",
+  "statistics": "",
+  "experiment": (
+    "report statistics evaluation scoring decoding mixing model data tasks text"
+    " workdir config"
+  ),
   "plan": "training decoding mixing model sharding chips workdir cli config",
   "report": "telemetry evaluation decoding mixing model data tasks text config",
   "interop": "model config sharding mixing workdir",

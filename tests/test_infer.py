@@ -14,6 +14,7 @@ import pytest
 import infer
 from tokenlora_jax.config import DecodeConfig, InputError, RouterConfig
 from tokenlora_jax.decoding import generate
+from tokenlora_jax.experiment.results import mean_losses
 from tokenlora_jax.interop.bank import load_bank, save_bank
 from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.tokenizers import load_tokenizer
@@ -115,24 +116,30 @@ def test_examples_are_decoded_and_recorded(run, workdir, tmp_path):
 
 
 def test_evaluate_agrees_with_training(run, workdir, tmp_path):
-  output = tmp_path / "losses.json"
+  output = tmp_path / "experiment"
   shown = run("evaluate", "--output", str(output))
-  result = json.loads(output.read_text())
-  assert result["rows"] == {"gsm8k": 2, "codealpaca": 2}
-  losses = result["losses"]
-  assert list(losses) == [
-    "base", "own adapter", "uniform", "prompt", "every 1", "every 2", "every 4",
+  losses = mean_losses(records(output / "rows.jsonl"))
+  assert [arm.variant for arm in losses] == [
+    "base", "own", "uniform", "prompt", "token:1", "token:2", "token:4",
   ]  # fmt: skip
   # Training's own held-out loss: the same rows through other code.
   last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+  losses = {arm.variant: means for arm, means in losses.items()}
   for task in TASKS:
-    own = losses["own adapter"][task]
+    own = losses["own"][task]
     assert own == pytest.approx(last[f"held_out/{task}"], abs=1e-4)
     assert own < losses["base"][task] - 0.02
-    for variant, row in losses.items():
-      assert 0 < row[task] < 7, variant
-      assert f"{row[task]:.3f}" in shown
-  assert losses["every 1"] != losses["prompt"]
+    for variant, means in losses.items():
+      assert 0 < means[task] < 7, variant
+      assert f"{means[task]:.3f}" in shown
+  assert losses["token:1"] != losses["prompt"]
+  # The same command has nothing left to do, and says the same.
+  kept = (output / "rows.jsonl").read_bytes()
+  again = run("evaluate", "--output", str(output))
+  assert "nats a token" in shown and "nats a token" not in again
+  assert again.endswith(shown[shown.index("held-out loss") :])
+  assert (output / "rows.jsonl").read_bytes() == kept
+  refused(run, "evaluate", "--output", str(output), "--rows", "1", told="rows.")
 
 
 def test_compare_shows_all_ways_side_by_side(run):
@@ -205,13 +212,12 @@ def test_bad_input_is_one_line_and_overwrites_nothing(
   one = ["--prompt", "a"]
   for argv, told in (
     ([*one, "--output", str(output)], r"out\.jsonl: exists"),
-    (["evaluate", "--output", str(output)], r"out\.jsonl: exists"),
+    (["evaluate", "--output", str(output)], r"out\.jsonl: cannot be made"),
     ([*one, "--output", str(tmp_path / "no" / "o")], "there is no folder .*no"),
     ([*one, "--compare", "--output", "new"], "--output: takes no --compare"),
     ([*one, "--compare", "--png", "new"], "--png: takes no --compare"),
     ([*one, "--html", str(output)], r"--html .*out\.jsonl: exists"),
     ([*one, "--png", str(output)], r"--png .*out\.jsonl: exists"),
-    (["evaluate", "--html", "new"], "--html: evaluate makes no text"),
     (["--prompts-file", str(empty)], "--prompts-file.* holds no prompt"),
     (["--prompts-file", str(latin)], "--prompts-file.* cannot be read"),
     (["--prompts-file", "nowhere.txt"], r"nowhere\.txt"),

@@ -6,21 +6,25 @@ from tokenlora_jax.config import check_choice
 from tokenlora_jax.tasks.arc_challenge import ArcChallenge
 from tokenlora_jax.tasks.codealpaca import CodeAlpaca
 from tokenlora_jax.tasks.gsm8k import Gsm8k
+from tokenlora_jax.tasks.humaneval import HumanEval
+from tokenlora_jax.tasks.mbpp import Mbpp
 from tokenlora_jax.tasks.squad import Squad
 from tokenlora_jax.tasks.task import Task
 
-_REGISTRY = {
-  task.name: task for task in (Gsm8k(), ArcChallenge(), CodeAlpaca(), Squad())
-}
+_TRAINED = (Gsm8k(), ArcChallenge(), CodeAlpaca(), Squad())
+_EVALUATED = (HumanEval(), Mbpp())
+_REGISTRY = {task.name: task for task in (*_TRAINED, *_EVALUATED)}
 
-TASKS = tuple(_REGISTRY)
+# An expert each; and those that experts are evaluated on, and not trained.
+TASKS = tuple(task.name for task in _TRAINED)
+EVALUATION_TASKS = tuple(task.name for task in _EVALUATED)
 
 
 def get_task(name: str) -> Task:
   """Returns the task of that name.
 
   Args:
-    name: one of `TASKS`.
+    name: one of `TASKS` or `EVALUATION_TASKS`.
 
   Raises:
     InputError: there is no such task; names the nearest.
@@ -29,5 +33,5 @@ def get_task(name: str) -> Task:
     >>> get_task("gsm8k").prompt({"question": "What is 2 + 2?"})
     'Question: What is 2 + 2?\\n\\nAnswer:'
   """
-  check_choice("data.tasks", name, TASKS)
+  check_choice("data.tasks", name, tuple(_REGISTRY))
   return _REGISTRY[name]

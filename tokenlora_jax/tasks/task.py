@@ -20,8 +20,9 @@ class Task(abc.ABC):
   """One skill an expert learns: where its rows are and what they say.
 
   The text of a training row is `prompt + answer`: a prompt ends with "Answer:"
-  and an answer starts with a space. A row is a dict in the schema of the data
-  set's hub version; a field that breaks it raises an `InputError` that names it.
+  and an answer starts with a space. A task that is only evaluated has the texts
+  of its paper. A row is a dict in the schema of the data set's hub version; a
+  field that breaks it raises an `InputError` that names it.
 
   Attributes:
     name: in settings, folders and reports.
@@ -29,7 +30,8 @@ class Task(abc.ABC):
     suffix: of its local files, `train.SUFFIX` and `test.SUFFIX`.
     hub: the arguments of `datasets.load_dataset`: id and, if any, config.
     tfds: its name in TensorFlow Datasets; "" is not there.
-    splits: our `train` and `test` in the words of the hub and of tfds.
+    splits: our `train` and `test` in the words of the hub and of tfds; no
+      `train` if it is only evaluated.
   """
 
   name: ClassVar[str]
@@ -41,11 +43,11 @@ class Task(abc.ABC):
 
   @abc.abstractmethod
   def prompt(self, row: Any) -> str:
-    """Returns what the model is given; ends with "Answer:"."""
+    """Returns what the model is given."""
 
   @abc.abstractmethod
   def answer(self, row: Any) -> str:
-    """Returns what the model is to say; starts with a space."""
+    """Returns what the model is to say."""
 
   @abc.abstractmethod
   def invent(self, rng: random.Random) -> dict[str, Any]:
