@@ -29,12 +29,20 @@ ARROWS = {
   "evaluation": "decoding mixing model data tasks text config",
   "plan": "training decoding mixing model sharding chips workdir cli config",
   "report": "evaluation decoding mixing model data tasks text config",
-  "interop": "model config sharding mixing",
+  "likelihood": "evaluation decoding mixing model data config",
+  "interop": "likelihood decoding mixing model sharding config",
+  "lm_eval": "interop cli config",
 }
 ARROWS["__init__"] = " ".join(ARROWS)
 
 # Foreign formats stay in interop, and torch in the tests.
 ONLY_INTEROP = {"transformers", "gguf", "safetensors", "peft"}
+# lm-eval is an extra; these modules are for those who have it.
+FOR_LM_EVAL = {
+  "tokenlora_jax.interop.lm_eval",
+  "tokenlora_jax.interop.lm_eval_args",
+  "tokenlora_jax.lm_eval",
+}
 
 
 def _name(file: Path) -> str:
@@ -92,6 +100,13 @@ def test_foreign_formats_stay_in_interop():
   for module, file in OURS.items():
     if _room(module) != "interop":
       assert not _packages(file) & ONLY_INTEROP, module
+
+
+def test_lm_eval_is_needed_by_its_own_modules_alone():
+  for file in [*OURS.values(), *ROOT.glob("*.py")]:
+    if _name(file) not in FOR_LM_EVAL:
+      assert "lm_eval" not in _packages(file), file
+      assert not _imports(file) & FOR_LM_EVAL, file
 
 
 def test_torch_never_runs():
