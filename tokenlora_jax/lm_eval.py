@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
     # Makes the model known.
     import tokenlora_jax.interop.lm_eval  # noqa: F401
   except ModuleNotFoundError as error:
-    if error.name != "lm_eval":
+    if error.name.partition(".")[0] != "lm_eval":
       raise
     raise InputError(
       'lm-eval is not installed; pip install "lm-eval>=0.4.13"'

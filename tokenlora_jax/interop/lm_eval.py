@@ -106,16 +106,13 @@ class TokenLoraLM(TemplateLM):
   def create_from_arg_obj(
     cls, arg_dict: dict[str, Any], additional_config: dict | None = None
   ) -> TokenLoraLM:
-    """Makes the model of settings; they win over lm-eval's own flags.
+    """Makes the model of settings, where `batch_size` wins over lm-eval's flag.
 
-    Its command always gives a `batch_size`, of 1 unless it was told one.
+    Its command always gives that flag, and a device of torch's, which is not
+    read: JAX has its own.
     """
-    flags = {
-      name: value
-      for name, value in (additional_config or {}).items()
-      if value is not None
-    }
-    return cls(**flags | arg_dict)
+    batch_size = (additional_config or {}).get("batch_size")
+    return cls(**{"batch_size": batch_size} | arg_dict)
 
   @property
   def eot_token_id(self) -> int | None:
