@@ -199,6 +199,8 @@ class Evaluator:
       refresh_every: tokens between two calls; 0 is once, at the prompt.
       examples: rows as tokens.
     """
+    if router.at_prompt_only:
+      refresh_every = 0
     asked, texts = [], {}
     for example in examples:
       count = len(example.tokens) - example.prompt_length
