@@ -157,6 +157,7 @@ class Evaluator:
     router, pace = variant.router, variant.refresh_every
     if router is not None:
       router, _ = self._memory(router)
+      pace = 0 if router.at_prompt_only else pace
       rule = get_rule(variant.rule)
       check_mixable(rule, variant.cache, router, self._adapters)
     follow = router is not None and (
@@ -191,6 +192,8 @@ class Evaluator:
       refresh_every: tokens between two calls; 0 is once, at the prompt.
       examples: rows as tokens.
     """
+    if router.at_prompt_only:
+      refresh_every = 0
     if router.needs == "evidence":
       return self._believed(router, refresh_every, examples)
     if router.needs in ("hidden", "prompt"):

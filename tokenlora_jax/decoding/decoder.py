@@ -131,6 +131,7 @@ class Decoder:
     self._router = router
     new = config.max_new_tokens
     refreshes = 0 < config.refresh_every < new
+    refreshes &= router is None or not router.at_prompt_only
     chunk = config.refresh_every if refreshes else UNREFRESHED_CHUNK
     self._chunk = min(chunk, new)
     chunks = math.ceil(new / self._chunk)
