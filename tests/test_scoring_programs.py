@@ -174,6 +174,8 @@ PROGRAMS = [
   ("", ""),
   ("x = 1", ""),
   ("print('x' * 10**7)\nimport sys\nsys.stderr.write('x' * 10**6)", ""),
+  ("def f(x: int): pass\nassert f.__annotations__ == {'x': int}", ""),
+  ("import os\nopen(os.devnull, 'w').write('x')", ""),
   ("if __name__ == '__main__': 1 / 0", ""),
   ("import atexit\natexit.register(lambda: 1 / 0)", ""),
   ("import builtins, json, os\nbuiltins.open = json.dumps = os.write = 0", ""),
@@ -233,34 +235,33 @@ PROGRAMS = [
 ]  # fmt: skip
 
 
-def outcome(program: str, **limits) -> sandbox.Outcome:
+def ended(program: str, **limits) -> str:
   usual = {"cpu_seconds": 2, "memory": 1 << 29}
   return sandbox.run(program, Limits(**usual | limits))
 
 
 @pytest.mark.parametrize(("program", "error"), PROGRAMS)
 def test_how_programs_end(program, error):
-  start, result = time.monotonic(), outcome(program)
-  assert result.passed == (error == "")
-  assert error in result.error
-  assert result.passed == (result.error == "")
+  start, result = time.monotonic(), ended(program)
+  assert error in result
+  assert (result == "") == (error == "")
   assert time.monotonic() - start < 50  # none waits for threads that sleep
 
 
 def test_a_loop_without_end_runs_out_of_cpu_time():
   deaf = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\n"
-  result = outcome(f"{deaf}while True: pass", cpu_seconds=1)
-  assert result == sandbox.Outcome(False, "ended by SIGKILL")
+  assert ended(f"{deaf}while True: pass", cpu_seconds=1) == "ended by SIGKILL"
 
 
 def test_a_program_that_sleeps_runs_out_of_time():
-  result = outcome("import time\ntime.sleep(600)", seconds=4)
-  assert result == sandbox.Outcome(False, "took more than 4 s")
+  assert (
+    ended("import time\ntime.sleep(600)", seconds=4) == "took more than 4 s"
+  )
 
 
 def test_numpy_runs_within_the_usual_limits():
   program = "import numpy as np\nassert (np.eye(9) @ np.ones(9)).sum() == 9"
-  assert sandbox.run(program, Limits()) == sandbox.Outcome(True, "")
+  assert sandbox.run(program, Limits()) == ""
 
 
 REFUSED = """
@@ -309,7 +310,7 @@ def test_nothing_outside_the_folder_is_changed(tmp_path):
     sqlite3.connect(path + '2')
   """
   program = f"path = {str(kept)!r}{REFUSED.format(acts=lines(acts))}"
-  assert outcome(program).error == ""
+  assert ended(program) == ""
   assert list(tmp_path.iterdir()) == [kept]
   assert kept.read_text() == "kept"
   assert (kept.stat().st_mode, kept.stat().st_mtime_ns) == (
@@ -319,15 +320,14 @@ def test_nothing_outside_the_folder_is_changed(tmp_path):
 
 def test_the_folder_is_fresh_and_goes_and_the_environment_is_empty(monkeypatch):
   monkeypatch.setenv("TOKEN", "secret")
-  said = [outcome("import os\nraise ValueError(os.getcwd())") for _ in range(2)]
-  folders = [Path(x.error.removeprefix("ValueError: ")) for x in said]
+  said = [ended("import os\nraise ValueError(os.getcwd())") for _ in range(2)]
+  folders = [Path(x.removeprefix("ValueError: ")) for x in said]
   assert folders[0] != folders[1]
   assert not any(folder.exists() for folder in folders)
   assert Path.cwd() not in folders
   program = "import os\nassert not {'TOKEN', 'HOME', 'PATH'} & set(os.environ)"
-  assert outcome(program).passed
-  assert outcome("import sys\nassert '' not in sys.path").passed
-  assert not outcome("import tokenlora_jax.config").passed
+  assert ended(program) == ""
+  assert ended("import sys\nassert '' not in sys.path") == ""
 
 
 # -----------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_no_program_reaches_the_network(server):
     socket.getaddrinfo('example.com', 80)
   """
   program = f"port = {server.port}{REFUSED.format(acts=lines(acts))}"
-  assert outcome(program).error == ""
+  assert ended(program) == ""
   assert not server.called()
 
 
@@ -386,13 +386,13 @@ socket.create_connection(("127.0.0.1", {server.port}))
 
 def test_a_python_that_does_not_start_is_an_error(tmp_path, monkeypatch):
   with pytest.raises(RuntimeError, match=r"did not start \(too late\)"):
-    outcome("x = 1", seconds=1e-4)
+    ended("x = 1", seconds=1e-4)
   broken = tmp_path / "python"
   broken.write_text("#!/bin/sh\necho no library >&2\nexit 3\n")
   broken.chmod(0o755)
   monkeypatch.setattr(sys, "executable", str(broken))
   with pytest.raises(RuntimeError, match=r"\(status 3\): no library$"):
-    outcome("x = 1")
+    ended("x = 1")
 
 
 def test_limits_are_more_than_nothing():
@@ -403,7 +403,7 @@ def test_limits_are_more_than_nothing():
 def test_windows_is_refused(monkeypatch):
   monkeypatch.setattr(sandbox, "os", SimpleNamespace(name="nt"))
   with pytest.raises(InputError, match="on Linux and macOS alone"):
-    outcome("x = 1")
+    ended("x = 1")
 
 
 # -----------------------------------------------------------------------------
