@@ -9,7 +9,7 @@ import pytest
 from tiny import normal
 import torch
 
-from tokenlora_jax.model.attention import attention, cached_attention
+from tokenlora_jax.model.attention import attention, joint_attention
 
 
 def some(kv_heads):
@@ -66,9 +66,15 @@ def test_a_cache_and_new_tokens_are_one_sequence():
   mask = jnp.asarray(np.random.default_rng(5).random((2, 5, 7)) < 0.5)
   mask = mask.at[0, 1].set(False)
   q, mask = q[:, :3], mask[:, :3]
-  cached = (x[:, :, :4] for x in (k, v))
-  got = cached_attention(q, k[:, :, 4:], v[:, :, 4:], *cached, mask)
+  # Something that all heads share is summed with the same weights.
+  z = jnp.asarray(normal(2, 1, 7, 3, seed=6))
+  cut = slice(None, 4), slice(4, None)
+  parts = [(k[:, :, c], [v[:, :, c], z[:, :, c]], mask[..., c]) for c in cut]
+  got, shared = joint_attention(q, parts)
   np.testing.assert_allclose(got, attention(q, k, v, mask), atol=1e-6)
+  wide = jnp.pad(jnp.repeat(z, 2, axis=1), [(0, 0)] * 3 + [(0, 3)])
+  want = attention(q, k, wide, mask)[..., :3]
+  np.testing.assert_allclose(shared, want, atol=1e-6)
 
 
 def test_gradients_keep_the_dtype():

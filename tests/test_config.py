@@ -20,6 +20,7 @@ from tokenlora_jax.config import (
   differences,
   nearest,
 )
+from tokenlora_jax.mixing.routers import router_settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,12 +41,15 @@ def test_no_setting_is_dead():
   read = {
     node.attr
     for file in files
-    if file.name != "config.py"
+    if file.parent.name != "config"
     for node in ast.walk(ast.parse(file.read_text()))
     if isinstance(node, ast.Attribute)
   }
-  # Scaling is computed in config.py itself.
-  assert set(leaves(Config())) - read == {"alpha", "rslora"}
+  # A bank asks for what each router takes by name.
+  names = ("one-hot", "fixed", "centroid", "posterior")
+  read |= {setting for name in names for setting in router_settings(name)}
+  # Scaling is computed in the config itself.
+  assert set(leaves(Config())) - read == {"alpha", "rslora", "measure"}
   assert LoraConfig(rank=4, alpha=8).scaling == 2
   assert LoraConfig(rank=4, alpha=8, rslora=True).scaling == 4
 

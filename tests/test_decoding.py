@@ -12,8 +12,9 @@ from tiny import by_projection
 from tokenlora_jax.config import DecodeConfig
 from tokenlora_jax.decoding import Decoder, generate, graph
 from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.mixing.mixture import Mixture, forward
 from tokenlora_jax.mixing.routers import Router, make_router, register_router
-from tokenlora_jax.mixing.rules import Exact, forward, mixture
+from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.config import PRESETS
 from tokenlora_jax.model.llama import Llama
@@ -42,8 +43,8 @@ class Letters(Router):
   def observe(self, texts):
     return np.array([sum(map(ord, text)) % 97 for text in texts], np.float32)
 
-  def gates(self, batch, observation, hidden):
-    assert hidden is None
+  def gates(self, batch, observation, seen):
+    assert seen is None
     return jax.nn.softmax(3 * jnp.sin(observation[:, None] * self.turns))
 
 
@@ -93,7 +94,7 @@ def config(**settings):
 def run(base, tokens, loras, gates):
   """Last hidden states and log-probabilities of whole texts [B, T]."""
   places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  adapt = None if gates is None else mixture(Exact(), gates)
+  adapt = None if gates is None else Mixture(get_rule("exact"), gates)
   mask = causal_mask(jnp.ones_like(tokens))
   hidden, _ = base(tokens, places, mask, loras=loras, adapt=adapt)
   return hidden, jax.nn.log_softmax(base.logits(hidden))

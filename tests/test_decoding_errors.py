@@ -64,7 +64,7 @@ def config(**settings):
       {"router": make_router("one-hot", expert="e4")},
       r"'e4' is not one of e0, e1, e2 \(did you mean",
     ),
-    ({"rule": "exakt"}, r"rule: 'exakt' .*did you mean 'exact'"),
+    ({"config": config(rule="exakt")}, r"rule: 'exakt' .*did you mean 'exact'"),
     (
       {"config": config(max_new_tokens=1020)},
       r"decode\.max-new-tokens: 1020 after a prompt of 5 tokens .* 1024",

@@ -6,20 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import by_projection
+from tiny import by_projection, normal
 
 from tokenlora_jax.config import DataConfig, DecodeConfig
 from tokenlora_jax.data import Example, Row, held_out
 from tokenlora_jax.decoding import Decoder
-from tokenlora_jax.evaluation import (
-  Evaluator,
-  Variant,
-  mean_loss,
-  standard_variants,
-)
+from tokenlora_jax.evaluation import Evaluator, Variant
+from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.mixing.mixture import forward
 from tokenlora_jax.mixing.routers import Router, make_router
-from tokenlora_jax.mixing.rules import forward
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.config import PRESETS
 from tokenlora_jax.model.llama import Llama
@@ -115,19 +111,26 @@ def loop(base, adapters, tokenizer, router, refresh_every, example):
   return np.array(losses)
 
 
-def scored(evaluator, variant, examples, expert="e0"):
-  losses = dict(evaluator.losses(variant, expert, examples))
-  assert sorted(losses) == list(range(len(examples)))
-  for i, example in enumerate(examples):
-    assert len(losses[i]) == len(example.tokens) - example.prompt_length
-  return losses
+def scored(evaluator, variant, examples):
+  """{place: losses of the answer's tokens}."""
+  found = [one for batch in evaluator.score(variant, examples) for one in batch]
+  assert sorted(one.place for one in found) == list(range(len(examples)))
+  for place, losses, gates in found:
+    example = examples[place]
+    count = len(example.tokens) - example.prompt_length
+    assert losses.shape == (count,)
+    if variant.router is None:
+      assert gates is None
+    else:
+      assert gates.shape == (count, 3)
+  return {one.place: one.losses for one in found}
 
 
 @pytest.mark.parametrize("refresh_every", [0, 1, 2])
 def test_losses_equal_a_loop_over_tokens(
   base, adapters, tokenizer, evaluator, examples, letters, refresh_every
 ):
-  losses = scored(evaluator, Variant("x", letters, refresh_every), examples)
+  losses = scored(evaluator, Variant(letters, refresh_every), examples)
   for i, example in enumerate(examples):
     expected = loop(base, adapters, tokenizer, letters, refresh_every, example)
     np.testing.assert_allclose(losses[i], expected, atol=1e-4)
@@ -136,7 +139,7 @@ def test_losses_equal_a_loop_over_tokens(
 def test_the_decoder_gives_a_text_router_the_losses_of_one_pass(
   base, adapters, tokenizer, evaluator, examples, letters
 ):
-  losses = scored(evaluator, Variant("x", letters, 2), examples)
+  losses = scored(evaluator, Variant(letters, 2), examples)
   answers = [e.tokens[e.prompt_length :] for e in examples]
   forced = np.zeros((len(answers), 12), np.int32)
   for row, answer in zip(forced, answers, strict=True):
@@ -156,7 +159,7 @@ def test_rows_that_the_decoder_follows_get_the_losses_of_one_pass(
 ):
   """Constant gates, as if they came from hidden states."""
   router = make_router("fixed", gates=[0.2, 0.9, 0.4])
-  variant = Variant("x", router, 3)
+  variant = Variant(router, 3)
   once = scored(evaluator, variant, examples)
   monkeypatch.setattr(type(router), "needs", "hidden")
   followed = scored(evaluator, variant, examples)
@@ -176,7 +179,7 @@ def test_hidden_states_decide_at_the_prompt(
 ):
   table = np.random.default_rng(0).normal(size=(3, 64))
   router = make_router("centroid", centroids=table, encoder="hidden")
-  losses = scored(evaluator, Variant("x", router), examples)
+  losses = scored(evaluator, Variant(router), examples)
   for i, example in enumerate(examples):
     tokens = np.zeros((1, LENGTH), np.int32)
     tokens[0, : len(example.tokens)] = example.tokens
@@ -190,25 +193,24 @@ def test_hidden_states_decide_at_the_prompt(
     ]
     np.testing.assert_allclose(losses[i], expected, atol=1e-4)
   # Refreshed gates are others.
-  moved = scored(evaluator, Variant("x", router, 2), examples)
+  moved = scored(evaluator, Variant(router, 2), examples)
   assert np.abs(moved[1] - losses[1])[2:].max() > 1e-3
 
 
-def test_base_own_and_uniform(evaluator, examples, base, adapters):
-  bare = scored(evaluator, Variant("base", None), examples)
-  off = scored(evaluator, Variant("off", make_router("base")), examples)
-  own = scored(evaluator, Variant("own", "own"), examples, "e2")
-  one_hot = make_router("one-hot", expert=2)
-  one_hot = scored(evaluator, Variant("2", one_hot), examples)
-  other = scored(evaluator, Variant("own", "own"), examples, "e1")
-  mean = scored(evaluator, Variant("mean", make_router("uniform")), examples)
+def test_base_one_adapter_and_uniform(evaluator, examples, base, adapters):
+  bare = scored(evaluator, Variant(None), examples)
+  off = scored(evaluator, Variant(make_router("base")), examples)
+  alone, other = (
+    scored(evaluator, Variant(make_router("one-hot", expert=name)), examples)
+    for name in ("e2", "e1")
+  )
+  mean = scored(evaluator, Variant(make_router("uniform")), examples)
   fixed = make_router("fixed", gates=[1 / 3] * 3)
-  fixed = scored(evaluator, Variant("mean", fixed), examples)
+  fixed = scored(evaluator, Variant(fixed), examples)
   for i in range(len(examples)):
     np.testing.assert_array_equal(bare[i], off[i])
-    np.testing.assert_array_equal(own[i], one_hot[i])
     np.testing.assert_allclose(mean[i], fixed[i], atol=1e-6)
-    assert np.abs(own[i] - other[i]).max() > 0.1
+    assert np.abs(alone[i] - other[i]).max() > 0.1
   tokens = examples[0].tokens[None]
   logits = jax.nn.log_softmax(forward(base, tokens))[0]
   expected = [-logits[t - 1, tokens[0, t]] for t in range(10, tokens.shape[1])]
@@ -220,7 +222,7 @@ def test_the_router_is_asked_once_about_a_text(
 ):
   evaluator = Evaluator(base, adapters, tokenizer)
   letters.asked.clear()
-  scored(evaluator, Variant("every 1", letters, 1), examples)
+  scored(evaluator, Variant(letters, 1), examples)
   texts = {
     tokenizer.decode(e.tokens[:n], skip_special_tokens=True)
     for e in examples
@@ -229,10 +231,10 @@ def test_the_router_is_asked_once_about_a_text(
   assert set(letters.asked) == texts
   letters.asked.clear()
   for refresh_every in (2, 4, 0, 1):
-    scored(evaluator, Variant("later", letters, refresh_every), examples)
+    scored(evaluator, Variant(letters, refresh_every), examples)
   assert letters.asked == []
   # Another router is not answered with this one's gates.
-  scored(evaluator, Variant("x", Letters(letters.turns * 2)), examples)
+  scored(evaluator, Variant(Letters(letters.turns * 2)), examples)
   assert len(set(letters.asked)) == len(examples)
 
 
@@ -251,28 +253,44 @@ def test_routers_that_are_gone_are_not_taken_for_new_ones(
 def test_more_rows_than_a_batch_and_rows_cut_before_the_answer(
   evaluator, examples
 ):
-  uniform = Variant("x", make_router("uniform"))
+  uniform = Variant(make_router("uniform"))
   cut = examples[0]
   size = cut.prompt_length
   cut = Example(cut.tokens[:size], cut.loss_mask[:size], size)
   many = [*examples * 4, cut]
-  found = dict(evaluator.losses(uniform, "e0", many))
+  batches = list(evaluator.score(uniform, many))
+  assert [len(batch) for batch in batches] == [8, 4]
+  found = {one.place: one.losses for batch in batches for one in batch}
   assert sorted(found) == list(range(12))
   few = scored(evaluator, uniform, examples)
   for i, losses in found.items():
     np.testing.assert_allclose(losses, few[i % 3], atol=1e-5)
 
 
-def test_the_mean_is_over_tokens_not_rows():
-  losses = {1: np.array([4.0]), 0: np.array([1.0, 2.0, 1.0])}
-  assert mean_loss(losses) == 2.0
-
-
-def test_standard_variants(letters):
-  variants = standard_variants(letters, refresh_every=(1, 2))
-  told = [(v.name, v.refresh_every) for v in variants]
-  assert told == [
-    ("base", 0), ("own adapter", 0), ("uniform", 0), ("prompt", 0),
-    ("every 1", 1), ("every 2", 2),
-  ]  # fmt: skip
-  assert [v.router for v in variants[3:]] == [letters] * 3
+@pytest.mark.parametrize("rule", ["exact", "probabilities"])
+@pytest.mark.parametrize(
+  ("router", "pace"),
+  [("posterior", 0), ("posterior", 1), ("posterior", 3), ("hidden", 0)],
+)
+def test_one_pass_scores_as_the_decoder_does(rule, router, pace):
+  """For routers that look at what the decoder reads."""
+  base = load_base("random:tiny", "float32")
+  adapters = random_adapters(base, experts=3, rank=4)
+  rng = np.random.default_rng(0)
+  examples = [
+    Example(rng.integers(4, 250, n).astype(np.int32), np.ones(n), 5)
+    for n in (9, 14, 11)
+  ]
+  made = (
+    make_router("posterior", share=0.1, smoothing=0.3)
+    if router == "posterior"
+    else make_router("centroid", centroids=normal(3, 64), encoder="hidden")
+  )
+  evaluator = Evaluator(base, adapters, None)
+  variant = Variant(made, pace, rule)
+  (got,) = evaluator.score(variant, examples)
+  followed = evaluator._decode(examples, variant, made.bind(adapters.names))
+  for found in got:
+    losses, gates = followed[found.place]
+    np.testing.assert_allclose(found.losses, losses, atol=1e-4)
+    np.testing.assert_allclose(found.gates, gates, atol=1e-4)

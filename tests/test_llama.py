@@ -14,7 +14,8 @@ import transformers
 from transformers.models.llama import modeling_llama as theirs
 
 from tokenlora_jax.interop.load import load_base
-from tokenlora_jax.mixing.rules import Exact, forward, mixture
+from tokenlora_jax.mixing.mixture import Mixture, forward
+from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.cache import KV, Cache
 from tokenlora_jax.model.config import RopeScaling
@@ -213,7 +214,7 @@ class TestCache:
     gates = jnp.asarray([[0.4, 0.6], [1.0, 0.0], [-0.5, 1.0]])
     run = jax.jit(
       functools.partial(
-        base, loras=adapters.layers, adapt=mixture(Exact(), gates)
+        base, loras=adapters.layers, adapt=Mixture(get_rule("exact"), gates)
       )
     )
     # Row b reads tokens[b]; its pad slots hold a token that must not be seen.
@@ -304,7 +305,7 @@ class TestGradients:
   def adapter_gradient(self, base, loras, remat):
     """Returns the traced loss and gradient with respect to the adapters."""
     tokens = jnp.asarray(random_tokens(2, 8))
-    adapt = mixture(Exact(), jnp.asarray([[0.4, 0.6], [1.0, 0.0]]))
+    adapt = Mixture(get_rule("exact"), jnp.asarray([[0.4, 0.6], [1.0, 0.0]]))
 
     def loss(loras):
       hidden, _ = base(

@@ -15,7 +15,7 @@ from tokenlora_jax.interop.base import open_base
 from tokenlora_jax.interop.hf import HfReader
 from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.reader import parameter_shapes
-from tokenlora_jax.mixing.rules import forward
+from tokenlora_jax.mixing.mixture import forward
 from tokenlora_jax.model.config import PRESETS, LlamaConfig
 from tokenlora_jax.model.quantize import QUANTIZERS
 from tokenlora_jax.sharding import make_mesh, tree_shardings

@@ -10,7 +10,8 @@ import pytest
 from tiny import by_projection
 
 from tokenlora_jax.config import InputError, LoraConfig
-from tokenlora_jax.mixing.rules import Exact, forward
+from tokenlora_jax.mixing.mixture import Mixture, forward
+from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.config import LlamaConfig
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import (
@@ -216,9 +217,8 @@ class TestExact:
       gate = gates[row, e] if each == "row" else gates[row, t, e]
       delta = gate * scaling[e] * a[e].T @ b[e]
       want[row, t] += x[row, t] @ delta
-    got = Exact()(
-      lora, jnp.asarray(x, jnp.float32), jnp.asarray(gates, jnp.float32)
-    )
+    mixture = Mixture(get_rule("exact"), jnp.asarray(gates, jnp.float32))
+    got = mixture(lora, jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(got, want, atol=1e-5)
 
   @pytest.mark.parametrize("stacked", [False, True])
@@ -281,7 +281,8 @@ class TestExact:
 
     @jax.grad
     def gradient(lora):
-      y = Exact()(lora, jnp.asarray(x, jnp.float32), jnp.full((2, 3), 0.5))
+      mixture = Mixture(get_rule("exact"), jnp.full((2, 3), 0.5))
+      y = mixture(lora, jnp.asarray(x, jnp.float32))
       return (y**2).sum()
 
     for half in (gradient(lora).a, gradient(lora).b):

@@ -15,7 +15,7 @@ import transformers
 from tokenlora_jax.config import InputError
 from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.peft import load_adapters, save_adapter
-from tokenlora_jax.mixing.rules import forward
+from tokenlora_jax.mixing.mixture import forward
 from tokenlora_jax.model.lora import Adapters, Lora, random_adapters
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -212,6 +212,33 @@ class TestMixture:
     np.testing.assert_allclose(both[0], got[0], atol=1e-5)
     model.set_adapter("2")
     np.testing.assert_allclose(both[1], logits_of(model)[1], atol=1e-4)
+
+  @pytest.mark.parametrize(
+    "gates", [[0.4, 0.3, 0.2, 0.1], [1.5, -0.3, 0.0, 0.2]]
+  )
+  def test_peft_linear_is_what_peft_calls_linear(
+    self, made, torch_base, base, gates
+  ):
+    folders = [made("plain", seed) for seed in range(3)]
+    folders.append(made("alpha pattern"))
+    model = peft.PeftModel.from_pretrained(
+      torch_base, folders[0], adapter_name="0"
+    )
+    for i, folder in enumerate(folders[1:], 1):
+      model.load_adapter(folder, adapter_name=str(i))
+    model.add_weighted_adapter(
+      list("0123"), gates, "mixed", combination_type="linear"
+    )
+    model.set_adapter("mixed")
+    bank = load_adapters(folders, list("0123"))
+    # A sequence's gates are its own.
+    both = np.array([gates, [0.0, 0.0, 1.0, 0.0]])
+    got = forward(base, TOKENS, bank, both, rule="peft_linear")
+    np.testing.assert_allclose(got[0], logits_of(model)[0], atol=1e-4)
+    model.set_adapter("2")
+    np.testing.assert_allclose(got[1], logits_of(model)[1], atol=1e-4)
+    exact = forward(base, TOKENS, bank, both)
+    assert np.abs(got[0] - exact[0]).max() > 1e-2
 
 
 class TestSave:

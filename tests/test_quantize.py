@@ -23,7 +23,7 @@ from tiny import (
 from benchmarks.quantized import BOUNDS, held_out_texts, mean_divergence
 from tokenlora_jax import DecodeConfig, generate, load_base, load_tokenizer
 from tokenlora_jax.config import DataConfig, InputError
-from tokenlora_jax.mixing.rules import forward
+from tokenlora_jax.mixing.mixture import forward
 from tokenlora_jax.model.config import PRESETS, LlamaConfig
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import random_adapters

@@ -3,6 +3,7 @@
 from collections import Counter
 import json
 import re
+import string
 
 import pytest
 
@@ -51,6 +52,17 @@ def test_names_are_in_order_and_a_wrong_one_is_corrected():
   assert [get_task(name).name for name in TASKS] == list(TASKS)
   with pytest.raises(InputError, match=r"'gsm8' .*did you mean 'gsm8k'\?"):
     get_task("gsm8")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_templates_name_the_rows_fields(name):
+  fields = {f for _, f, *_ in string.Formatter().parse(get_task(name).template)}
+  assert fields - {None} <= ROWS[name].keys()
+  assert get_task(name).template.endswith("\n\nAnswer:")
+  # What stands in braces in a row is text.
+  question = {"question": "{answer} {0}"}
+  if "question" in ROWS[name]:
+    assert "{answer} {0}" in get_task(name).prompt(ROWS[name] | question)
 
 
 def test_gsm8k_template():

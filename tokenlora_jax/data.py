@@ -27,7 +27,7 @@ from tokenlora_jax.config import (
   nearest,
 )
 from tokenlora_jax.tasks import Task, get_task
-from tokenlora_jax.text import encode_prompt
+from tokenlora_jax.text import encode_pair
 
 # How many rows the built-in generators give.
 BUILTIN_ROWS = {"train": 4096, "test": 512}
@@ -46,11 +46,13 @@ class Row:
     prompt: what the model is given.
     answer: what it is to say; `prompt + answer` is the training text.
     origin: where the row came from: "FILE:LINE" or "SOURCE:SPLIT:INDEX".
+    fields: the row itself, in its task's schema, for scorers.
   """
 
   prompt: str
   answer: str
   origin: str
+  fields: Any = dataclasses.field(default=None, repr=False, compare=False)
 
 
 class Example(NamedTuple):
@@ -101,7 +103,7 @@ def load_rows(config: DataConfig, task_name: str, split: str) -> list[Row]:
     if cap and len(rows) == cap:
       break
     try:
-      rows.append(Row(task.prompt(raw), task.answer(raw), origin))
+      rows.append(Row(task.prompt(raw), task.answer(raw), origin, raw))
     except InputError as error:
       located = InputError(f"{origin}: {error}")
       if config.bad_rows == "fatal":
@@ -226,9 +228,6 @@ def _decoded(value: Any) -> Any:
 def tokenize(row: Row, tokenizer: Any, config: DataConfig) -> Example | None:
   """Returns a row's tokens: prompt, answer and end token.
 
-  The answer's tokens are those it has after the prompt. Encoded alone, a
-  SentencePiece tokenizer would put a second space before it.
-
   Args:
     row: the text.
     tokenizer: a transformers-style tokenizer with an end token.
@@ -245,12 +244,7 @@ def tokenize(row: Row, tokenizer: Any, config: DataConfig) -> Example | None:
   """
   if tokenizer.eos_token_id is None:
     raise InputError("tokenizer: it has no end token, which answers need")
-  prompt = encode_prompt(row.prompt, tokenizer)
-  both = encode_prompt(row.prompt + row.answer, tokenizer)
-  if both[: len(prompt)] == prompt:
-    answer = both[len(prompt) :]
-  else:  # a token spans the boundary; the prompt's tokens must stay
-    answer = tokenizer.encode(row.answer, add_special_tokens=False)
+  prompt, answer = encode_pair(row.prompt, row.answer, tokenizer)
   tokens = np.array([*prompt, *answer, tokenizer.eos_token_id], np.int32)
   loss_mask = np.ones(len(tokens), np.float32)
   # Nothing predicts the first token, so it is never a target.

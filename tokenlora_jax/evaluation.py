@@ -4,19 +4,23 @@ An answer is scored as the decoder would make it: its token n (n = 0, 1, ...,
 the end token included) is predicted under the gates of chunk
 floor(n / refresh_every), which the router decided from the prompt and the
 answer's tokens before that chunk; the prompt is read under the first gates.
-Since the answer is given, a router that reads text can say all gates beforehand
-and a text is scored in one forward pass with gates [B, T, E]. One that looks at
-hidden states, which depend on the gates before, is followed by the decoder.
+Since the answer is given, all gates can be said beforehand, and a text is scored
+in one forward pass with gates [B, T, E]: a router that reads text is asked about
+its prefixes, and the evidence for each expert is another pass. Only a router that
+looks at hidden states between tokens, which depend on the gates before, is
+followed by the decoder, and so is the cache policy `recompute`, which reads a
+text many times.
 
 Axis letters: B batch, T length, N answer tokens, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
-from typing import Any
+import itertools
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +29,13 @@ import numpy as np
 from tokenlora_jax.config import DecodeConfig
 from tokenlora_jax.data import LENGTH_STEP, Example
 from tokenlora_jax.decoding import Decoder
-from tokenlora_jax.mixing.routers import Router, make_router
-from tokenlora_jax.mixing.rules import Rule, get_rule, mixture
+from tokenlora_jax.mixing.mixture import (
+  Mixture,
+  check_mixable,
+  route_layers,
+)
+from tokenlora_jax.mixing.routers import Router
+from tokenlora_jax.mixing.rules import Rule, get_rule, mix_probabilities
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
@@ -38,100 +47,121 @@ BATCH = 8
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """One way to set the gates, to be compared with others.
+  """One way to mix, to be compared with others.
 
   Attributes:
-    name: what tables call it.
-    router: who decides; None is the base alone, `own` one-hot on the expert of
-      the row's own task, which no router can know: the oracle.
+    router: who decides the gates; None is the base alone.
     refresh_every: tokens between two router calls; 0 is once, at the prompt.
+    rule: what the gates mean.
+    cache: what becomes of what was read under older gates.
   """
 
-  name: str
-  router: Router | str | None
+  router: Router | None
   refresh_every: int = 0
+  rule: str = "exact"
+  cache: Literal["reuse", "recompute", "remix"] = "reuse"
 
 
-def standard_variants(
-  router: Router, refresh_every: Sequence[int] = (1, 2, 4)
-) -> list[Variant]:
-  """Returns base, own adapter, uniform, and a router at several paces.
+class Scored(NamedTuple):
+  """What became of one answer.
 
-  Example:
-    >>> router = make_router("fixed", gates=[0.5, 0.5])
-    >>> [v.name for v in standard_variants(router)][3:]
-    ['prompt', 'every 1', 'every 2', 'every 4']
+  Attributes:
+    place: of the row among those that were scored.
+    losses: float32[N], of each answer token, nats.
+    gates: float32[N, E], under which each was predicted; of routers that decide
+      in the layers their mean over the adapted maps. None: the base alone.
   """
-  return [
-    Variant("base", None),
-    Variant("own adapter", "own"),
-    Variant("uniform", make_router("uniform")),
-    Variant("prompt", router),
-    *(Variant(f"every {n}", router, n) for n in refresh_every),
-  ]
+
+  place: int
+  losses: np.ndarray
+  gates: np.ndarray | None
 
 
-@functools.partial(jax.jit, static_argnames="rule")
-def _losses(base, loras, gates, tokens, lengths, *, rule: Rule | None):
-  """Loss of predicting token t + 1 at t, float32[B, T]."""
-  batch, length = tokens.shape
-  positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-  real = (positions < lengths[:, None]).astype(jnp.int32)
-  adapt = None if rule is None else mixture(rule, gates)
-  hidden, _ = base(
-    tokens, positions, causal_mask(real), loras=loras, adapt=adapt
-  )
-  return token_losses(base, hidden, jnp.roll(tokens, -1, axis=1))
+@functools.partial(jax.jit, static_argnames=("rule", "remix"))
+def _losses(
+  base, loras, router, gates, tokens, lengths, *, rule: Rule | None, remix: bool
+):
+  """Loss of predicting token t + 1 at t, float32[B, T], and who led there.
+
+  `gates` are [B, T, E]; those that come back are the layers' where these decide.
+  """
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  mask = causal_mask((positions < lengths[:, None]).astype(jnp.int32))
+  if rule is None:
+    hidden, _ = base(tokens, positions, mask)
+  else:
+    if router is not None and router.looks_first:
+      router = router.look(base(tokens, positions, mask)[0])
+    mixture = Mixture(rule, gates, router)
+    hidden, _ = base(
+      tokens, positions, mask,
+      loras=route_layers(loras, router),
+      adapt=mixture,
+      remix=mixture if remix else None,
+    )  # fmt: skip
+    if mixture.seen:
+      gates = jnp.mean(jnp.stack(mixture.seen), axis=0)
+  losses = token_losses(base, hidden, jnp.roll(tokens, -1, axis=1))
+  return losses, gates
 
 
 @jax.jit
-def _gates(router, observation, batch):
-  return router.gates(batch.shape[0], observation, None)
+def _gates(router, observation, batch, seen=None):
+  return router.gates(batch.shape[0], observation, seen)
+
+
+@jax.jit
+def _learn(router, belief, log_probs):
+  return router.learn(belief, log_probs)
 
 
 class Evaluator:
   """Scores held-out answers of one base and bank.
 
-  Router calls are remembered: variants that differ only in `refresh_every` ask
-  about many of the same texts.
+  Router calls are remembered: variants that differ only in `refresh_every`,
+  rule or cache ask about many of the same texts.
 
   Args:
     base: with its layers in a list.
     adapters: the experts.
     tokenizer: the base's.
-    rule: what the gates mean.
   """
 
-  def __init__(
-    self, base: Llama, adapters: Adapters, tokenizer: Any, rule: str = "exact"
-  ):
+  def __init__(self, base: Llama, adapters: Adapters, tokenizer: Any):
     adapters.check(base.config)
     self._base = base
     self._adapters = adapters
     self._tokenizer = tokenizer
-    self._rule = rule
-    # By the router's id, with the router, so that the id is not given again.
-    self._routed: dict[int, tuple[Router, dict[bytes, np.ndarray]]] = {}
+    # What each expert alone makes of a text, by its tokens.
+    self._told: dict[bytes, np.ndarray] = {}
+    # By the router's id, with the router, so that the id is not given again:
+    # the router bound to the adapters, and its gates by text.
+    self._routed: dict[int, tuple[Router, Router, dict[bytes, np.ndarray]]] = {}
 
-  def losses(
-    self, variant: Variant, expert: str, examples: Sequence[Example]
-  ) -> Iterator[tuple[int, np.ndarray]]:
-    """Scores answers, a batch after the other.
+  def score(
+    self, variant: Variant, examples: Sequence[Example]
+  ) -> Iterator[list[Scored]]:
+    """Scores answers.
 
     Args:
-      variant: who decides the gates.
-      expert: the expert of the rows' own task.
+      variant: how to mix.
       examples: rows as tokens.
 
     Yields:
-      (place in `examples`, float32[N], the loss of each answer token in nats),
-      in some order; rows that were cut before the answer are left out.
+      A batch after the other, the longest rows first; rows that were cut before
+      the answer are left out.
+
+    Raises:
+      InputError: rule, cache policy and router do not fit together.
     """
-    router = variant.router
-    if router == "own":
-      router = make_router("one-hot", expert=self._adapters.index(expert))
+    router, pace = variant.router, variant.refresh_every
     if router is not None:
-      router = router.bind(self._adapters.names)
+      router, _ = self._memory(router)
+      rule = get_rule(variant.rule)
+      check_mixable(rule, variant.cache, router, self._adapters)
+    follow = router is not None and (
+      pace and (variant.cache == "recompute" or router.needs == "hidden")
+    )
     order = sorted(
       (i for i, e in enumerate(examples) if len(e.tokens) > e.prompt_length),
       key=lambda i: -len(examples[i].tokens),
@@ -139,14 +169,17 @@ class Evaluator:
     for start in range(0, len(order), BATCH):
       places = order[start : start + BATCH]
       batch = [examples[i] for i in places]
-      if router is not None and router.needs == "hidden":
-        losses = self._decode(batch, router, variant.refresh_every)
+      if router is None:
+        found = self._read(batch, variant, None, None)
+      elif follow:
+        found = self._decode(batch, variant, router)
       else:
-        gates = None
-        if router is not None:
-          gates = self.gates(router, variant.refresh_every, batch)
-        losses = self._score(batch, gates)
-      yield from zip(places, losses, strict=True)
+        gates = self.gates(variant.router, pace, batch)
+        found = self._score(batch, variant, router, gates)
+      yield [
+        Scored(place, losses, gates)
+        for place, (losses, gates) in zip(places, found, strict=True)
+      ]
 
   def gates(
     self, router: Router, refresh_every: int, examples: Sequence[Example]
@@ -154,10 +187,14 @@ class Evaluator:
     """Returns the gates under which each answer token is made, [N, E] each.
 
     Args:
-      router: one that does not look at hidden states.
+      router: any; one that looks at hidden states only at the prompt.
       refresh_every: tokens between two calls; 0 is once, at the prompt.
       examples: rows as tokens.
     """
+    if router.needs == "evidence":
+      return self._believed(router, refresh_every, examples)
+    if router.needs in ("hidden", "prompt"):
+      return self._at_prompt(router, examples)
     asked, texts = [], {}
     for example in examples:
       count = len(example.tokens) - example.prompt_length
@@ -168,7 +205,7 @@ class Evaluator:
       ]
       asked.append(prefixes)
       texts |= dict.fromkeys(prefixes)
-    _, known = self._routed.setdefault(id(router), (router, {}))
+    router, known = self._memory(router)
     new = [text for text in texts if text not in known]
     # By length, so that little is padding; a short batch is filled up, so
     # that it does not compile anew.
@@ -186,9 +223,85 @@ class Evaluator:
       )
       gates = np.asarray(_gates(router, observation, np.zeros(len(filled))))
       known |= dict(zip(part, gates, strict=False))
-    return [np.stack([known[text] for text in row]) for row in asked]
+    return [self._smoothed(router, row, known) for row in asked]
 
-  def _score(self, batch, gates) -> list[np.ndarray]:
+  def _memory(self, router: Router) -> tuple[Router, dict[bytes, np.ndarray]]:
+    """Returns the router bound to the adapters, and its gates by text."""
+    if id(router) not in self._routed:
+      bound = router.bind(self._adapters.names)
+      self._routed[id(router)] = router, bound, {}
+    return self._routed[id(router)][1:]
+
+  def _smoothed(self, router, texts, known) -> np.ndarray:
+    """Returns the gates [N, E] of an answer, given those of its prefixes."""
+    gates = [known[texts[0]]]
+    for before, text in itertools.pairwise(texts):
+      now = gates[-1]
+      if text != before:
+        now = np.asarray(router.smooth(now, known[text]))
+      gates.append(now)
+    return np.stack(gates)
+
+  def _at_prompt(self, router, examples) -> list[np.ndarray]:
+    """Returns the gates [N, E] of answers, as decided at the prompts."""
+    router, gates = self._memory(router)[0], []
+    for start in range(0, len(examples), BATCH):
+      batch = examples[start : start + BATCH]
+      first = self._decoder(batch, router).prompt_gates()
+      counts = [len(e.tokens) - e.prompt_length for e in batch]
+      gates += [
+        np.tile(row, (n, 1)) for row, n in zip(first, counts, strict=False)
+      ]
+    return gates
+
+  def _believed(self, router, refresh_every, examples) -> list[np.ndarray]:
+    """Returns the gates [N, E] of answers by a router that weighs evidence."""
+    firsts, router = self._at_prompt(router, examples), self._memory(router)[0]
+    gates = []
+    for start in range(0, len(examples), BATCH):
+      batch = examples[start : start + BATCH]
+      for first, losses in zip(
+        firsts[start:], self._alone(batch), strict=False
+      ):
+        pace = refresh_every or len(losses)
+        belief, found = jnp.log(first[:1]), [first[0]]
+        for n, loss in enumerate(losses[:-1], 1):
+          belief, now = _learn(router, belief, -loss[None]), found[-1]
+          if n % pace == 0:
+            new = _gates(router, (), np.zeros(1), belief)[0]
+            now = np.asarray(router.smooth(now, new))
+          found.append(now)
+        gates.append(np.stack(found))
+    return gates
+
+  def _alone(self, batch) -> list[np.ndarray]:
+    """Returns the losses [N, E] of answers by each expert alone."""
+    new = [e for e in batch if e.tokens.tobytes() not in self._told]
+    if new:
+      passes = [
+        self._read(
+          new, Variant(None), None,
+          [np.tile(one, (len(e.tokens) - e.prompt_length, 1)) for e in new],
+        )
+        for one in np.eye(len(self._adapters.names), dtype=np.float32)
+      ]  # fmt: skip
+      for i, example in enumerate(new):
+        told = np.stack([found[i][0] for found in passes], axis=1)
+        self._told[example.tokens.tobytes()] = told
+    return [self._told[e.tokens.tobytes()] for e in batch]
+
+  def _score(self, batch, variant, router, gates):
+    """Scores texts under the gates [N, E] of each: [(losses, gates)]."""
+    if not get_rule(variant.rule).of_outputs:
+      return self._read(batch, variant, router, gates)
+    mixed = [
+      -mix_probabilities(-told.T[None], now.T[None])[0]
+      for told, now in zip(self._alone(batch), gates, strict=True)
+    ]
+    return list(zip(map(np.asarray, mixed), gates, strict=True))
+
+  def _read(self, batch, variant, router, gates):
+    """Reads texts once, under the gates [N, E] of each: [(losses, gates)]."""
     lengths = np.ones(BATCH, np.int32)
     lengths[: len(batch)] = [len(e.tokens) for e in batch]
     size = -(-int(lengths.max()) // LENGTH_STEP) * LENGTH_STEP
@@ -197,47 +310,57 @@ class Evaluator:
       row[: len(example.tokens)] = example.tokens
     loras = rule = table = None
     if gates is not None:
-      loras, rule = self._adapters.layers, get_rule(self._rule)
+      loras, rule = self._adapters.layers, get_rule(variant.rule)
       table = np.zeros((BATCH, size, len(self._adapters.names)), np.float32)
       for row, example, answer in zip(table, batch, gates, strict=False):
         # Token n is made at the position before it.
         first = example.prompt_length - 1
         row[:first] = answer[0]
         row[first : first + len(answer)] = answer
-    losses = np.asarray(
-      _losses(self._base, loras, table, tokens, lengths, rule=rule)
-    )
+    losses, table = jax.device_get(
+      _losses(
+        self._base, loras,
+        router if router is not None and router.prototypes else None,
+        table, tokens, lengths,
+        rule=rule, remix=variant.cache == "remix" and rule is not None,
+      )
+    )  # fmt: skip
+    spans = [slice(e.prompt_length - 1, len(e.tokens) - 1) for e in batch]
     return [
-      losses[i, e.prompt_length - 1 : len(e.tokens) - 1]
-      for i, e in enumerate(batch)
+      (losses[i, span], None if gates is None else table[i, span])
+      for i, span in enumerate(spans)
     ]
 
-  def _decode(self, batch, router, refresh_every) -> list[np.ndarray]:
-    filled = batch + batch[-1:] * (BATCH - len(batch))
-    answers = [e.tokens[e.prompt_length :] for e in filled]
-    longest = max(map(len, answers))
-    size = -(-longest // LENGTH_STEP) * LENGTH_STEP
-    forced = np.zeros((BATCH, size), np.int32)
-    for row, answer in zip(forced, answers, strict=True):
-      row[: len(answer)] = answer
-    *_, out = Decoder(
+  def _decoder(self, batch, router, variant=None, forced=None) -> Decoder:
+    """Returns what would make the answers; the batch is filled up."""
+    variant = variant or Variant(router)
+    filled = [*batch, *batch[-1:] * (BATCH - len(batch))]
+    return Decoder(
       self._base,
       [e.tokens[: e.prompt_length].tolist() for e in filled],
       self._adapters,
       router,
-      DecodeConfig(longest, refresh_every),
-      rule=self._rule,
+      DecodeConfig(
+        max(len(e.tokens) - e.prompt_length for e in filled),
+        variant.refresh_every,
+        rule=variant.rule,
+        cache=variant.cache,
+        stop_at_eos=False,
+      ),
+      self._tokenizer,
       forced=forced,
     )
-    pairs = zip(out.log_probs, answers[: len(batch)], strict=False)
-    return [-row[: len(answer)] for row, answer in pairs]
 
-
-def mean_loss(losses: Mapping[int, np.ndarray]) -> float:
-  """Returns the mean over all tokens of all rows, nats a token.
-
-  Example:
-    >>> mean_loss({0: np.array([1.0, 2.0]), 1: np.array([6.0])})
-    3.0
-  """
-  return float(np.concatenate(list(losses.values())).mean())
+  def _decode(self, batch, variant, router):
+    """Follows texts as the decoder makes them: [(losses, gates)]."""
+    answers = [e.tokens[e.prompt_length :] for e in batch]
+    size = -(-max(map(len, answers)) // LENGTH_STEP) * LENGTH_STEP
+    forced = np.zeros((BATCH, size), np.int32)
+    filled = answers + answers[-1:] * (BATCH - len(answers))
+    for row, answer in zip(forced, filled, strict=True):
+      row[: len(answer)] = answer
+    *_, out = self._decoder(batch, router, variant, forced)
+    return [
+      (-out.log_probs[i, : len(answer)], out.gates[i, : len(answer)])
+      for i, answer in enumerate(answers)
+    ]

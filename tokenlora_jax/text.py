@@ -19,3 +19,24 @@ def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
   while tokens and tokens[-1] == tokenizer.eos_token_id:
     tokens.pop()
   return tokens
+
+
+def encode_pair(
+  prompt: str, answer: str, tokenizer: Any
+) -> tuple[list[int], list[int]]:
+  """Returns a prompt's tokens, and those that an answer has after it.
+
+  Encoded alone, a SentencePiece tokenizer would put a second space before an
+  answer.
+
+  Args:
+    prompt: the text before.
+    answer: the text after; starts with a space.
+    tokenizer: a transformers-style tokenizer.
+  """
+  before = encode_prompt(prompt, tokenizer)
+  both = encode_prompt(prompt + answer, tokenizer)
+  if both[: len(before)] == before:
+    return before, both[len(before) :]
+  # A token spans the boundary; the prompt's tokens must stay.
+  return before, list(tokenizer.encode(answer, add_special_tokens=False))

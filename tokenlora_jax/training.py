@@ -28,7 +28,8 @@ from jax.sharding import PartitionSpec as P
 import optax
 
 from tokenlora_jax.config import Config, OptimConfig
-from tokenlora_jax.mixing.rules import Exact
+from tokenlora_jax.mixing.mixture import Mixture
+from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.config import LlamaConfig
 from tokenlora_jax.model.kernels import XLA, Kernel, choose_kernel
 from tokenlora_jax.model.llama import Gather, Llama
@@ -157,8 +158,7 @@ def expert_losses(
   """
   loras = jax.tree.map(lambda x: x[:, None], loras)
   tokens, segments = batch["tokens"], batch["segment_ids"]
-  one = jnp.ones((tokens.shape[0], 1))
-  rule = Exact()
+  mixture = Mixture(get_rule("exact"), jnp.ones((tokens.shape[0], 1)))
 
   def adapt(lora, x, keys):
     if keys is not None and dropout:
@@ -168,7 +168,7 @@ def expert_losses(
         lambda key: jax.random.bernoulli(key, 1 - dropout, x.shape[1:])
       )(keys)
       x = jnp.where(keep, x / (1 - dropout), 0).astype(x.dtype)
-    return rule(lora, x, one)
+    return mixture(lora, x)
 
   hidden, _ = base(
     tokens,

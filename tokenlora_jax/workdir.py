@@ -52,7 +52,7 @@ def claim_workdir(config: Config) -> Iterator[Path]:
     if jax.process_index() == 0:
       try:
         workdir.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(_locked(workdir))
+        stack.enter_context(locked(workdir, "--workdir", "train"))
         _check(workdir, config)
         text = json.dumps(config.to_json(), indent=2) + "\n"
         write_atomically(workdir / "config.json", text)
@@ -69,24 +69,33 @@ def claim_workdir(config: Config) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
-  """Holds the folder's lock, which says who has it."""
-  with (workdir / ".lock").open("a+") as file:
+def locked(folder: Path, flag: str, does: str) -> Iterator[None]:
+  """Holds a folder's lock, which says who has it and dies with the process.
+
+  Args:
+    folder: which is there.
+    flag: that names it in errors.
+    does: what its owner does in it, a verb.
+
+  Raises:
+    InputError: another process holds it.
+  """
+  with (folder / ".lock").open("a+") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       file.seek(0)
       owner = file.read().strip() or "another process"
       raise InputError(
-        f"--workdir {workdir}: {owner} trains in it; wait for its end, stop it,"
-        " or choose another --workdir"
+        f"{flag} {folder}: {owner} {does}s in it; wait for its end, stop it,"
+        f" or choose another {flag}"
       ) from None
     except OSError as error:
       if error.errno not in NO_LOCKS:
         raise
       _log.warning(
-        "--workdir %s: its disk has no locks (%s); let no other process train"
-        " in it", workdir, error.strerror,
+        "%s %s: its disk has no locks (%s); let no other process %s in it",
+        flag, folder, error.strerror, does,
       )  # fmt: skip
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -124,11 +133,15 @@ def _check(workdir: Path, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-  """Puts an error of the disk that a run's folder is on into one line.
+def writing(
+  folder: Path,
+  then: str = "the same command goes on from its newest checkpoint",
+) -> Iterator[None]:
+  """Puts an error of the disk that a folder is on into one line.
 
   Args:
     folder: what is written to.
+    then: what follows once the disk is well again.
 
   Raises:
     InputError: the disk is full or fails.
@@ -151,7 +164,7 @@ def writing(folder: Path) -> Iterator[None]:
     remedy = "make room there" if full else "make it writable"
     raise InputError(
       f"{folder}: cannot be written to ({os.strerror(number)}); {remedy},"
-      " and the same command goes on from its newest checkpoint"
+      f" and {then}"
     ) from error
 
 
@@ -164,12 +177,13 @@ def _error_number(error: Exception) -> int:
   return int(found[1]) if found else 0
 
 
-def write_atomically(path: Path, text: str) -> None:
-  """Writes a text file so that it is there whole or not at all."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+  """Writes a file, text as UTF-8, so that it is there whole or not at all."""
+  data = content.encode() if isinstance(content, str) else content
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   try:
-    with temporary.open("w") as file:
-      file.write(text)
+    with temporary.open("wb") as file:
+      file.write(data)
       file.flush()
       os.fsync(file.fileno())  # The disk may lose power, too.
     temporary.replace(path)

@@ -6,11 +6,16 @@ tokens before that chunk (one that looks at hidden states: all but the newest of
 them, which is not read yet). Prompts are padded on the left to a bucket, and all
 but their last token are read in one pass (prefill) under the first gates; then
 each step reads one token and makes the next, so that a chunk is one router call
-and one inner `lax.scan`, for the first chunk as for all others. Keys and values
-stay as the gates of their own time made them (cache policy `reuse`).
+and one inner `lax.scan`, for the first chunk as for all others.
+
+What was read under older gates is kept (`reuse`, each position lives under the
+gates of its own time), read anew at each refresh (`recompute`), or kept with the
+adapters' part of values apart, which then follows today's gates (`remix`).
 
 Routers that look inside the graph run whole texts in one compiled call; a
-router that reads text returns to the host once a chunk, for its tokenizer.
+router that reads text returns to the host once a chunk, for its tokenizer. Where
+experts read alone (the rule `probabilities`, the router `posterior`) each is a
+row of the batch with a cache of its own.
 
 Axis letters: B batch, P prompt bucket, N new tokens, E experts, D width,
 V vocabulary.
@@ -31,6 +36,7 @@ import numpy as np
 from tokenlora_jax.config import DecodeConfig, InputError
 from tokenlora_jax.decoding import graph
 from tokenlora_jax.decoding.sampling import Sampler
+from tokenlora_jax.mixing.mixture import check_mixable
 from tokenlora_jax.mixing.routers import Router
 from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.llama import Llama
@@ -91,7 +97,6 @@ class Decoder:
     router: who decides the gates; needed with adapters.
     config: how.
     tokenizer: needed for text in, text out, the end token and text routers.
-    rule: what the gates mean.
     chunked: come back to the host after each chunk, to show it.
     forced: int32[B, N], N at least `config.max_new_tokens`: tokens that are
       taken instead of picking some, for their `log_probs`.
@@ -108,20 +113,19 @@ class Decoder:
     router: Router | None = None,
     config: DecodeConfig = DecodeConfig(),
     tokenizer: Any = None,
-    rule: str = "exact",
     chunked: bool = False,
     forced: np.ndarray | None = None,
   ):
     self.config = config
     self.tokenizer = tokenizer
     self._base = base
-    self._loras, self._rule = None, None
+    self._loras, rule = None, None
     if adapters is not None:
       adapters.check(base.config)
       if router is None:
         raise InputError("router: adapters need one, such as 'uniform'")
       router = router.bind(adapters.names)
-      self._loras, self._rule = adapters.layers, get_rule(rule)
+      self._loras, rule = adapters.layers, get_rule(config.rule)
     elif router is not None:
       raise InputError("router: there are no adapters to route among")
     self._router = router
@@ -146,12 +150,27 @@ class Decoder:
       self._end = -1 if end is None else end
     if config.stop and tokenizer is None:
       raise InputError("decode.stop: stop strings need a tokenizer")
-    looks = router.needs if router is not None else "nothing"
-    if looks == "text" and tokenizer is None:
+    needs = self._needs = router.needs if router is not None else "nothing"
+    reads_text = needs == "text" or (
+      needs == "evidence" and router.prior.needs == "text"
+    )
+    if reads_text and tokenizer is None:
       raise InputError("router: one that reads text needs a tokenizer")
-    # Whether the router runs on the host's side between chunks, or inside.
-    self._host_router = router if looks == "text" and refreshes else None
-    self._graph_router = router if looks == "hidden" and refreshes else None
+    if rule is not None:
+      check_mixable(rule, config.cache, router, adapters)
+    # A router that reads text runs on the host's side, between chunks.
+    self._host_router = router if needs == "text" and refreshes else None
+    decides = refreshes and needs in ("text", "hidden", "evidence")
+    self._reading = graph.Reading(
+      rule,
+      # Where gates never move, nothing is older than they are.
+      config.cache if decides else "reuse",
+      evidence=refreshes and needs == "evidence",
+      refresh=refreshes and needs in ("hidden", "evidence"),
+    )
+    # What the compiled loop needs of the router, if anything.
+    inside = self._reading.refresh or (router is not None and router.prototypes)
+    self._graph_router = router if inside else None
     stops = self._host_router is not None or bool(config.stop) or chunked
     self._chunks_a_call = 1 if stops else chunks
     self.stats = dict.fromkeys(
@@ -185,59 +204,88 @@ class Decoder:
       )
     return encoded
 
-  def _gates(self, made=(), hidden=None) -> jax.Array:
-    """Asks the router about the texts so far: float32[B, E]."""
-    if self._router is None:
-      return jnp.zeros((len(self._prompts), 0))
+  def _ask(self, router: Router, made=None, seen=None, before=None):
+    """Asks a router about the texts so far: float32[B, E].
+
+    Args:
+      router: whom.
+      made: the tokens made of each text, for one that reads text.
+      seen: what else it looks at.
+      before: the gates until now; None at the prompt.
+    """
     start = time.perf_counter()
     observation = ()
-    if self._router.needs == "text":
-      observation = self._router.observe(
+    if router.needs == "text":
+      made = made or [[]] * len(self._prompts)
+      observation = router.observe(
         [
           self.tokenizer.decode([*prompt, *more], skip_special_tokens=True)
           for prompt, more in zip(self._prompts, made, strict=True)
         ]
       )
-    gates = graph.route(
-      self._router, observation, hidden, np.zeros(len(self._prompts))
-    )
+    batch = np.zeros(len(self._prompts))
+    gates = graph.route(router, observation, seen, batch, before)
     gates.block_until_ready()
     self.stats["router_seconds"] += time.perf_counter() - start
     return gates
+
+  def _ask_at_prompt(self, router: Router) -> tuple[jax.Array, jax.Array]:
+    """Returns the first gates, and what the router saw of the prompts."""
+    whole = bucket(max(map(len, self._prompts)))
+    tokens, pad = _left_pad(self._prompts, whole)
+    seen = None
+    if router.needs == "hidden":
+      # What the base alone makes of the whole prompt, its last token included.
+      seen = graph.prompt_hidden(self._base, tokens, pad)
+    elif router.needs == "prompt":
+      seen = graph.read_prompt(router, self._base, self._loras, tokens, pad)
+    elif router.needs == "evidence":
+      prior, _ = self._ask_at_prompt(router.prior)
+      seen = jnp.log(prior / prior.sum(axis=1, keepdims=True))
+      if router.counts_prompt:
+        told = graph.prompt_evidence(
+          self._base, self._loras, tokens, pad, prior
+        )
+        seen = router.learn(seen, told)
+    return self._ask(router, seen=seen), seen
+
+  def prompt_gates(self) -> np.ndarray:
+    """Returns the gates that are decided at the prompts, float32[B, E]."""
+    return np.asarray(self._ask_at_prompt(self._router)[0])
 
   def _start(self) -> graph.DecodeState:
     """Decides the first gates and reads the prompts."""
     batch = len(self._prompts)
     lengths = np.array([len(p) for p in self._prompts], np.int32)
     size = bucket(int(lengths.max()) - 1)
-    if self._router is not None and self._router.needs == "hidden":
-      # What the base alone makes of the whole prompt, its last token included.
-      whole = bucket(int(lengths.max()))
-      tokens, pad = _left_pad(self._prompts, whole)
-      _, hidden = graph.prefill(
-        self._base, None, None, tokens, pad, rule=None, slots=whole
-      )
-      gates = self._gates(hidden=hidden / lengths[:, None])
-    else:
-      hidden = jnp.zeros((batch, self._base.config.width))
-      gates = self._gates(made=[[]] * batch)
+    gates, seen = jnp.zeros((batch, 0)), None
+    if self._router is not None:
+      gates, seen = self._ask_at_prompt(self._router)
+    hidden = jnp.zeros((batch, self._base.config.width))
+    if self._needs == "hidden":
+      hidden = seen * lengths[:, None]
     start = time.perf_counter()
     tokens, pad = _left_pad([p[:-1] for p in self._prompts], size)
-    cache, _ = graph.prefill(
+    last = np.array([p[-1] for p in self._prompts], np.int32)
+    self._padded = np.append(tokens, last[:, None], axis=1)
+    cache, looked = graph.prefill(
       self._base,
       self._loras,
+      self._graph_router,
       gates,
       tokens,
       pad,
-      rule=self._rule,
+      reading=self._reading,
       slots=size + self._room,
     )
     jax.block_until_ready(cache)
     self.stats["prefill_seconds"] += time.perf_counter() - start
     return graph.DecodeState(
       cache=cache,
-      token=jnp.array([p[-1] for p in self._prompts], jnp.int32),
+      looked=looked,
+      token=jnp.asarray(last),
       gates=gates,
+      belief=seen if self._needs == "evidence" else jnp.zeros((batch, 0)),
       hidden=hidden,
       lengths=jnp.asarray(lengths),
       made=jnp.int32(0),
@@ -258,10 +306,11 @@ class Decoder:
         self._loras,
         self._graph_router,
         state,
+        self._padded,
         self._forced,
         self._chunks_a_call,
         self._end,
-        rule=self._rule,
+        reading=self._reading,
         sampler=self._sampler,
         chunk=self._chunk,
       )
@@ -274,7 +323,11 @@ class Decoder:
       state = dataclasses.replace(state, done=jnp.asarray(ended))
       if self._host_router is not None:
         texts = zip(so_far.tokens.tolist(), so_far.lengths, strict=True)
-        gates = self._gates([row[:n] for row, n in texts])
+        gates = self._ask(
+          self._host_router,
+          made=[row[:n] for row, n in texts],
+          before=state.gates,
+        )
         state = dataclasses.replace(state, gates=gates)
 
   def _read_out(
@@ -347,7 +400,6 @@ def generate(
   router: Router | None = None,
   config: DecodeConfig = DecodeConfig(),
   tokenizer: Any = None,
-  rule: str = "exact",
 ) -> Generation:
   """Makes texts with a mixture of adapters.
 
@@ -361,11 +413,10 @@ def generate(
     prompts: B texts, or B lists of token ids, of any lengths.
     adapters: from `load_adapters`; none is the base alone.
     router: from `make_router`; needed with adapters.
-    config: how many tokens, how often gates are refreshed, how tokens are
-      picked.
+    config: how many tokens, how often gates are refreshed, what they mean, what
+      becomes of the cache, how tokens are picked.
     tokenizer: from `load_tokenizer`; needed for text in, text out, the end
       token and routers that read text.
-    rule: what the gates mean.
 
   Returns:
     A `Generation`: tokens [B, N], gates [B, N, E], texts, stats.
@@ -386,5 +437,5 @@ def generate(
     >>> out.tokens.shape, out.gates[0, 0].tolist()
     ((1, 4), [0.5, 0.5])
   """
-  *_, last = Decoder(base, prompts, adapters, router, config, tokenizer, rule)
+  *_, last = Decoder(base, prompts, adapters, router, config, tokenizer)
   return last

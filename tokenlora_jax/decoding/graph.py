@@ -1,19 +1,91 @@
 """The compiled parts of decoding: read prompts, ask the router, make chunks.
 
-Axis letters: B batch, P prompt bucket, N new tokens, E experts, D width.
+Axis letters: B batch, P prompt bucket, N new tokens, S cache slots, E experts,
+D width, V vocabulary, M rows that read one sequence.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from tokenlora_jax.mixing.rules import mixture
+from tokenlora_jax.mixing.mixture import (
+  Mixture,
+  expert_rows,
+  one_hot_rows,
+  route_layers,
+)
+from tokenlora_jax.mixing.rules import Rule, get_rule, mix_probabilities
 from tokenlora_jax.model.attention import causal_mask
-from tokenlora_jax.model.cache import Cache
+from tokenlora_jax.model.cache import KV, Cache
+from tokenlora_jax.model.loss import token_losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How tokens are read: what is static in a compiled program.
+
+  Attributes:
+    rule: what gates mean; None is the base alone.
+    cache: what becomes of what was read under older gates.
+    evidence: whether each expert reads too, alone, beside a mixture.
+    refresh: whether the router decides anew in the graph, at each chunk.
+  """
+
+  rule: Rule | None = None
+  cache: Literal["reuse", "recompute", "remix"] = "reuse"
+  evidence: bool = False
+  refresh: bool = False
+
+  @property
+  def apart(self) -> bool:
+    """Whether each expert has a row of its own."""
+    return self.rule is not None and (self.rule.of_outputs or self.evidence)
+
+  def copies(self, experts: int) -> int:
+    """M: a row, or one an expert, and one of the mixture where it has none."""
+    return experts + (not self.rule.of_outputs) if self.apart else 1
+
+  def row_gates(self, gates: jax.Array) -> jax.Array:
+    """Returns the gates float32[B * M, E] of the rows of gates [B, E]."""
+    if not self.apart:
+      return gates
+    batch, experts = gates.shape
+    rows = one_hot_rows(batch, experts)
+    if self.rule.of_outputs:
+      return rows
+    rows = rows.reshape(batch, experts, experts)
+    return jnp.append(rows, gates[:, None], axis=1).reshape(-1, experts)
+
+  def join(
+    self, gates: jax.Array, logits: jax.Array, hidden: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Makes of what the rows say what their sequences say.
+
+    Args:
+      gates: float32[B, E].
+      logits: float32[B * M, V].
+      hidden: [B * M, D].
+
+    Returns:
+      (logits [B, V]; hidden [B, D]; log-probabilities by each expert alone,
+      [B, E, V], where there are such).
+    """
+    if not self.apart:
+      return logits, hidden, None
+    batch, experts = gates.shape
+    logits = logits.reshape(batch, -1, logits.shape[-1])
+    hidden = hidden.reshape(batch, -1, hidden.shape[-1])
+    alone = jax.nn.log_softmax(logits[:, :experts])
+    if not self.rule.of_outputs:
+      return logits[:, -1], hidden[:, -1], alone
+    shares = gates / gates.sum(axis=1, keepdims=True)
+    hidden = jnp.einsum("bed,be->bd", hidden, shares.astype(hidden.dtype))
+    return mix_probabilities(alone, gates[..., None]), hidden, alone
 
 
 @jax.tree_util.register_dataclass
@@ -22,9 +94,12 @@ class DecodeState:
   """Everything that changes while a batch of texts is made.
 
   Attributes:
-    cache: keys and values of all tokens read.
+    cache: keys and values of all tokens read, of B * M rows.
+    looked: the same of the base alone, for routers that look first; or None.
     token: int32[B], the last token of each text, not read yet.
     gates: float32[B, E], of the running chunk.
+    belief: float32[B, E], log of the belief in each expert, for routers that
+      weigh evidence.
     hidden: float32[B, D], the sum of the last hidden states of the tokens
       read, for routers that look at their mean.
     lengths: int32[B], tokens of each prompt.
@@ -32,13 +107,16 @@ class DecodeState:
     done: bool[B], texts that have ended.
     tokens: int32[B, N], the tokens made; filler after the end.
     log_probs: float32[B, N], their log-probabilities.
-    trace: float32[B, N, E], the gates of each token made.
+    trace: float32[B, N, E], the gates of each token made; of routers that
+      decide in the layers their mean over the adapted maps.
     key: of the sampling.
   """
 
   cache: Cache
+  looked: Cache | None
   token: jax.Array
   gates: jax.Array
+  belief: jax.Array
   hidden: jax.Array
   lengths: jax.Array
   made: jax.Array
@@ -48,93 +126,201 @@ class DecodeState:
   trace: jax.Array
   key: jax.Array
 
-  @property
-  def mean_hidden(self) -> jax.Array:
-    """float32[B, D], over the prompt and the tokens made that were read."""
+  def seen(self, needs: str) -> jax.Array | None:
+    """Returns what a router that decides in the graph looks at."""
+    if needs == "evidence":
+      return self.belief
+    # Over the prompt and the tokens made that were read.
     read = self.lengths + jnp.maximum(self.made - 1, 0)
     return self.hidden / read[:, None]
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "slots"))
-def prefill(base, loras, gates, tokens, pad, *, rule, slots):
-  """Reads padded prompts [B, P]; returns (cache, sum of hidden [B, D])."""
+def _read(reading, base, loras, router, gates, tokens, places, mask, caches):
+  """Reads tokens [B * M, T], after caches or alone.
+
+  Returns (hidden [B * M, T, D]; what was read, and what the base alone read,
+  as `Llama` gives them; the gates of the last token, [B, E]).
+  """
+  cache, looked = caches
+  if reading.rule is None:
+    hidden, cache = base(tokens, places, mask, cache)
+    return hidden, (cache, looked), gates
+  if router is not None and router.looks_first:
+    first, looked = base(tokens, places, mask, looked)
+    router = router.look(first)
+  mixture = Mixture(reading.rule, reading.row_gates(gates), router)
+  hidden, cache = base(
+    tokens, places, mask, cache,
+    loras=route_layers(loras, router),
+    adapt=mixture,
+    remix=mixture if reading.cache == "remix" else None,
+  )  # fmt: skip
+  if mixture.seen:
+    gates = jnp.mean(jnp.stack([x[:, -1] for x in mixture.seen]), axis=0)
+  return hidden, (cache, looked), gates
+
+
+def _read_whole(reading, base, loras, router, gates, tokens, pad):
+  """Reads padded texts [B, P]; returns (hidden [B * M, P, D], a `KV` a layer
+  of the rows, the same of the base alone)."""
+  copies = reading.copies(gates.shape[-1])
+  tokens, pad = expert_rows(tokens, copies), expert_rows(pad, copies)
   places = jnp.arange(tokens.shape[1]) - pad[:, None]
-  real = places >= 0
+  hidden, (layers, looked), _ = _read(
+    reading, base, loras, router, gates, tokens,
+    jnp.maximum(places, 0),
+    causal_mask((places >= 0).astype(jnp.int32)),
+    (None, None),
+  )  # fmt: skip
+  return hidden, layers, looked
+
+
+@functools.partial(jax.jit, static_argnames=("reading", "slots"))
+def prefill(base, loras, router, gates, tokens, pad, *, reading, slots):
+  """Reads padded prompts [B, P]: (cache, what the base alone read or None)."""
   with jax.named_scope("prefill"):
-    hidden, layers = base(
-      tokens,
-      jnp.maximum(places, 0),
-      causal_mask(real.astype(jnp.int32)),
-      loras=loras,
-      adapt=None if rule is None else mixture(rule, gates),
+    _, layers, looked = _read_whole(
+      reading, base, loras, router, gates, tokens, pad
     )
-  cache = Cache.of_prompt(layers, pad, slots)
-  return cache, jnp.sum(hidden * real[..., None], axis=1, dtype=jnp.float32)
+  rows = expert_rows(pad, reading.copies(gates.shape[-1]))
+  cache = Cache.of_prompt(layers, rows, slots)
+  return cache, looked and Cache.of_prompt(looked, rows, slots)
 
 
 @jax.jit
-def route(router, observation, hidden, batch):
-  """Asks a router: float32[B, E]. Only the length of `batch` [B] matters."""
+def prompt_hidden(base, tokens, pad):
+  """Mean of the base's last hidden states over padded prompts: [B, D]."""
+  real = jnp.arange(tokens.shape[1]) >= pad[:, None]
+  gates = jnp.zeros((len(tokens), 0))
+  hidden, _, _ = _read_whole(Reading(), base, None, None, gates, tokens, pad)
+  total = jnp.sum(hidden * real[..., None], axis=1, dtype=jnp.float32)
+  return total / real.sum(axis=1, keepdims=True)
+
+
+@jax.jit
+def prompt_evidence(base, loras, tokens, pad, gates):
+  """Log-probability of padded prompts by each expert alone: [B, E].
+
+  Of `gates` [B, E] only the shape matters. The first token is given.
+  """
+  batch, experts = gates.shape
+  rows = expert_rows(tokens, experts), expert_rows(pad, experts)
+  gates = one_hot_rows(batch, experts)
+  reading = Reading(get_rule("exact"))
+  hidden, _, _ = _read_whole(reading, base, loras, None, gates, *rows)
+  losses = token_losses(base, hidden, jnp.roll(rows[0], -1, axis=1))
+  places = jnp.arange(tokens.shape[1] - 1)
+  told = -losses[:, :-1] * (places >= rows[1][:, None])
+  return told.sum(axis=1).reshape(batch, experts)
+
+
+@jax.jit
+def read_prompt(router, base, loras, tokens, pad) -> Any:
+  """What a router that reads prompts itself makes of padded ones [B, P]."""
+  return router.read_prompt(base, loras, tokens, pad)
+
+
+@jax.jit
+def route(router, observation, seen, batch, before):
+  """Asks a router: float32[B, E]. Only the length of `batch` [B] matters.
+
+  `before` are the gates until now, or None.
+  """
   with jax.named_scope("router"):
-    return router.gates(batch.shape[0], observation, hidden)
+    gates = router.gates(batch.shape[0], observation, seen)
+    return gates if before is None else router.smooth(before, gates)
 
 
 @functools.partial(
   jax.jit,
-  static_argnames=("rule", "sampler", "chunk"),
+  static_argnames=("reading", "sampler", "chunk"),
   donate_argnames="state",
 )
 def decode(
-  base, loras, router, state, forced, limit, end, *, rule, sampler, chunk
-) -> DecodeState:
+  base, loras, router, state, prompt, forced, limit, end,
+  *, reading, sampler, chunk,
+) -> DecodeState:  # fmt: skip
   """Makes up to `limit` chunks of tokens, until all texts have ended.
 
-  `router` is None where the gates of the state are to be kept, and `forced`
-  where tokens are to be picked: otherwise they are int32[B, N], given.
+  `prompt` int32[B, P + 1] are the prompts with the padding in front, and
+  `forced` is None where tokens are to be picked: otherwise they are int32[B, N],
+  given.
   """
+  copies = reading.copies(state.gates.shape[-1])
 
   def step(state, _):
     key, now = jax.random.split(state.key)
     cache = state.cache
     with jax.named_scope("step"):
-      hidden, cache = base(
-        state.token[:, None],
+      hidden, (cache, looked), gates = _read(
+        reading, base, loras, router, state.gates,
+        expert_rows(state.token, copies)[:, None],
         cache.positions(1),
         cache.mask(1),
-        cache,
-        loras=loras,
-        adapt=None if rule is None else mixture(rule, state.gates),
+        (cache, state.looked),
+      )  # fmt: skip
+      logits, hidden, alone = reading.join(
+        state.gates, base.logits(hidden[:, 0]), hidden[:, 0]
       )
-      logits = base.logits(hidden[:, 0])
       token = sampler(logits, now) if forced is None else forced[:, state.made]
     token = jnp.where(state.done, jnp.maximum(end, 0), token)
     log_probs = jax.nn.log_softmax(logits)
     log_prob = jnp.take_along_axis(log_probs, token[:, None], axis=1)
+    belief = state.belief
+    if reading.evidence:
+      told = jnp.take_along_axis(alone, token[:, None, None], axis=2)[..., 0]
+      belief = router.learn(belief, told)
     # The first token read is the prompt's last, which is in the sum already.
-    fresh = jnp.where(state.made > 0, hidden[:, 0], 0).astype(jnp.float32)
+    fresh = jnp.where(state.made > 0, hidden, 0).astype(jnp.float32)
     at = (0, state.made)
     return DecodeState(
       cache=cache,
+      looked=looked,
       token=token,
       gates=state.gates,
+      belief=belief,
       hidden=state.hidden + fresh,
       lengths=state.lengths,
       made=state.made + 1,
       done=state.done | (token == end),
       tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], at),
       log_probs=jax.lax.dynamic_update_slice(state.log_probs, log_prob, at),
-      trace=jax.lax.dynamic_update_slice(
-        state.trace, state.gates[:, None], (*at, 0)
-      ),
+      trace=jax.lax.dynamic_update_slice(state.trace, gates[:, None], (*at, 0)),
       key=key,
     ), None
 
+  def reread(state):
+    """Reads all that was read before anew, under the gates of now."""
+    slots = state.cache.layers[0].k.shape[2]
+    # The token of each slot; what stands behind the newest is masked or comes.
+    texts = jnp.concatenate([prompt, state.tokens], axis=1)[:, :slots]
+    pad = prompt.shape[1] - state.lengths
+    with jax.named_scope("reread"):
+      _, layers, looked = _read_whole(
+        reading, base, loras, router, state.gates, texts, pad
+      )
+
+    def filled(cache: Cache | None, layers: tuple[KV, ...]) -> Cache | None:
+      return cache and dataclasses.replace(cache, layers=tuple(layers))
+
+    return dataclasses.replace(
+      state,
+      cache=filled(state.cache, layers),
+      looked=filled(state.looked, looked),
+    )
+
   def one_chunk(carry):
     state, count = carry
-    if router is not None:
+    first = state.made == 0
+    if reading.refresh:
       with jax.named_scope("router"):
-        gates = router.gates(state.token.shape[0], (), state.mean_hidden)
+        seen = state.seen(router.needs)
+        gates = router.gates(len(state.token), (), seen)
+        gates = jnp.where(first, gates, router.smooth(state.gates, gates))
       state = dataclasses.replace(state, gates=gates)
+    if reading.cache == "recompute":
+      # The prefill was under the first chunk's gates.
+      state = jax.lax.cond(first, lambda state: state, reread, state)
     state, _ = jax.lax.scan(step, state, length=chunk)
     return state, count + 1
 

@@ -1,65 +1,76 @@
 """What a set of gates means: how several adapters become one map.
 
-A rule is a frozen dataclass called with (lora, x, gates), and gives what the
-adapters add to the linear map's output.
+For x [.., in] each adapter e has rank activations z_e = A_e x [R], and what all
+of them add is sum_e B_e m_e, where the rule says what m = mix(z, gates) is. All
+that a rule decides lies between A and B, so that A and B of all experts are
+read as one matrix each, whatever the gates, and gates may differ between rows
+and tokens of one batch.
 
-Axis letters: B batch, T length, E experts, R rank.
+A rule may also leave the experts apart and mix what they predict.
+
+Axis letters: B batch, T length, E experts, R rank, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
 from tokenlora_jax.config import check_choice
-from tokenlora_jax.model.attention import causal_mask
-from tokenlora_jax.model.llama import Adapt, Llama
-from tokenlora_jax.model.lora import Adapters, Lora
 
-# (lora, x [B, T, in], gates [B, E] or [B, T, E]) -> [B, T, out]
-Rule = Callable[[Lora, jax.Array, jax.Array], jax.Array]
+# (rank activations [.., E, R], gates [.., E, 1 or R], scaling [E, 1]) ->
+# [.., E, R]
+Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Exact:
-  """The weighted sum of the experts' outputs, with no cross terms.
+class Rule:
+  """A rule of mixing.
 
-  y = sum_e gates_e scaling_e (x A_e^T) B_e, which is one adapter of rank E*R:
-  the rows of all A_e in one matrix, its output times gates and scaling, and the
-  rows of all B_e in another. PEFT calls the same mixture "cat". The gates enter
-  once, between A and B, so each row and each token may have its own.
-
-  Args:
-    lora: a [E, R, in], b [E, R, out], scaling [E].
-    x: [B, T, in].
-    gates: float32[B, E] or [B, T, E].
-
-  Returns:
-    [B, T, out] in x's dtype.
-
-  Example:
-    >>> one = Lora(jnp.ones((1, 2, 3)), jnp.ones((1, 2, 4)), jnp.ones(1))
-    >>> Exact()(one, jnp.ones((1, 1, 3)), jnp.array([[0.5]])).tolist()
-    [[[3.0, 3.0, 3.0, 3.0]]]
+  Attributes:
+    name: what configs call it.
+    mix: what becomes of the experts' rank activations; see `register_rule`.
+    of_outputs: whether each expert reads the text alone, as if the gates were
+      one-hot, and the gates mix the probabilities that they predict.
   """
 
-  def __call__(self, lora, x, gates):
-    if gates.ndim == 2:
-      gates = gates[:, None]
-    experts, rank, _ = lora.a.shape
-    # One plain matrix each: a product over two axes would be transposed first.
-    a = lora.a.reshape(experts * rank, -1).astype(x.dtype)
-    b = lora.b.reshape(experts * rank, -1).astype(x.dtype)
-    low = jnp.einsum("bti,ki->btk", x, a, preferred_element_type=jnp.float32)
-    weights = jnp.repeat(gates * lora.scaling, rank, axis=-1)
-    return jnp.einsum("btk,ko->bto", (low * weights).astype(x.dtype), b)
+  name: str
+  mix: Mix
+  of_outputs: bool = False
 
 
-RULES: dict[str, Rule] = {"exact": Exact()}
+_RULES: dict[str, Rule] = {}
+
+
+def register_rule(name: str, of_outputs: bool = False) -> Callable[[Mix], Mix]:
+  """Makes a function that mixes rank activations a rule known by name.
+
+  It is called with the rank activations float32[.., E, R], the gates
+  float32[.., E, 1] (of each rank [.., E, R] from routers that gate ranks) and
+  the scaling float32[E, 1], and returns [.., E, R]. The latest to take a name
+  wins, so a notebook cell may run twice.
+
+  Args:
+    name: what configs call it.
+    of_outputs: whether the gates mix predictions; see `Rule`.
+
+  Example:
+    >>> @register_rule("winner")
+    ... def winner(low, gates, scaling):
+    ...   best = gates == gates.max(axis=-2, keepdims=True)
+    ...   return low * best * scaling
+    >>> get_rule("winner").of_outputs
+    False
+  """
+
+  def register(mix: Mix) -> Mix:
+    _RULES[name] = Rule(name, mix, of_outputs)
+    return mix
+
+  return register
 
 
 def get_rule(name: str) -> Rule:
@@ -69,77 +80,110 @@ def get_rule(name: str) -> Rule:
     InputError: there is no such rule.
 
   Example:
-    >>> get_rule("exact")
-    Exact()
+    >>> get_rule("exact").name
+    'exact'
   """
-  check_choice("rule", name, tuple(RULES))
-  return RULES[name]
+  check_choice("rule", name, tuple(_RULES))
+  return _RULES[name]
 
 
-def mixture(rule: Rule, gates: jax.Array) -> Adapt:
-  """Returns what a `Llama` calls at each adapted map, under these gates."""
-  return lambda lora, x, key: rule(lora, x, gates)
+@register_rule("exact")
+def exact(low: jax.Array, gates: jax.Array, scaling: jax.Array) -> jax.Array:
+  """The weighted sum of the experts' outputs, with no cross terms.
 
-
-def forward(
-  base: Llama,
-  tokens,
-  adapters: Adapters | None = None,
-  gates=None,
-  rule: str = "exact",
-) -> jax.Array:
-  """Logits of whole texts under a mixture of adapters.
+  y = sum_e gates_e scaling_e B_e A_e x: one adapter of rank E*R, which PEFT
+  calls "cat". The gates enter once, between A and B.
 
   Args:
-    base: from `load_base`.
-    tokens: int[B, T].
-    adapters: from `load_adapters`; none is the base alone.
-    gates: float[B, E], or [B, T, E] for gates of each token; needed with
-      adapters.
-    rule: what the gates mean.
+    low: float32[.., E, R].
+    gates: float32[.., E, 1] or [.., E, R].
+    scaling: float32[E, 1].
 
   Returns:
-    float32[B, T, V].
-
-  Raises:
-    InputError: adapters that do not fit the base, gates of a wrong shape.
+    float32[.., E, R].
 
   Example:
-    >>> from tokenlora_jax import load_base
-    >>> forward(load_base("random:tiny"), [[1, 2, 3]]).shape
-    (1, 3, 260)
+    >>> low, gates = jnp.ones((2, 3)), jnp.array([[0.5], [1.0]])
+    >>> exact(low, gates, jnp.ones((2, 1)))[:, 0].tolist()
+    [0.5, 1.0]
   """
-  tokens = jnp.asarray(tokens, jnp.int32)
-  if adapters is None:
-    return _forward(base, tokens, None, None, None)
-  adapters.check(base.config)
-  gates = check_gates(gates, tokens.shape, len(adapters.names))
-  loras = adapters.layers
-  if base.stacked:
-    stacked = adapters.stack(base.config.layers)
-    loras = jax.tree.map(lambda x: x.swapaxes(0, 1), stacked)
-  return _forward(base, tokens, loras, gates, get_rule(rule))
+  return low * (gates * scaling)
 
 
-def check_gates(gates, shape: tuple[int, int], experts: int) -> jax.Array:
-  """Returns gates as float32[B, E] or [B, T, E], or raises `ValueError`."""
-  if gates is None:
-    raise ValueError(f"adapters need gates: [B, E] = [{shape[0]}, {experts}]")
-  gates = jnp.asarray(gates, jnp.float32)
-  if gates.shape not in ((shape[0], experts), (*shape, experts)):
-    raise ValueError(
-      f"gates of shape {list(gates.shape)}: want [B, E] ="
-      f" [{shape[0]}, {experts}] or [B, T, E] = [{shape[0]}, {shape[1]},"
-      f" {experts}]"
-    )
-  return gates
+@register_rule("peft_linear")
+def peft_linear(
+  low: jax.Array, gates: jax.Array, scaling: jax.Array
+) -> jax.Array:
+  """What PEFT's combination "linear" means since 0.7.
+
+  y = B A x, A = sum_e sign(w_e) sqrt|w_e| A_e, B = sum_e sqrt|w_e| B_e with
+  w_e = gates_e scaling_e: each adapter, and cross terms sqrt|w_e w_f| B_f A_e.
+
+  Args:
+    low: float32[.., E, R].
+    gates: float32[.., E, 1] or [.., E, R].
+    scaling: float32[E, 1].
+
+  Returns:
+    float32[.., E, R].
+
+  Example:
+    >>> low, gates = jnp.ones((2, 3)), jnp.array([[0.0], [1.0]])
+    >>> peft_linear(low, gates, jnp.ones((2, 1)))[:, 0].tolist()
+    [0.0, 1.0]
+  """
+  weights = gates * scaling
+  roots = jnp.sqrt(jnp.abs(weights))
+  into = jnp.sum(jnp.sign(weights) * roots * low, axis=-2, keepdims=True)
+  return roots * into
 
 
-@functools.partial(jax.jit, static_argnames="rule")
-def _forward(base, tokens, loras, gates, rule):
-  batch, length = tokens.shape
-  positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-  adapt = None if rule is None else mixture(rule, gates)
-  mask = causal_mask(jnp.ones_like(tokens))
-  hidden, _ = base(tokens, positions, mask, loras=loras, adapt=adapt)
-  return base.logits(hidden)
+@register_rule("peft040")
+def peft040(low: jax.Array, gates: jax.Array, scaling: jax.Array) -> jax.Array:
+  """What PEFT 0.4.0's combination "linear" means: the paper's own code.
+
+  y = B A x, A = sum_e gates_e scaling_e A_e, B = sum_e B_e: the gates weigh A
+  alone, so that even one-hot gates do not give an adapter back.
+
+  Args:
+    low: float32[.., E, R].
+    gates: float32[.., E, 1] or [.., E, R].
+    scaling: float32[E, 1].
+
+  Returns:
+    float32[.., E, R].
+
+  Example:
+    >>> low, gates = jnp.ones((2, 3)), jnp.array([[0.0], [1.0]])
+    >>> peft040(low, gates, jnp.ones((2, 1)))[:, 0].tolist()
+    [1.0, 1.0]
+  """
+  into = jnp.sum(gates * scaling * low, axis=-2, keepdims=True)
+  return jnp.broadcast_to(into, low.shape)
+
+
+# P(x_t) = sum_e w_e p_e(x_t), w = gates / sum gates: a mixture of experts'
+# predictions (Li et al., 2022, "Branch-Train-Merge", eq. 2). Each expert is a
+# row of the batch with a one-hot gate, a cache of its own and the exact rule.
+register_rule("probabilities", of_outputs=True)(exact)
+
+
+def mix_probabilities(log_probs: jax.Array, gates: jax.Array) -> jax.Array:
+  """Mixes predictions: log sum_e w_e exp(log_probs_e), w = gates / sum gates.
+
+  Args:
+    log_probs: float32[B, E, ..], of each expert.
+    gates: float32[B, E, ..], at least 0 and not all 0; a trailing axis may be
+      1.
+
+  Returns:
+    float32[B, ..].
+
+  Example:
+    >>> log_probs = jnp.log(jnp.array([[[0.5, 0.5], [0.1, 0.9]]]))
+    >>> gates = jnp.array([[[1.0], [3.0]]])
+    >>> jnp.exp(mix_probabilities(log_probs, gates)).round(3)
+    Array([[0.2, 0.8]], dtype=float32)
+  """
+  weights = gates / gates.sum(axis=1, keepdims=True)
+  return jax.nn.logsumexp(log_probs + jnp.log(weights), axis=1)

@@ -9,12 +9,16 @@ heads, G = N/K, H head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import functools
 import math
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+
+# What attention sums with its weights.
+Values = Sequence[jax.Array]
 
 # The name under which the output and the sums of a forward pass may be saved
 # for the backward pass, which then need not run the forward pass again.
@@ -59,7 +63,8 @@ def attention(
 def _forward(q, k, v, mask):
   length = q.shape[1]
   q = _by_kv_head(q, k.shape[1])
-  sums = _attend(q, ((k, v, mask),))
+  (mixed,), highest, total = _attend(q, ((k, (v,), mask),))
+  sums = mixed, highest, total
   mixed, highest, total = checkpoint_name(sums, ATTENTION)
   return _by_token(mixed, length), (q, k, v, mask, mixed, highest, total)
 
@@ -88,48 +93,40 @@ def _backward(saved, gradient):
 attention.defvjp(_forward, _backward)
 
 
-def cached_attention(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  cached_k: jax.Array,
-  cached_v: jax.Array,
-  mask: jax.Array,
-) -> jax.Array:
-  """Attention of new tokens over a cache and over themselves.
+def joint_attention(
+  q: jax.Array, parts: Sequence[tuple[jax.Array, Values, jax.Array]]
+) -> list[jax.Array]:
+  """Attention over several sets of keys as if they were one.
 
-  The same as `attention` over the cache and the new keys and values in one
-  array, without making that array.
+  The same as `attention` over a cache and the new keys and values in one array,
+  without making that array; and what is summed with the weights may be more
+  than the values.
 
   Args:
     q: [B, T, N, H].
-    k: [B, K, T, H], of the new tokens.
-    v: [B, K, T, H].
-    cached_k: [B, K, S, H].
-    cached_v: [B, K, S, H].
-    mask: bool[B, T, S + T], the cache first.
+    parts: of each set k [B, K, S, H]; what is summed, [B, K, S, ..] or, where
+      all heads share it, [B, 1, S, ..] each; mask bool[B, T, S].
 
   Returns:
-    [B, T, N, H].
+    [B, T, N, ..] each.
 
   Example:
     >>> x, cached = jnp.ones((1, 1, 1, 4)), jnp.ones((1, 1, 3, 4))
-    >>> mask = jnp.array([[[True, False, False, True]]])
-    >>> cached_attention(x, x, 4 * x, cached, 2 * cached, mask)[0, 0, 0, 0]
+    >>> see = jnp.array([[[True, False, False]]])
+    >>> parts = (cached, [2 * cached], see), (x, [4 * x], see[..., :1])
+    >>> joint_attention(x, parts)[0][0, 0, 0, 0]
     Array(3., dtype=float32)
   """
-  length, slots = q.shape[1], cached_k.shape[2]
-  q = _by_kv_head(q, cached_k.shape[1])
-  cached = cached_k, cached_v, mask[..., :slots]
-  new = k, v, mask[..., slots:]
-  return _by_token(_attend(q, (cached, new))[0], length)
+  length, kv_heads = q.shape[1], parts[0][0].shape[1]
+  mixed = _attend(_by_kv_head(q, kv_heads), parts)[0]
+  return [_by_token(x, length) for x in mixed]
 
 
 def _attend(q, parts):
-  """Attends over several (k, v, mask) as if they were one.
+  """Attends over several (k, values, mask) as if they were one.
 
-  Returns (mixed [B, K, G*T, H], highest score and sum of weights, float32[B, K,
-  G*T, 1]).
+  Returns (a list of [B, K, G*T, ..] as the values; highest score and sum of
+  weights, float32[B, K, G*T, 1]).
   """
   scores = [_scores(q, k, mask) for k, _, mask in parts]
   highest = functools.reduce(
@@ -137,11 +134,20 @@ def _attend(q, parts):
   )
   weights = [jnp.exp(x - highest) for x in scores]
   total = sum(x.sum(axis=-1, keepdims=True) for x in weights)
-  mixed = sum(
-    _dot(x.astype(v.dtype), v, _X_AND_COLUMNS)
-    for x, (_, v, _) in zip(weights, parts, strict=True)
-  )
-  return (mixed / total).astype(q.dtype), highest, total
+  mixed = [
+    sum(map(_weighted, weights, values))
+    for values in zip(*(values for _, values, _ in parts), strict=True)
+  ]
+  return [(x / total).astype(q.dtype) for x in mixed], highest, total
+
+
+def _weighted(weights, values):
+  """[B, K, rows, S] times [B, K or 1, S, x]: [B, K, rows, x]."""
+  shape = weights.shape[:3]
+  if values.shape[1] != shape[1]:
+    weights = weights.reshape(shape[0], 1, -1, weights.shape[-1])
+  mixed = _dot(weights.astype(values.dtype), values, _X_AND_COLUMNS)
+  return mixed.reshape(*shape, -1)
 
 
 def _dot(x, y, axes):

@@ -6,7 +6,7 @@ starts at slot P - n: it has `pad` = P - n unused slots, and the token in slot s
 stands at position s - pad.
 
 A step reads the cache as it was and adds its own token beside it (see
-`attention.cached_attention`); what it read is written back at its end. A cache
+`attention.joint_attention`); what it read is written back at its end. A cache
 that were written first and read then would be copied in every step.
 
 Axis letters: B batch, T query length, S slots, K kv heads, H head width.
@@ -24,10 +24,23 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KV:
-  """Keys and values of one layer, [B, K, S, H] each."""
+  """Keys and values of one layer.
+
+  Attributes:
+    k: [B, K, S, H].
+    v: [B, K, S, H]; without the adapters' part where there is a `z`.
+    z: [B, 1, S, E*R], the adapters' rank activations of the values, so that
+      they can be read under other gates than those of their time; or None.
+  """
 
   k: jax.Array
   v: jax.Array
+  z: jax.Array | None = None
+
+  @property
+  def values(self) -> list[jax.Array]:
+    """What attention sums."""
+    return [self.v] if self.z is None else [self.v, self.z]
 
 
 @jax.tree_util.register_dataclass

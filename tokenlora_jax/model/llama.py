@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import math
-from typing import Any
+from typing import Any, Protocol
 
 from flax import nnx
 import jax
@@ -28,7 +28,7 @@ from tokenlora_jax.config import PROJECTIONS
 from tokenlora_jax.model.attention import (
   ATTENTION,
   attention,
-  cached_attention,
+  joint_attention,
 )
 from tokenlora_jax.model.cache import KV, Cache
 from tokenlora_jax.model.config import LlamaConfig, RopeScaling
@@ -43,6 +43,17 @@ MakeParameter = Callable[[str, tuple[int, ...]], jax.Array]
 # The adapters' part of a linear map: (lora, x [B, T, in], keys [B]) -> [B, T,
 # out].
 Adapt = Callable[[Lora, jax.Array, jax.Array | None], jax.Array]
+
+
+class Remix(Protocol):
+  """Adapters of values that are applied after attention has summed them."""
+
+  def down(self, lora: Lora, x: jax.Array) -> jax.Array:
+    """Returns the rank activations, [B, T, E, R], of x [B, T, in]."""
+
+  def up(self, lora: Lora, low: jax.Array, kv_heads: int) -> jax.Array:
+    """Returns what sums [B, T, N, E*R] of them add: [B, T, N, H]."""
+
 
 # Attention of queries [B, T, N, H] to keys and values [B, K, T, H], and what it
 # needs to know who may look where.
@@ -236,13 +247,15 @@ class Layer(nnx.Module):
     keys: jax.Array | None = None,
     adapt: Adapt | None = None,
     attend: Attend = attention,
+    remix: Remix | None = None,
   ) -> tuple[jax.Array, KV]:
     """Returns (x [B, T, D], the keys and values of its tokens)."""
     config = self.config
     heads = (*x.shape[:2], -1, config.head_width)
+    late = remix is not None and loras and "v" in loras
 
     def adapted(name, h, y):
-      if loras and name in loras:
+      if loras and name in loras and not (late and name == "v"):
         own = None if keys is None else _fold(keys, PROJECTIONS.index(name))
         y = y + adapt(loras[name], h, own)
       return checkpoint_name(y, name)
@@ -254,11 +267,21 @@ class Layer(nnx.Module):
         for name, y in zip("qkv", self.qkv(h), strict=True)
       )
       q, k = rotate(q, *rotation), rotate(k, *rotation)
-      kv = KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
-      if cached is None:
+      z = None
+      if late:
+        low = remix.down(loras["v"], h).astype(x.dtype)
+        z = low.reshape(*x.shape[:2], 1, -1).swapaxes(1, 2)
+      kv = KV(k.swapaxes(1, 2), v.swapaxes(1, 2), z)
+      if cached is None and z is None:
         mixed = attend(q, kv.k, kv.v, mask)
       else:
-        mixed = cached_attention(q, kv.k, kv.v, cached.k, cached.v, mask)
+        slots = mask.shape[-1] - x.shape[1]
+        parts = [(kv.k, kv.values, mask[..., slots:])]
+        if cached is not None:
+          parts.insert(0, (cached.k, cached.values, mask[..., :slots]))
+        mixed, *more = joint_attention(q, parts)
+        if late:
+          mixed = mixed + remix.up(loras["v"], *more, config.kv_heads)
       mixed = mixed.reshape(*x.shape[:2], -1)
       x = x + adapted("o", mixed, self.o(mixed))
     with jax.named_scope("mlp"):
@@ -327,6 +350,7 @@ class Llama(nnx.Module):
     remat: str = "none",
     attend: Attend = attention,
     gather: Gather | None = None,
+    remix: Remix | None = None,
   ) -> tuple[jax.Array, Cache | tuple[KV, ...] | None]:
     """Runs the layers.
 
@@ -346,6 +370,8 @@ class Llama(nnx.Module):
       gather: called on each layer and its adapters just before they are used,
         forward and backward, so that a layer split over devices is whole only
         while it runs.
+      remix: keeps the adapters' part of values apart, in the cache too, and
+        applies it after attention.
 
     Returns:
       (hidden [B, T, D] after the final norm; the cache with the tokens, or
@@ -364,8 +390,8 @@ class Llama(nnx.Module):
         layer, loras = gather((layer, loras))
       if keys is not None:
         keys = _fold(keys, i)
-      more = dict(loras=loras, keys=keys, adapt=adapt, attend=attend, **cached)
-      return layer(x, rotation, mask, **more)
+      more = dict(loras=loras, keys=keys, adapt=adapt, attend=attend)
+      return layer(x, rotation, mask, remix=remix, **more, **cached)
 
     if remat != "none" or gather is not None:
       run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])

@@ -41,7 +41,7 @@ def plan_decoding(
     jax.eval_shape(functools.partial(_adapters, config, shape)), mesh
   )
   length, new = config.data.length, config.decode.max_new_tokens
-  rule = get_rule("exact")
+  reading = graph.Reading(get_rule(config.decode.rule))
   experts = len(config.data.tasks)
 
   def put(tree: Any) -> Any:
@@ -57,14 +57,18 @@ def plan_decoding(
   gates = put(jax.ShapeDtypeStruct((1, experts), jnp.float32))
   tokens = put(jax.ShapeDtypeStruct((1, length), jnp.int32))
   pad = put(jax.ShapeDtypeStruct((1,), jnp.int32))
-  prefill = functools.partial(graph.prefill, rule=rule, slots=length + new)
-  cache, _ = jax.eval_shape(prefill, base, loras, gates, tokens, pad)
+  prefill = functools.partial(
+    graph.prefill, reading=reading, slots=length + new
+  )
+  cache, _ = jax.eval_shape(prefill, base, loras, None, gates, tokens, pad)
   state = put(
     jax.eval_shape(
       lambda cache: graph.DecodeState(
         cache=cache,
+        looked=None,
         token=jnp.zeros(1, jnp.int32),
         gates=jnp.zeros((1, experts)),
+        belief=jnp.zeros((1, 0)),
         hidden=jnp.zeros((1, shape.width)),
         lengths=jnp.zeros(1, jnp.int32),
         made=jnp.int32(0),
@@ -77,6 +81,7 @@ def plan_decoding(
       cache,
     )
   )
+  prompt = put(jax.ShapeDtypeStruct((1, length + 1), jnp.int32))
   number = put(jax.ShapeDtypeStruct((), jnp.int32))
   parts = {"weights": base, "adapters": loras}
   alike = dict(
@@ -86,7 +91,8 @@ def plan_decoding(
     plan_program(
       "prefill",
       lambda: graph.prefill.lower(
-        base, loras, gates, tokens, pad, rule=rule, slots=length + new
+        base, loras, None, gates, tokens, pad,
+        reading=reading, slots=length + new,
       ),
       tokens=length,
       **alike,
@@ -95,8 +101,8 @@ def plan_decoding(
     plan_program(
       "decode",
       lambda: graph.decode.lower(
-        base, loras, None, state, None, number, number,
-        rule=rule, sampler=Sampler(), chunk=1,
+        base, loras, None, state, prompt, None, number, number,
+        reading=reading, sampler=Sampler(), chunk=1,
       ),
       tokens=1,
       **alike,

@@ -26,11 +26,12 @@ class HumanEval(Task):
   """
 
   name = "humaneval"
+  template = "{prompt}"
   hub = ("openai/openai_humaneval",)
   splits: ClassVar[Mapping[str, str]] = {"test": "test"}
 
   def prompt(self, row: Any) -> str:
-    return text(row, "prompt")
+    return self.template.format(prompt=text(row, "prompt"))
 
   def answer(self, row: Any) -> str:
     return text(row, "canonical_solution")

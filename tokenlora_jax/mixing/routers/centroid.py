@@ -19,7 +19,8 @@ import numpy as np
 
 from tokenlora_jax.config import InputError
 from tokenlora_jax.mixing.encoders.text import TextEncoder
-from tokenlora_jax.mixing.routers.router import Router, register_router
+from tokenlora_jax.mixing.routers.registry import register_router
+from tokenlora_jax.mixing.routers.router import Router
 
 
 def sharpened_softmax(
@@ -96,9 +97,9 @@ class CentroidRouter(Router):
   def observe(self, texts):
     return () if self.encoder is None else self.encoder.prepare(texts)
 
-  def gates(self, batch, observation, hidden):
+  def gates(self, batch, observation, seen):
     del batch
-    x = hidden if self.encoder is None else self.encoder.module(*observation)
+    x = seen if self.encoder is None else self.encoder.module(*observation)
     if x.shape[-1] != self.centroids.shape[-1]:
       raise InputError(
         f"router.centroids: width {self.centroids.shape[-1]}, but the vectors "

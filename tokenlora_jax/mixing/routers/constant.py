@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenlora_jax.config import InputError, check_choice
-from tokenlora_jax.mixing.routers.router import Router, register_router
+from tokenlora_jax.mixing.routers.registry import register_router
+from tokenlora_jax.mixing.routers.router import Router
 
 _UNBOUND = (
   "router: how many experts? give experts= or names=, or bind it to a bank"
@@ -36,7 +37,12 @@ class ConstantRouter(Router):
   def experts(self) -> int:
     return self.values.shape[0]
 
-  def gates(self, batch, observation, hidden):
+  @property
+  def may_be_zero(self) -> bool:
+    # Of a mixture of predictions, weights are at least 0 too.
+    return bool(jnp.any(self.values < 0) | ~jnp.any(self.values))
+
+  def gates(self, batch, observation, seen):
     return jnp.broadcast_to(self.values, (batch, self.experts))
 
 
@@ -58,7 +64,7 @@ class UnboundRouter(Router):
   def bind(self, names):
     return ConstantRouter(jnp.asarray(self.values_for(names), jnp.float32))
 
-  def gates(self, batch, observation, hidden):
+  def gates(self, batch, observation, seen):
     raise InputError(_UNBOUND)
 
 

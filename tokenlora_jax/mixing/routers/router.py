@@ -1,20 +1,20 @@
-"""What a router is, and the registry that makes one by name.
+"""What a router is.
 
-Axis letters: B batch, D width of the base, E experts.
+Axis letters: B batch, T length, D width of the base, E experts, R rank.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
-import inspect
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
-from tokenlora_jax.config import InputError, check_choice, nearest
-
-MakeRouter = TypeVar("MakeRouter", bound=Callable[..., "Router"])
+from tokenlora_jax.config import InputError
+from tokenlora_jax.model.llama import Llama
+from tokenlora_jax.model.lora import Lora
 
 
 class Router(abc.ABC):
@@ -23,16 +23,41 @@ class Router(abc.ABC):
   A router is a frozen dataclass registered as a JAX pytree. Its arrays are
   leaves and what is not an array is static, so two routers of one shape share
   one trace. The decoder calls `observe` on the host and `gates` in the graph.
+
+  A router that decides for each position inside the layers has `prototypes`,
+  and the decoder calls `position_gates` at each adapted map; its `gates`, 1
+  unless it says otherwise, multiply what it decides there.
+
+  Attributes:
+    needs: what `gates` looks at: `nothing`; the mean of the base's last
+      `hidden` states over the running text; the `text` itself; the `prompt`,
+      read once by a pass of its own (`read_prompt`); or `evidence`, how well
+      each expert alone predicted the tokens so far.
+    looks_first: whether the base reads each token alone before, for `look`.
   """
 
-  # What it looks at: nothing, the mean of the base's last hidden states over
-  # the running text, or the text itself.
-  needs: Literal["nothing", "hidden", "text"] = "nothing"
+  needs: Literal["nothing", "hidden", "text", "prompt", "evidence"] = "nothing"
+  looks_first: bool = False
+  # Of a router that weighs evidence: who decides before there is any, and
+  # whether the prompt's tokens are some.
+  prior: Router | None = None
+  counts_prompt: bool = False
+  # Whether all gates of a sequence may be 0: the base alone.
+  may_be_zero: bool = False
 
   @property
   @abc.abstractmethod
   def experts(self) -> int:
     """E."""
+
+  @property
+  def prototypes(self) -> Sequence[Mapping[str, Any]]:
+    """Of each layer, what `position_gates` needs at each adapted map.
+
+    A mapping a layer, from the projection's name to a pytree of arrays. Empty:
+    the router decides for whole sequences.
+    """
+    return ()
 
   def bind(self, names: Sequence[str]) -> Router:
     """Returns this router for a bank of these experts.
@@ -62,83 +87,74 @@ class Router(abc.ABC):
     del texts
     return ()
 
-  @abc.abstractmethod
   def gates(
-    self, batch: int, observation: Any, hidden: jax.Array | None
+    self, batch: int, observation: Any, seen: jax.Array | None
   ) -> jax.Array:
-    """Decides the gates; pure, for use under `jax.jit`.
+    """Decides the gates of whole sequences; pure, for use under `jax.jit`.
 
     Args:
       batch: B.
       observation: what `observe` gave.
-      hidden: float32[B, D], the mean over the running text of the base's last
-        hidden states (after the final norm); None unless `needs` is `hidden`.
+      seen: by `needs`: `hidden`, float32[B, D], the mean over the running text
+        of the base's last hidden states (after the final norm); `prompt`, what
+        `read_prompt` gave; `evidence`, float32[B, E], the log of the belief
+        that each expert is the best (see `Posterior`); otherwise None.
 
     Returns:
       float32[B, E].
     """
+    del observation, seen
+    return jnp.ones((batch, self.experts))
 
+  def position_gates(
+    self, prototype: Any, lora: Lora, x: jax.Array, low: jax.Array
+  ) -> jax.Array:
+    """Decides the gates of positions at one adapted map; pure.
 
-_MAKERS: dict[str, Callable[..., Router]] = {}
+    Args:
+      prototype: of this map, from `prototypes`.
+      lora: the map's adapters.
+      x: [B, T, in], the map's input.
+      low: float32[B, T, E, R], the rank activations A_e x.
 
+    Returns:
+      float32[B, T, E], or [B, T, E, R] for gates of each rank.
+    """
+    raise NotImplementedError(f"{type(self).__name__} has no prototypes")
 
-def register_router(name: str) -> Callable[[MakeRouter], MakeRouter]:
-  """Makes a function (or a class) that builds a router known by name.
+  def read_prompt(
+    self, base: Llama, layers: Any, tokens: jax.Array, pad: jax.Array
+  ) -> Any:
+    """Reads prompts for `gates`, once; pure. For `needs` of `prompt`.
 
-  Its parameters become the router's settings. The latest to take a name wins,
-  so a notebook cell may run twice.
+    Args:
+      base: the Llama, its layers in a list.
+      layers: the adapters, a mapping a layer from projection to `Lora`.
+      tokens: int32[B, P], padded in front.
+      pad: int32[B], how much.
+    """
+    del base, layers, tokens, pad
+    return None
 
-  Args:
-    name: what `make_router` calls it.
+  def learn(self, belief: jax.Array, log_probs: jax.Array) -> jax.Array:
+    """Returns the belief after a token: float32[B, E], logarithms.
 
-  Example:
-    >>> from tokenlora_jax.mixing.routers import ConstantRouter
-    >>> @register_router("first-of-two")
-    ... def first_of_two():
-    ...   return ConstantRouter(jax.numpy.array([1.0, 0.0]))
-    >>> make_router("first-of-two").experts
-    2
-  """
+    Args:
+      belief: float32[B, E], before it.
+      log_probs: float32[B, E], of the token, by each expert alone.
+    """
+    return belief + log_probs
 
-  def register(make: MakeRouter) -> MakeRouter:
-    _MAKERS[name] = make
-    return make
+  def look(self, hidden: jax.Array) -> Router:
+    """Returns the router that knows what the base alone made of the tokens.
 
-  return register
+    Args:
+      hidden: [B, T, D], the base's last hidden states.
+    """
+    del hidden
+    return self
 
-
-def make_router(name: str, **settings: Any) -> Router:
-  """Makes a router by name.
-
-  Args:
-    name: `base`, `one-hot`, `uniform`, `sum`, `fixed`, `centroid`, or one that
-      `register_router` added.
-    **settings: what that router takes.
-
-  Returns:
-    The router.
-
-  Raises:
-    InputError: no such router or setting, a setting left out, or a bad value.
-
-  Example:
-    >>> make_router("fixed", gates=[0.75, 0.25]).gates(1, (), None).tolist()
-    [[0.75, 0.25]]
-  """
-  check_choice("router", name, sorted(_MAKERS))
-  make = _MAKERS[name]
-  allowed = inspect.signature(make).parameters
-  for setting in settings:
-    if setting not in allowed:
-      raise InputError(
-        f"router {name}: {setting!r} is not a setting; it has "
-        f"{', '.join(allowed) or 'none'}{nearest(setting, allowed)}"
-      )
-  missing = [
-    setting
-    for setting, parameter in allowed.items()
-    if parameter.default is parameter.empty and setting not in settings
-  ]
-  if missing:
-    raise InputError(f"router {name}: needs {', '.join(missing)}")
-  return make(**settings)
+  def smooth(self, before: jax.Array, gates: jax.Array) -> jax.Array:
+    """Returns the gates of a refresh, given those before it: float32[B, E]."""
+    del before
+    return gates

@@ -1,87 +1,17 @@
-"""Typed, frozen settings, and the one-line errors that bad input gets.
-
-Everything here is plain data: no JAX, no files. An experiment is one `Config`
-instance in a file of `configs/`; the command line overrides single fields.
-"""
+"""Typed, frozen settings of training, and the `Config` that holds all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
-import difflib
 import json
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
+
+from tokenlora_jax.config.decoding import DecodeConfig, RouterConfig
+from tokenlora_jax.config.errors import check, check_choice, check_literals
 
 # The seven linear maps of a Llama layer, by our names, in the order they run.
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-class InputError(ValueError):
-  """Bad input from a person: one line that says what, where and what to do."""
-
-
-def nearest(value: str, allowed: Iterable[str]) -> str:
-  """Returns " (did you mean 'x'?)" for the nearest name, or "".
-
-  Args:
-    value: what was given.
-    allowed: the names that exist.
-
-  Example:
-    >>> nearest("centriod", ["centroid", "uniform"])
-    " (did you mean 'centroid'?)"
-  """
-  match = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.5)
-  return f" (did you mean {match[0]!r}?)" if match else ""
-
-
-def first_line(error: Exception) -> str:
-  """Returns the first line of what an error says, or else its type's name.
-
-  Example:
-    >>> first_line(ValueError("no such row\\n  at line 3")), first_line(OSError())
-    ('no such row', 'OSError')
-  """
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def check_choice(field: str, value: str, allowed: Sequence[str]) -> None:
-  """Raises `InputError` unless `value` is one of `allowed`.
-
-  Args:
-    field: the name of the setting, as a person would write it.
-    value: what was given.
-    allowed: the names that exist.
-
-  Raises:
-    InputError: naming field, value, the allowed names and the nearest one.
-
-  Example:
-    >>> check_choice("router.name", "uniform", ["centroid", "uniform"])
-  """
-  if value not in allowed:
-    raise InputError(
-      f"{field}: {value!r} is not one of {', '.join(allowed)}"
-      f"{nearest(value, allowed)}"
-    )
-
-
-def check(condition: bool, field: str, value: object, allowed: str) -> None:
-  """Raises `InputError` naming field, value and what is allowed, unless true.
-
-  Example:
-    >>> check(3 > 0, "data.rows", 3, "at least 1")
-  """
-  if not condition:
-    raise InputError(f"{field}: {value!r} is not allowed; want {allowed}")
-
-
-def _check_literals(settings: object, section: str) -> None:
-  """Checks every field that allows only some words."""
-  for field, hint in get_type_hints(type(settings)).items():
-    if get_origin(hint) is Literal:
-      name = f"{section}{field.replace('_', '-')}"
-      check_choice(name, getattr(settings, field), get_args(hint))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +33,7 @@ class BaseConfig:
   quantize: Literal["none", "int8", "nf4"] = "none"
 
   def __post_init__(self):
-    _check_literals(self, "base.")
+    check_literals(self, "base.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +105,7 @@ class DataConfig:
   seed: int = 0
 
   def __post_init__(self):
-    _check_literals(self, "data.")
+    check_literals(self, "data.")
     check(self.rows >= 1, "data.rows", self.rows, "at least 1")
     check(self.length >= 8, "data.length", self.length, "at least 8 tokens")
     check(
@@ -217,7 +147,7 @@ class OptimConfig:
   clip: float = 1.0
 
   def __post_init__(self):
-    _check_literals(self, "optim.")
+    check_literals(self, "optim.")
     check(self.steps >= 1, "optim.steps", self.steps, "at least 1")
     check(
       self.learning_rate > 0,
@@ -278,78 +208,6 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RouterConfig:
-  """Who decides the gates.
-
-  Attributes:
-    name: `centroid`, `uniform`, `sum`, `one-hot`, `fixed` or `base`.
-    encoder: of `centroid`: `minilm` (all-MiniLM-L6-v2, the paper's) or `hidden`
-      (the base's own mean-pooled last hidden state, inside the graph).
-    minilm: where all-MiniLM-L6-v2 is: a folder, a hub id or `package:NAME`.
-    sharpen: of `centroid`: what the largest similarity is multiplied by before
-      the softmax (4 in the paper).
-    expert: of `one-hot`: the expert's name.
-    gates: of `fixed`: one number an expert.
-    centroid_rows: training texts a task averaged into a centroid.
-  """
-
-  name: str = "centroid"
-  encoder: Literal["minilm", "hidden"] = "minilm"
-  minilm: str = "sentence-transformers/all-MiniLM-L6-v2"
-  sharpen: float = 4.0
-  expert: str = ""
-  gates: tuple[float, ...] = ()
-  centroid_rows: int = 256
-
-  def __post_init__(self):
-    _check_literals(self, "router.")
-    check(
-      self.centroid_rows >= 1,
-      "router.centroid-rows", self.centroid_rows, "at least 1",
-    )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeConfig:
-  """How text is made.
-
-  Attributes:
-    max_new_tokens: the most tokens to make.
-    refresh_every: tokens between two router calls; 0 is once, at the prompt.
-    temperature: 0 is greedy.
-    top_k: keep the k most likely tokens; 0 is all.
-    top_p: keep the most likely tokens whose probabilities reach this sum.
-    seed: of the sampling.
-    stop_at_eos: whether the end token ends a sequence.
-    stop: strings that end a sequence (they are cut from the text).
-  """
-
-  max_new_tokens: int = 64
-  refresh_every: int = 2
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  seed: int = 0
-  stop_at_eos: bool = True
-  stop: tuple[str, ...] = ()
-
-  def __post_init__(self):
-    check(
-      self.max_new_tokens >= 1,
-      "decode.max-new-tokens", self.max_new_tokens, "at least 1",
-    )  # fmt: skip
-    check(
-      self.refresh_every >= 0,
-      "decode.refresh-every", self.refresh_every, "0 (once) or more",
-    )  # fmt: skip
-    check(
-      self.temperature >= 0, "decode.temperature", self.temperature, "0 or more"
-    )
-    check(self.top_k >= 0, "decode.top-k", self.top_k, "0 (all) or more")
-    check(0 < self.top_p <= 1, "decode.top-p", self.top_p, "0 < p <= 1")
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
   """One experiment.
 
@@ -391,7 +249,7 @@ class Config:
   resume: bool = True
 
   def __post_init__(self):
-    _check_literals(self, "")
+    check_literals(self, "")
     check(
       self.accumulate >= 1 and self.data.rows % self.accumulate == 0,
       "accumulate", self.accumulate, f"a divisor of data.rows {self.data.rows}",

@@ -1,0 +1,5 @@
+"""The experiment: several ways to mix, on the same held-out rows.
+
+An *arm* is one way to mix, a *cell* an arm on a task. Each row of each cell is
+one line of FOLDER/rows.jsonl, and all results follow from these lines alone.
+"""

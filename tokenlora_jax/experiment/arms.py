@@ -1,0 +1,215 @@
+"""The arms of an experiment: which ways to mix are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from typing import NamedTuple
+
+from tokenlora_jax.config import InputError, check_choice, nearest
+from tokenlora_jax.evaluation import Variant
+from tokenlora_jax.mixing.mixture import check_mixable
+from tokenlora_jax.mixing.routers import Router, make_router, shape_gates
+from tokenlora_jax.mixing.rules import get_rule
+from tokenlora_jax.model.lora import Adapters
+
+CACHES = ("reuse", "recompute", "remix")
+
+# What a variant may be; NAME is an expert, K a number of tokens.
+VARIANTS = (
+  "base", "own", "single", "adapter:NAME", "top1", "uniform", "sum", "prompt",
+  "token:K",
+)  # fmt: skip
+
+# Rules that leave an adapter as it is where its gate is 1 and the others' are 0.
+_SAME_ALONE = ("exact", "peft_linear", "probabilities")
+
+
+class Arm(NamedTuple):
+  """One way to mix: a line of the experiment's table.
+
+  Attributes:
+    variant: `base`; `own`, the adapter of the row's own task, which no router
+      can know: the oracle; `adapter:NAME`, one adapter on all tasks; `top1`, the
+      router's best adapter alone, decided at the prompt; `uniform`; `sum`;
+      `prompt`, the router's gates at the prompt; `token:K`, decided anew every
+      K tokens.
+    router: its name; "" where none is asked.
+    rule: what gates mean; "" where there are none.
+    cache: what becomes of what was read under older gates; "" where gates do
+      not move.
+  """
+
+  variant: str
+  router: str = ""
+  rule: str = ""
+  cache: str = ""
+
+  @property
+  def label(self) -> str:
+    """What a person calls it.
+
+    Example:
+      >>> Arm("token:2", "centroid", "exact", "reuse").label
+      'token:2 centroid exact reuse'
+    """
+    return " ".join(part for part in self if part)
+
+  @property
+  def pace(self) -> int:
+    """Tokens between two router calls; 0 is none after the prompt."""
+    kind, _, number = self.variant.partition(":")
+    return int(number) if kind == "token" else 0
+
+
+def make_arms(
+  variants: Sequence[str],
+  routers: Mapping[str, Router],
+  rules: Sequence[str],
+  caches: Sequence[str],
+  adapters: Adapters,
+) -> tuple[list[Arm], list[str]]:
+  """Returns the arms that make sense, and a line for each that does not.
+
+  Args:
+    variants: of `VARIANTS`; `single` is each adapter alone.
+    routers: by name, bound to the adapters.
+    rules: what gates may mean.
+    caches: cache policies.
+    adapters: the experts.
+
+  Returns:
+    (arms, each once, in the order of the variants; why others were left out).
+
+  Raises:
+    InputError: a variant, rule or policy that does not exist.
+
+  Example:
+    >>> from tokenlora_jax import load_base, random_adapters
+    >>> adapters = random_adapters(load_base("random:tiny"), experts=2, rank=4)
+    >>> arms, why = make_arms(["base", "single"], {}, ["exact"], [], adapters)
+    >>> [arm.label for arm in arms]
+    ['base', 'adapter:e0 exact', 'adapter:e1 exact']
+  """
+  for rule in rules:
+    get_rule(rule)
+  for cache in caches:
+    check_choice("--caches", cache, CACHES)
+  wanted: list[Arm] = []
+  skipped: list[str] = []
+  for variant in _spelled_out(variants, adapters.names):
+    for arm, why in _arms_of(variant, routers, rules, caches):
+      if arm in wanted:
+        continue
+      router = router_of(arm, routers, adapters.names[0])
+      if not why and router is not None:
+        try:
+          rule, bound = get_rule(arm.rule), router.bind(adapters.names)
+          check_mixable(rule, arm.cache, bound, adapters)
+        except InputError as error:
+          why = str(error)
+      if why:
+        skipped.append(f"{arm.label} is left out: {why}")
+      else:
+        wanted.append(arm)
+  return wanted, list(dict.fromkeys(skipped))
+
+
+def _spelled_out(
+  variants: Sequence[str], experts: Sequence[str]
+) -> Iterator[str]:
+  """Yields variants with `single` as each adapter, or raises `InputError`."""
+  for variant in variants:
+    kind, colon, what = variant.partition(":")
+    if variant == "single":
+      yield from (f"adapter:{name}" for name in experts)
+    elif kind == "adapter" and colon:
+      check_choice("--variants adapter", what, experts)
+      yield variant
+    elif kind == "token" and colon:
+      if not what.isdecimal() or int(what) < 1:
+        raise InputError(
+          f"--variants: {variant!r} is not allowed; want token:K, K tokens"
+          " between two router calls, at least 1"
+        )
+      yield f"token:{int(what)}"
+    elif variant in VARIANTS and not variant.endswith(("NAME", "K")):
+      yield variant
+    else:
+      raise InputError(
+        f"--variants: {variant!r} is not one of {', '.join(VARIANTS)}"
+        f"{nearest(variant, VARIANTS)}"
+      )
+
+
+def _arms_of(
+  variant: str,
+  routers: Mapping[str, Router],
+  rules: Sequence[str],
+  caches: Sequence[str],
+) -> Iterator[tuple[Arm, str]]:
+  """Yields the arms of a variant, and why one makes no sense, or ""."""
+  kind = variant.partition(":")[0]
+  if kind == "base":
+    yield Arm(variant), ""
+  elif kind in ("own", "adapter"):
+    alike = [rule for rule in rules if rule in _SAME_ALONE]
+    for rule in rules:
+      same = rule in alike[1:]
+      why = f"the same as under {alike[0]}, an adapter alone" if same else ""
+      yield Arm(variant, "", rule), why
+  elif kind in ("uniform", "sum"):
+    for rule in rules:
+      same = kind == "sum" and get_rule(rule).of_outputs
+      why = "weights of predictions have the sum 1: uniform" if same else ""
+      yield Arm(variant, "", rule), why
+  elif kind in ("top1", "prompt"):
+    for router, rule in itertools.product(routers, rules):
+      yield Arm(variant, router, rule), ""
+  else:
+    for name, rule, cache in itertools.product(routers, rules, caches):
+      router, why = routers[name], ""
+      if router.prototypes:
+        why = "this router decides at each token anyway, the same as prompt"
+      elif router.needs in ("nothing", "prompt"):
+        why = "this router decides at the prompt alone, the same as prompt"
+      elif get_rule(rule).of_outputs and cache != caches[0]:
+        why = f"each expert reads alone, the same as {caches[0]}"
+      yield Arm(variant, name, rule, cache), why
+
+
+def router_of(
+  arm: Arm, routers: Mapping[str, Router], task: str
+) -> Router | None:
+  """Returns who decides the gates of an arm.
+
+  Args:
+    arm: the arm.
+    routers: by name.
+    task: of the rows, for `own`.
+  """
+  kind, _, name = arm.variant.partition(":")
+  if kind == "base":
+    return None
+  if kind in ("own", "adapter"):
+    return make_router("one-hot", expert=name or task)
+  if kind in ("uniform", "sum"):
+    return make_router(kind)
+  router = routers[arm.router]
+  return shape_gates(router, top_k=1) if kind == "top1" else router
+
+
+def variant_of(arm: Arm, routers: Mapping[str, Router], task: str) -> Variant:
+  """Returns what an `Evaluator` is given for a cell.
+
+  Args:
+    arm: the arm.
+    routers: by name.
+    task: of the rows.
+  """
+  return Variant(
+    router_of(arm, routers, task),
+    arm.pace,
+    arm.rule or "exact",
+    arm.cache or "reuse",
+  )

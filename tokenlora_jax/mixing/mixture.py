@@ -1,0 +1,274 @@
+"""The adapters' part of a forward pass: gates and a rule at each adapted map.
+
+Axis letters: B batch, T length, N query heads, K kv heads, G = N/K, H head
+width, E experts, R rank, M rows that read one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tokenlora_jax.config import InputError
+from tokenlora_jax.mixing.routers.router import Router
+from tokenlora_jax.mixing.rules import Rule, get_rule, mix_probabilities
+from tokenlora_jax.model.attention import causal_mask
+from tokenlora_jax.model.llama import Llama
+from tokenlora_jax.model.lora import Adapters, LayerLoras, Lora
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routed:
+  """The adapters of one linear map, and what a router knows about it.
+
+  Attributes:
+    lora: the adapters.
+    prototype: arrays that the router compares the map's input with.
+  """
+
+  lora: Lora
+  prototype: Any
+
+
+def route_layers(
+  layers: Sequence[LayerLoras], router: Router | None
+) -> Sequence[Mapping[str, Lora | Routed]]:
+  """Returns adapters with the prototypes of a router that looks inside layers.
+
+  Args:
+    layers: a mapping a layer.
+    router: any router; one without prototypes changes nothing.
+  """
+  if router is None or not router.prototypes:
+    return layers
+  return tuple(
+    {name: Routed(lora, known[name]) for name, lora in layer.items()}
+    for layer, known in zip(layers, router.prototypes, strict=True)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """What a `Llama` calls at each adapted map: y = sum_e B_e mix(A_e x, gates).
+
+  Attributes:
+    rule: what the gates mean.
+    gates: float32[B, E] or [B, T, E].
+    router: decides gates in the layers too, which multiply `gates`; or none.
+    seen: what it decided, float32[B, T, E] a map, in the order they run. Only
+      for layers in a list, whose calls are part of one trace.
+  """
+
+  rule: Rule
+  gates: jax.Array
+  router: Router | None = None
+  seen: list[jax.Array] = dataclasses.field(default_factory=list)
+
+  def __call__(
+    self, lora: Lora | Routed, x: jax.Array, keys: jax.Array | None = None
+  ) -> jax.Array:
+    """Returns what the adapters add: [B, T, out] for x [B, T, in]."""
+    del keys  # No dropout.
+    low, gates = self.down(lora, x), self.gates
+    gates = gates[:, None, :, None] if gates.ndim == 2 else gates[..., None]
+    if isinstance(lora, Routed):
+      found = self.router.position_gates(lora.prototype, lora.lora, x, low)
+      found = found if found.ndim == 4 else found[..., None]
+      self.seen.append(jnp.mean(gates * found, axis=-1))
+      gates, lora = gates * found, lora.lora
+    mixed = self.rule.mix(low, gates, lora.scaling[:, None])
+    b = lora.b.reshape(-1, lora.b.shape[-1]).astype(x.dtype)
+    return jnp.einsum("btk,ko->bto", _joined(mixed).astype(x.dtype), b)
+
+  def down(self, lora: Lora | Routed, x: jax.Array) -> jax.Array:
+    """Returns the rank activations z, float32[B, T, E, R]."""
+    lora = lora.lora if isinstance(lora, Routed) else lora
+    experts, rank, _ = lora.a.shape
+    # One plain matrix: a product over two axes would be transposed first.
+    a = lora.a.reshape(experts * rank, -1).astype(x.dtype)
+    low = jnp.einsum("bti,ki->btk", x, a, preferred_element_type=jnp.float32)
+    return low.reshape(*low.shape[:2], experts, rank)
+
+  def up(self, lora: Lora, low: jax.Array, kv_heads: int) -> jax.Array:
+    """Returns what mixed rank activations of values add to attention.
+
+    Attention sums values over positions, and a value's adapters are linear in
+    its rank activations: so z may be summed in the values' place, under the
+    same weights, and today's gates may be used after.
+
+    Args:
+      lora: the adapters of v.
+      low: [B, T, N, E*R], z summed with the weights of each query head.
+      kv_heads: K.
+
+    Returns:
+      [B, T, N, H].
+    """
+    experts, rank, size = lora.b.shape
+    batch, length, heads, _ = low.shape
+    gates = self.gates if self.gates.ndim == 3 else self.gates[:, None]
+    mixed = self.rule.mix(
+      low.reshape(batch, length, heads, experts, rank).astype(jnp.float32),
+      gates[:, :, None, :, None],
+      lora.scaling[:, None],
+    ).astype(low.dtype)
+    by_kv_head = mixed.reshape(batch, length, kv_heads, -1, experts * rank)
+    b = lora.b.reshape(experts * rank, kv_heads, size // kv_heads)
+    added = jnp.einsum("btkgr,rkh->btkgh", by_kv_head, b.astype(low.dtype))
+    return added.reshape(batch, length, heads, -1)
+
+
+def _joined(low: jax.Array) -> jax.Array:
+  """Returns [B, T, E, R] as [B, T, E*R]."""
+  return low.reshape(*low.shape[:2], -1)
+
+
+def expert_rows(x: jax.Array, copies: int) -> jax.Array:
+  """Returns [B, ..] as [B * copies, ..], the copies of a row together."""
+  return jnp.repeat(x, copies, axis=0)
+
+
+def one_hot_rows(batch: int, experts: int) -> jax.Array:
+  """Returns the gates [B * E, E] under which each expert reads each row alone.
+
+  Example:
+    >>> one_hot_rows(1, 2).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+  """
+  return jnp.tile(jnp.eye(experts), (batch, 1))
+
+
+def check_mixable(
+  rule: Rule, cache: str, router: Router, adapters: Adapters
+) -> None:
+  """Raises `InputError` unless rule, cache policy and router fit together.
+
+  Args:
+    rule: what gates mean.
+    cache: the cache policy.
+    router: who decides them.
+    adapters: the experts.
+  """
+  if rule.of_outputs and router.prototypes:
+    raise InputError(
+      f"decode.rule: {rule.name!r} is not allowed; want another with a router"
+      " that decides inside the layers, since here each expert reads alone"
+    )
+  if rule.of_outputs and router.may_be_zero:
+    raise InputError(
+      f"decode.rule: {rule.name!r} is not allowed; want another with this"
+      " router (base, or a threshold): where all gates are 0 no expert predicts"
+    )
+  if cache != "remix":
+    return
+  adapted = {name for layer in adapters.layers for name in layer}
+  reason = ""
+  if "k" in adapted:
+    reason = "adapters on k change keys, which are kept rotated and read as is"
+  elif "v" not in adapted:
+    reason = "no adapter touches v, so no value depends on the gates"
+  elif router.prototypes:
+    reason = "gates that a position decides in the layers never change"
+  if reason:
+    raise InputError(
+      f"decode.cache: 'remix' is not allowed; want reuse or recompute, since"
+      f" {reason}"
+    )
+
+
+def forward(
+  base: Llama,
+  tokens,
+  adapters: Adapters | None = None,
+  gates=None,
+  rule: str = "exact",
+  router: Router | None = None,
+) -> jax.Array:
+  """Logits of whole texts under a mixture of adapters.
+
+  Args:
+    base: from `load_base`.
+    tokens: int[B, T].
+    adapters: from `load_adapters`; none is the base alone.
+    gates: float[B, E], or [B, T, E] for gates of each token; needed with
+      adapters, unless a router decides inside the layers.
+    rule: what the gates mean.
+    router: one that decides inside the layers, such as `arrow`; its gates
+      multiply `gates`.
+
+  Returns:
+    float32[B, T, V]; under the rule `probabilities` log-probabilities.
+
+  Raises:
+    InputError: adapters that do not fit the base, gates of a wrong shape.
+
+  Example:
+    >>> from tokenlora_jax import load_base
+    >>> forward(load_base("random:tiny"), [[1, 2, 3]]).shape
+    (1, 3, 260)
+  """
+  tokens = jnp.asarray(tokens, jnp.int32)
+  if adapters is None:
+    return _forward(base, tokens, None, None, None, None)
+  adapters.check(base.config)
+  experts = len(adapters.names)
+  if router is not None:
+    if not router.prototypes:
+      raise InputError("router: give `gates`; it does not look inside layers")
+    router = router.bind(adapters.names)
+    if gates is None:
+      gates = jnp.ones((len(tokens), experts))
+  gates = check_gates(gates, tokens.shape, experts)
+  loras = adapters.layers
+  if base.stacked:
+    if router is not None:
+      raise InputError("router: wants the list layout: load_base(path)")
+    stacked = adapters.stack(base.config.layers)
+    loras = jax.tree.map(lambda x: x.swapaxes(0, 1), stacked)
+  return _forward(base, tokens, loras, gates, router, get_rule(rule))
+
+
+def check_gates(gates, shape: tuple[int, int], experts: int) -> jax.Array:
+  """Returns gates as float32[B, E] or [B, T, E], or raises `ValueError`."""
+  if gates is None:
+    raise ValueError(f"adapters need gates: [B, E] = [{shape[0]}, {experts}]")
+  gates = jnp.asarray(gates, jnp.float32)
+  if gates.shape not in ((shape[0], experts), (*shape, experts)):
+    raise ValueError(
+      f"gates of shape {list(gates.shape)}: want [B, E] ="
+      f" [{shape[0]}, {experts}] or [B, T, E] = [{shape[0]}, {shape[1]},"
+      f" {experts}]"
+    )
+  return gates
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def _forward(base, tokens, loras, gates, router, rule):
+  batch, experts = tokens.shape[0], 0
+  adapt, read, mixing = None, tokens, gates
+  if rule is not None:
+    experts = gates.shape[-1]
+    if rule.of_outputs:
+      read = expert_rows(tokens, experts)
+      mixing = one_hot_rows(batch, experts)
+  positions = jnp.broadcast_to(jnp.arange(read.shape[1]), read.shape)
+  mask = causal_mask(jnp.ones_like(read))
+  if rule is not None:
+    if router is not None and router.looks_first:
+      router = router.look(base(read, positions, mask)[0])
+    loras = route_layers(loras, router)
+    adapt = Mixture(rule, mixing, router)
+  hidden, _ = base(read, positions, mask, loras=loras, adapt=adapt)
+  logits = base.logits(hidden)
+  if rule is None or not rule.of_outputs:
+    return logits
+  log_probs = jax.nn.log_softmax(logits)
+  log_probs = log_probs.reshape(batch, experts, *logits.shape[1:])
+  gates = gates[:, :, None] if gates.ndim == 2 else gates.swapaxes(1, 2)
+  return mix_probabilities(log_probs, gates[..., None])

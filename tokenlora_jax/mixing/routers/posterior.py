@@ -1,0 +1,101 @@
+"""Bayes: how well has each expert predicted the text so far?
+
+Axis letters: B batch, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from tokenlora_jax.config import check, check_choice
+from tokenlora_jax.mixing.routers.registry import make_router, register_router
+from tokenlora_jax.mixing.routers.router import Router
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PosteriorRouter(Router):
+  """gates_e = prior_e prod_t p_e(x_t | x_<t) / sum over experts of the same.
+
+  The posterior over experts (DEMix, Gururangan et al., 2022, eq. 4;
+  Branch-Train-Merge, Li et al., 2022). Each expert reads the text alone, a row
+  of the batch each. With the rule `probabilities` and a refresh at every token
+  the mixture's loss of a whole text exceeds the best expert's by no more than
+  log(1 / prior_e) nats, log E from a uniform prior, whatever the text: for
+  P(x) = sum_e prior_e p_e(x).
+
+  With `share` a > 0 the lead can change: after each token the belief becomes
+  (1 - a) w_e + a / E (Herbster and Warmuth, 1998, fixed share).
+
+  Attributes:
+    prior: whose gates at the prompt are the belief before the first token.
+    share: float32[].
+    evidence: whether the prompt's tokens count, `all`, or only those made
+      after it, `answer`.
+  """
+
+  needs = "evidence"
+
+  prior: Router = dataclasses.field()
+  share: jax.Array
+  evidence: Literal["answer", "all"] = dataclasses.field(
+    metadata={"static": True}
+  )
+
+  @property
+  def experts(self):
+    return self.prior.experts
+
+  def bind(self, names):
+    return dataclasses.replace(self, prior=self.prior.bind(names))
+
+  def gates(self, batch, observation, seen):
+    return jax.nn.softmax(seen, axis=-1)
+
+  @property
+  def counts_prompt(self):
+    return self.evidence == "all"
+
+  def learn(self, belief, log_probs):
+    belief = jax.nn.log_softmax(belief + log_probs, axis=-1)
+    shared = jnp.log(self.share / belief.shape[-1])
+    return jnp.logaddexp(jnp.log1p(-self.share) + belief, shared)
+
+
+@register_router("posterior")
+def posterior(
+  prior: str | Router = "uniform",
+  evidence: Literal["answer", "all"] = "answer",
+  share: float = 0.0,
+) -> PosteriorRouter:
+  """The posterior over experts, token by token.
+
+  Args:
+    prior: the router whose gates at the prompt it starts from.
+    evidence: `answer`: tokens made after the prompt (for adapters trained on
+      answers, which make the prompt's likelihood no evidence); `all`: the
+      prompt's too.
+    share: how much of the belief is shared out evenly after each token.
+
+  Raises:
+    InputError: a setting is not allowed.
+
+  Example:
+    >>> router = posterior(make_router("fixed", gates=[0.5, 0.5]))
+    >>> belief = router.learn(jnp.zeros((1, 2)), jnp.log(jnp.array([[0.9, 0.1]])))
+    >>> router.gates(1, (), belief).round(3).tolist()
+    [[0.9, 0.1]]
+  """
+  check_choice("router.evidence", evidence, ("answer", "all"))
+  check(0 <= share < 1, "router.share", share, "0 <= share < 1")
+  prior = make_router(prior) if isinstance(prior, str) else prior
+  check(
+    prior.needs != "evidence" and not prior.prototypes,
+    "router.prior", type(prior).__name__,
+    "a router that decides at the prompt",
+  )  # fmt: skip
+  return PosteriorRouter(prior, jnp.float32(share), evidence)

@@ -1,0 +1,100 @@
+"""Routers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import inspect
+from typing import Any, TypeVar
+
+from tokenlora_jax.config import InputError, check_choice, nearest
+from tokenlora_jax.mixing.routers.router import Router
+from tokenlora_jax.mixing.routers.shaping import SHAPING, shape_gates
+
+MakeRouter = TypeVar("MakeRouter", bound=Callable[..., Router])
+
+# The maker of each router, and how its paper shapes the gates.
+_MAKERS: dict[str, tuple[Callable[..., Router], dict[str, float]]] = {}
+
+
+def register_router(
+  name: str, **shaping: float
+) -> Callable[[MakeRouter], MakeRouter]:
+  """Makes a function (or a class) that builds a router known by name.
+
+  Its parameters become the router's settings. The latest to take a name wins,
+  so a notebook cell may run twice.
+
+  Args:
+    name: what `make_router` calls it.
+    **shaping: how its gates are shaped where `make_router` is not told
+      otherwise: `top_k`, `temperature`, `threshold`, `smoothing`.
+
+  Example:
+    >>> import jax
+    >>> from tokenlora_jax.mixing.routers import ConstantRouter
+    >>> @register_router("first-of-two")
+    ... def first_of_two():
+    ...   return ConstantRouter(jax.numpy.array([1.0, 0.0]))
+    >>> make_router("first-of-two").experts
+    2
+  """
+
+  def register(make: MakeRouter) -> MakeRouter:
+    _MAKERS[name] = make, shaping
+    return make
+
+  return register
+
+
+def router_settings(name: str) -> tuple[str, ...]:
+  """Returns what a router takes, besides what shapes the gates of any.
+
+  Raises:
+    InputError: there is no such router.
+
+  Example:
+    >>> router_settings("fixed")
+    ('gates',)
+  """
+  check_choice("router", name, sorted(_MAKERS))
+  return tuple(inspect.signature(_MAKERS[name][0]).parameters)
+
+
+def make_router(name: str, **settings: Any) -> Router:
+  """Makes a router by name.
+
+  Args:
+    name: such as `uniform` or `centroid`; `RouterConfig` lists all of ours.
+    **settings: what that router takes, and what shapes the gates of any:
+      `top_k`, `temperature`, `threshold` and `smoothing` (see `shape_gates`);
+      left out or None, they are the router's own.
+
+  Returns:
+    The router.
+
+  Raises:
+    InputError: no such router or setting, a setting left out, or a bad value.
+
+  Example:
+    >>> make_router("fixed", gates=[0.75, 0.25]).gates(1, (), None).tolist()
+    [[0.75, 0.25]]
+  """
+  allowed = router_settings(name)
+  every = [*allowed, *SHAPING]
+  for setting in settings:
+    if setting not in every:
+      raise InputError(
+        f"router {name}: {setting!r} is not a setting; it has "
+        f"{', '.join(every)}{nearest(setting, every)}"
+      )
+  make, shaping = _MAKERS[name]
+  told = {k: settings.pop(k) for k in SHAPING if k in settings}
+  shaping = shaping | {k: v for k, v in told.items() if v is not None}
+  missing = [
+    parameter.name
+    for parameter in inspect.signature(make).parameters.values()
+    if parameter.default is parameter.empty and parameter.name not in settings
+  ]
+  if missing:
+    raise InputError(f"router {name}: needs {', '.join(missing)}")
+  return shape_gates(make(**settings), **shaping)
