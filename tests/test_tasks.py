@@ -1,4 +1,4 @@
-"""The four tasks: their texts, their schemas, their files, their own rows."""
+"""The tasks: their texts, their schemas, their files, their own rows."""
 
 from collections import Counter
 import json
@@ -7,8 +7,9 @@ import string
 
 import pytest
 
-from tokenlora_jax.config import InputError
-from tokenlora_jax.tasks import TASKS, get_task
+from tokenlora_jax.config import DataConfig, InputError
+from tokenlora_jax.data import load_rows
+from tokenlora_jax.tasks import EVALUATION_TASKS, TASKS, get_task
 
 GSM8K = {"question": "What is 2+3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}
 ARC = {
@@ -24,6 +25,19 @@ SQUAD = {
   "context": "Rome was not built in a day.",
   "question": "What was not built in a day?",
   "answers": {"text": ["Rome", "the city"], "answer_start": [0, 0]},
+}
+HUMANEVAL = {
+  "task_id": "HumanEval/0",
+  "prompt": 'def two():\n    """Return 2."""\n',
+  "canonical_solution": "    return 2\n",
+  "test": "def check(candidate):\n    assert candidate() == 2\n",
+  "entry_point": "two",
+}
+MBPP = {
+  "task_id": 11,
+  "text": "Write a function to return 2.",
+  "code": "def two():\r\n  return 2",
+  "test_list": ["assert two() == 2", "assert two() > 1"],
 }
 ROWS = dict(zip(TASKS, (GSM8K, ARC, CODE, SQUAD), strict=True))
 
@@ -92,6 +106,31 @@ def test_squad_template_takes_the_first_answer():
   )
 
 
+def test_humaneval_is_prompt_and_body():
+  assert texts("humaneval", HUMANEVAL) == (
+    'def two():\n    """Return 2."""\n',
+    "    return 2\n",
+  )
+
+
+def test_mbpp_template():
+  assert texts("mbpp", MBPP) == (
+    "You are an expert Python programmer, and here is your task: Write a "
+    "function to return 2. Your code should pass these tests:\n\n"
+    "assert two() == 2\nassert two() > 1\n[BEGIN]\n",
+    "def two():\n  return 2\n[DONE]",
+  )
+
+
+@pytest.mark.parametrize("name", EVALUATION_TASKS)
+def test_what_is_only_evaluated_has_rows_to_test_and_none_to_train(name):
+  rows = get_task(name).generate(0, 512, "test")
+  assert set(rows[0]) == set({"humaneval": HUMANEVAL, "mbpp": MBPP}[name])
+  assert len(load_rows(DataConfig(), name, "test")) == 512
+  with pytest.raises(InputError, match=f"^data.tasks: {name} has no train"):
+    load_rows(DataConfig(), name, "train")
+
+
 @pytest.mark.parametrize(
   ("name", "row", "message"),
   [
@@ -156,6 +195,12 @@ def test_squad_template_takes_the_first_answer():
       "field 'answers.text' is empty",
     ),
     ("squad", SQUAD | {"context": ""}, "field 'context' is empty"),
+    (
+      "humaneval",
+      HUMANEVAL | {"canonical_solution": None},
+      "field 'canonical_solution': want text, got None",
+    ),
+    ("mbpp", MBPP | {"test_list": []}, "field 'test_list' is empty"),
   ],
 )
 def test_a_bad_field_is_named(name, row, message):
