@@ -141,7 +141,7 @@ def test_held_out_rows_that_do_not_fit_are_counted(tokenizer, caplog):
   long = Row("Q" * 30, " A", "file:8")
   with caplog.at_level(logging.WARNING):
     examples = held_out([ROW, long, ROW], tokenizer, DataConfig(length=20))
-  assert [len(example.tokens) for example in examples] == [18, 18]
+  assert {i: len(e.tokens) for i, e in examples.items()} == {0: 18, 2: 18}
   assert "left out 1 of 3 rows" in caplog.text
   with pytest.raises(InputError, match=r"data\.length: 20 tokens .*file:8"):
     held_out([long], tokenizer, DataConfig(length=20))
@@ -152,5 +152,6 @@ def test_held_out_takes_the_first_rows_that_fit(caplog):
   rows = [Row("p" * n, " a", f"row {n}") for n in (2, 90, 3, 4, 5)]
   config = DataConfig(eval_rows=3, length=16)
   examples = held_out(rows, tokenizer, config)
-  assert [e.prompt_length for e in examples] == [3, 4, 5]
+  found = {i: e.prompt_length for i, e in examples.items()}
+  assert found == {0: 3, 2: 4, 3: 5}
   assert "left out 1 of 4 rows" in caplog.text

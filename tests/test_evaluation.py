@@ -75,7 +75,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def examples(tokenizer):
-  return held_out(ROWS, tokenizer, DataConfig(length=LENGTH))
+  return list(held_out(ROWS, tokenizer, DataConfig(length=LENGTH)).values())
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tokenlora_jax.config import DataConfig, InputError
+from tokenlora_jax.config import DataConfig, InputError, RouterConfig
 from tokenlora_jax.data import Row, tokenize
 from tokenlora_jax.evaluation import Evaluator
-from tokenlora_jax.experiment.arms import Arm, make_arms
+from tokenlora_jax.experiment.arms import Arm, make_arms, router_config
 from tokenlora_jax.experiment.questions import Question
 from tokenlora_jax.experiment.rows import RowLog, open_rows, read_rows
 from tokenlora_jax.experiment.run import run_cells
@@ -142,6 +142,23 @@ def test_unknown_variants_are_one_line(adapters, routers, variant, told):
     make_arms([variant], routers, ["exact"], ["reuse"], adapters)
 
 
+@pytest.mark.parametrize(
+  ("text", "told"),
+  [
+    ("centroid:shapren=3", "'shapren' is not one of .*mean 'sharpen'"),
+    ("centroid:sharpen=much", "sharpen 'much' is not allowed; want a number"),
+    ("centroid:top-k=1.5", r"top_k '1\.5' is not allowed"),
+    ("centroid:sharpen", "sharpen '' is not allowed"),
+    ("centroid:encoder=bert", r"router\.encoder: 'bert'"),
+    ("fixed:gates=1", "'gates' is not one of"),
+  ],
+)
+def test_bad_settings_of_a_router_are_one_line(text, told):
+  with pytest.raises(InputError, match=told) as caught:
+    router_config(text, RouterConfig())
+  assert "\n" not in str(caught.value)
+
+
 ARMS = [
   Arm("base"),
   Arm("own", "", "exact"),
@@ -257,3 +274,26 @@ def test_damaged_files_are_one_line(tmp_path):
     pass
   rows.write_text('{"variant": 3}\n')
   refused(tmp_path, ABOUT, r"rows\.jsonl:1: is no row")
+
+
+class Parrot:
+  """A judge that finds all answers alike."""
+
+  def judge(self, task, variant, questions):
+    return [
+      {"scores": {f"{task}_right": 0.5}, "text": one.name} for one in questions
+    ]
+
+
+def test_what_a_judge_says_is_kept(tests, routers, evaluator, tmp_path):
+  few = {task: some[:3] for task, some in tests.items()}
+  console = Console(file=io.StringIO())
+  with open_rows(tmp_path, ABOUT) as log:
+    run_cells(
+      ARMS[:1], few, routers, evaluator, ("e0", "e1"), Parrot(), log, console
+    )
+  rows = read_rows(tmp_path / "rows.jsonl")
+  assert len(rows) == 6
+  for row in rows:
+    assert row["text"] == row["row"]
+    assert row["scores"] == {f"{row['task']}_right": 0.5}

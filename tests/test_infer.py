@@ -14,7 +14,7 @@ import pytest
 import infer
 from tokenlora_jax.config import DecodeConfig, InputError, RouterConfig
 from tokenlora_jax.decoding import generate
-from tokenlora_jax.experiment.results import mean_losses
+from tokenlora_jax.experiment.results import summarise
 from tokenlora_jax.interop.bank import load_bank, save_bank
 from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.tokenizers import load_tokenizer
@@ -118,13 +118,18 @@ def test_examples_are_decoded_and_recorded(run, workdir, tmp_path):
 def test_evaluate_agrees_with_training(run, workdir, tmp_path):
   output = tmp_path / "experiment"
   shown = run("evaluate", "--output", str(output))
-  losses = mean_losses(records(output / "rows.jsonl"))
-  assert [arm.variant for arm in losses] == [
+  results = summarise(records(output / "rows.jsonl"))
+  assert [arm.variant for arm in results.arms] == [
     "base", "own", "uniform", "prompt", "token:1", "token:2", "token:4",
   ]  # fmt: skip
   # Training's own held-out loss: the same rows through other code.
   last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-  losses = {arm.variant: means for arm, means in losses.items()}
+  losses = {
+    arm.variant: {
+      task: results.figures[arm, "loss", task].own.value for task in TASKS
+    }
+    for arm in results.arms
+  }
   for task in TASKS:
     own = losses["own"][task]
     assert own == pytest.approx(last[f"held_out/{task}"], abs=1e-4)
@@ -212,7 +217,10 @@ def test_bad_input_is_one_line_and_overwrites_nothing(
   one = ["--prompt", "a"]
   for argv, told in (
     ([*one, "--output", str(output)], r"out\.jsonl: exists"),
-    (["evaluate", "--output", str(output)], r"out\.jsonl: cannot be made"),
+    (
+      ["evaluate", "--output", str(output)],
+      r"out\.jsonl: cannot be written to",
+    ),
     ([*one, "--output", str(tmp_path / "no" / "o")], "there is no folder .*no"),
     ([*one, "--compare", "--output", "new"], "--output: takes no --compare"),
     ([*one, "--compare", "--png", "new"], "--png: takes no --compare"),

@@ -265,7 +265,7 @@ def tokenize(row: Row, tokenizer: Any, config: DataConfig) -> Example | None:
 
 def held_out(
   rows: Sequence[Row], tokenizer: Any, config: DataConfig
-) -> list[Example]:
+) -> dict[int, Example]:
   """Returns one task's first `config.eval_rows` rows that fit, as tokens.
 
   Args:
@@ -273,11 +273,14 @@ def held_out(
     tokenizer: a transformers-style tokenizer.
     config: see `tokenize`.
 
+  Returns:
+    {index in rows: tokens}, in the order of the rows.
+
   Raises:
     InputError: no row is left.
   """
   found = fitting(rows, tokenizer, config, config.eval_rows)
-  return [tokenize(rows[i], tokenizer, config) for i in found]
+  return {i: tokenize(rows[i], tokenizer, config) for i in found}
 
 
 def fitting(

@@ -192,12 +192,10 @@ class Evaluator:
       refresh_every: tokens between two calls; 0 is once, at the prompt.
       examples: rows as tokens.
     """
-    if router.at_prompt_only:
+    if router.at_prompt_only or router.needs in ("hidden", "prompt"):
       refresh_every = 0
-    if router.needs == "evidence":
+    if router.needs == "evidence" and refresh_every:
       return self._believed(router, refresh_every, examples)
-    if router.needs in ("hidden", "prompt"):
-      return self._at_prompt(router, examples)
     asked, texts = [], {}
     for example in examples:
       count = len(example.tokens) - example.prompt_length
@@ -213,20 +211,27 @@ class Evaluator:
     # By length, so that little is padding; a short batch is filled up, so
     # that it does not compile anew.
     new.sort(key=len)
-    for start in range(0, len(new), 4 * BATCH):
-      part = new[start : start + 4 * BATCH]
-      filled = part + part[-1:] * (4 * BATCH - len(part))
-      observation = router.observe(
-        [
-          self._tokenizer.decode(
-            np.frombuffer(text, np.int32).tolist(), skip_special_tokens=True
-          )
-          for text in filled
-        ]
-      )
-      gates = np.asarray(_gates(router, observation, np.zeros(len(filled))))
-      known |= dict(zip(part, gates, strict=False))
+    size = 4 * BATCH if router.needs in ("nothing", "text") else BATCH
+    for start in range(0, len(new), size):
+      part = new[start : start + size]
+      filled = part + part[-1:] * (size - len(part))
+      tokens = [np.frombuffer(text, np.int32).tolist() for text in filled]
+      known |= dict(zip(part, self._ask(router, tokens), strict=False))
     return [self._smoothed(router, row, known) for row in asked]
+
+  def _ask(self, router: Router, texts: list[list[int]]) -> np.ndarray:
+    """Returns the router's gates [B, E] for texts as tokens."""
+    if router.needs not in ("nothing", "text"):
+      decoder = Decoder(
+        self._base, texts, self._adapters, router,
+        DecodeConfig(1, refresh_every=0), self._tokenizer,
+      )  # fmt: skip
+      return decoder.prompt_gates()
+    words = [
+      self._tokenizer.decode(text, skip_special_tokens=True) for text in texts
+    ]
+    observation = router.observe(words)
+    return np.asarray(_gates(router, observation, np.zeros(len(texts))))
 
   def _memory(self, router: Router) -> tuple[Router, dict[bytes, np.ndarray]]:
     """Returns the router bound to the adapters, and its gates by text."""
@@ -245,22 +250,10 @@ class Evaluator:
       gates.append(now)
     return np.stack(gates)
 
-  def _at_prompt(self, router, examples) -> list[np.ndarray]:
-    """Returns the gates [N, E] of answers, as decided at the prompts."""
-    router, gates = self._memory(router)[0], []
-    for start in range(0, len(examples), BATCH):
-      batch = examples[start : start + BATCH]
-      first = self._decoder(batch, router).prompt_gates()
-      counts = [len(e.tokens) - e.prompt_length for e in batch]
-      gates += [
-        np.tile(row, (n, 1)) for row, n in zip(first, counts, strict=False)
-      ]
-    return gates
-
   def _believed(self, router, refresh_every, examples) -> list[np.ndarray]:
     """Returns the gates [N, E] of answers by a router that weighs evidence."""
-    firsts, router = self._at_prompt(router, examples), self._memory(router)[0]
-    gates = []
+    firsts = self.gates(router, 0, examples)
+    router, gates = self._memory(router)[0], []
     for start in range(0, len(examples), BATCH):
       batch = examples[start : start + BATCH]
       for first, losses in zip(
@@ -334,17 +327,22 @@ class Evaluator:
       for i, span in enumerate(spans)
     ]
 
-  def _decoder(self, batch, router, variant=None, forced=None) -> Decoder:
-    """Returns what would make the answers; the batch is filled up."""
-    variant = variant or Variant(router)
-    filled = [*batch, *batch[-1:] * (BATCH - len(batch))]
-    return Decoder(
+  def _decode(self, batch, variant, router):
+    """Follows texts as the decoder makes them: [(losses, gates)]."""
+    filled = batch + batch[-1:] * (BATCH - len(batch))
+    answers = [e.tokens[e.prompt_length :] for e in filled]
+    longest = max(map(len, answers))
+    size = -(-longest // LENGTH_STEP) * LENGTH_STEP
+    forced = np.zeros((BATCH, size), np.int32)
+    for row, answer in zip(forced, answers, strict=True):
+      row[: len(answer)] = answer
+    *_, out = Decoder(
       self._base,
       [e.tokens[: e.prompt_length].tolist() for e in filled],
       self._adapters,
       router,
       DecodeConfig(
-        max(len(e.tokens) - e.prompt_length for e in filled),
+        longest,
         variant.refresh_every,
         rule=variant.rule,
         cache=variant.cache,
@@ -353,17 +351,7 @@ class Evaluator:
       self._tokenizer,
       forced=forced,
     )
-
-  def _decode(self, batch, variant, router):
-    """Follows texts as the decoder makes them: [(losses, gates)]."""
-    answers = [e.tokens[e.prompt_length :] for e in batch]
-    size = -(-max(map(len, answers)) // LENGTH_STEP) * LENGTH_STEP
-    forced = np.zeros((BATCH, size), np.int32)
-    filled = answers + answers[-1:] * (BATCH - len(answers))
-    for row, answer in zip(forced, filled, strict=True):
-      row[: len(answer)] = answer
-    *_, out = self._decoder(batch, router, variant, forced)
     return [
       (-out.log_probs[i, : len(answer)], out.gates[i, : len(answer)])
-      for i, answer in enumerate(answers)
+      for i, answer in enumerate(answers[: len(batch)])
     ]

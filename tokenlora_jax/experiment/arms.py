@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
-from tokenlora_jax.config import InputError, check_choice, nearest
+from tokenlora_jax.config import (
+  InputError,
+  RouterConfig,
+  check_choice,
+  nearest,
+)
 from tokenlora_jax.evaluation import Variant
 from tokenlora_jax.mixing.mixture import check_mixable
 from tokenlora_jax.mixing.routers import Router, make_router, shape_gates
@@ -60,6 +66,45 @@ class Arm(NamedTuple):
     """Tokens between two router calls; 0 is none after the prompt."""
     kind, _, number = self.variant.partition(":")
     return int(number) if kind == "token" else 0
+
+
+def router_config(text: str, default: RouterConfig) -> RouterConfig:
+  """Returns the settings of a router as `--routers` names it.
+
+  Args:
+    text: a router's name, and perhaps settings that differ from the config's:
+      `NAME:SETTING=VALUE,SETTING=VALUE`.
+    default: the config's.
+
+  Raises:
+    InputError: there is no such setting, or its value is not allowed.
+
+  Example:
+    >>> made = router_config("centroid:encoder=hidden,top-k=2", RouterConfig())
+    >>> made.name, made.encoder, made.top_k
+    ('centroid', 'hidden', 2)
+  """
+  name, _, rest = text.partition(":")
+  hints = get_type_hints(RouterConfig)
+  # A comma parts settings, so none is a list.
+  known = {
+    field: get_args(hint) or (hint,)
+    for field, hint in hints.items()
+    if get_origin(hint) is not tuple and field != "name"
+  }
+  changes: dict[str, Any] = {"name": name}
+  for part in filter(None, rest.split(",")):
+    key, _, value = part.partition("=")
+    field = key.replace("-", "_")
+    check_choice(f"--routers {text}", field, list(known))
+    number = next((x for x in (float, int) if x in known[field]), str)
+    try:
+      changes[field] = number(value)
+    except ValueError:
+      raise InputError(
+        f"--routers {text}: {field} {value!r} is not allowed; want a number"
+      ) from None
+  return dataclasses.replace(default, **changes)
 
 
 def make_arms(

@@ -14,16 +14,17 @@ from tokenlora_jax.config import Config, RouterConfig, check
 from tokenlora_jax.data import load_rows
 from tokenlora_jax.evaluation import Evaluator
 from tokenlora_jax.experiment.answers import Judge
-from tokenlora_jax.experiment.arms import make_arms
+from tokenlora_jax.experiment.arms import make_arms, router_config
 from tokenlora_jax.experiment.plots import write_plots
 from tokenlora_jax.experiment.questions import digest_questions, questions
 from tokenlora_jax.experiment.results import summarise
-from tokenlora_jax.experiment.rows import RowLog, digest_bank, open_rows
+from tokenlora_jax.experiment.rows import AGAIN, RowLog, digest_bank, open_rows
 from tokenlora_jax.experiment.run import run_cells
 from tokenlora_jax.experiment.tables import NOTE, terminal_tables, write_tables
 from tokenlora_jax.mixing.routers import Router
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
+from tokenlora_jax.workdir import writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Evaluation(Config):
       (the oracle); `single`, each adapter on all tasks, or `adapter:NAME`;
       `uniform`; `sum`; and of each router `top1` (its best adapter alone),
       `prompt` (its gates at the prompt) and `token:K` (anew every K tokens).
-    routers: by name; the config's by default.
+    routers: by name, perhaps with settings of their own, as in
+      `centroid:encoder=hidden,sharpen=8`; the config's by default.
     rules: what gates mean: exact, peft_linear, peft040, probabilities.
     caches: of `token:K`: reuse, recompute, remix.
     generate: answer the questions too, and have the answers scored: GSM8K's
@@ -101,7 +103,7 @@ def evaluate(
     for task in data.tasks:
       adapters.index(task)
   routers = {
-    name: make_router(dataclasses.replace(args.router, name=name))
+    name: make_router(router_config(name, args.router))
     for name in args.routers or (args.router.name,)
   }
   arms, skipped = make_arms(
@@ -148,8 +150,10 @@ def evaluate(
     )
     results = summarise(log.rows)
     if args.output:
-      write_tables(results, Path(args.output))
-      write_plots(log.rows, results, Path(args.output))
+      folder = Path(args.output)
+      with writing(folder, AGAIN):
+        write_tables(results, folder)
+        write_plots(log.rows, results, folder)
   for table in terminal_tables(results):
     console.print(table)
   console.print(NOTE, style="dim")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenlora_jax.config import DataConfig
-from tokenlora_jax.data import Example, Row, fitting, tokenize
+from tokenlora_jax.data import Example, Row, held_out
 from tokenlora_jax.experiment.rows import digest
 
 
@@ -42,8 +42,7 @@ def questions(
   """
   folder = f"{Path(config.dir)}/"
   found = []
-  for i in fitting(rows, tokenizer, config, config.eval_rows):
-    example = tokenize(rows[i], tokenizer, config)
+  for i, example in held_out(rows, tokenizer, config).items():
     # Cut before its answer, there is nothing to score.
     if len(example.tokens) > example.prompt_length:
       name = rows[i].origin.removeprefix(folder)

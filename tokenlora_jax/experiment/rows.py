@@ -16,9 +16,12 @@ from typing import Any, TextIO
 
 from tokenlora_jax.config import InputError, differences
 from tokenlora_jax.experiment.arms import Arm
-from tokenlora_jax.workdir import locked, write_atomically
+from tokenlora_jax.workdir import locked, write_atomically, writing
 
 FORMAT = 1
+
+# What follows, in an error, when a disk is well again.
+AGAIN = "the same command goes on where it stopped"
 
 # What a row must have; `scores` and `gates` may be empty. Where answers were
 # generated or chosen, there is more (see `answers.Judge.judge`).
@@ -64,12 +67,17 @@ class RowLog:
     return (arm, task, row) in self._done
 
   def add(self, rows: Sequence[dict]) -> None:
-    """Adds rows that are done; when it returns they are on the disk."""
+    """Adds rows that are done; when it returns they are on the disk.
+
+    Raises:
+      InputError: the disk is full or fails.
+    """
     if self._file is not None:
       lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
-      self._file.write("".join(lines))
-      self._file.flush()
-      os.fsync(self._file.fileno())
+      with writing(Path(self._file.name).parent, AGAIN):
+        self._file.write("".join(lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
     self.rows += rows
     self._done |= {self._key(row) for row in rows}
 
@@ -92,12 +100,8 @@ def open_rows(folder: Path, about: Mapping[str, Any]) -> Iterator[RowLog]:
       other settings, another bank or other rows, or something else.
   """
   file = folder / "experiment.json"
-  try:
+  with writing(folder, AGAIN):
     folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(
-      f"--output {folder}: cannot be made ({error.strerror})"
-    ) from None
   with locked(folder, "--output", "evaluate"):
     # As it is when it is read again: lists, not tuples.
     about = json.loads(json.dumps({"format": FORMAT, **about}))
@@ -108,7 +112,8 @@ def open_rows(folder: Path, about: Mapping[str, Any]) -> Iterator[RowLog]:
         f"--output {folder}: holds rows.jsonl, but no experiment.json that says"
         " of what; choose another --output"
       )
-    write_atomically(file, json.dumps(about, indent=2) + "\n")
+    with writing(folder, AGAIN):
+      write_atomically(file, json.dumps(about, indent=2) + "\n")
     rows = read_rows(folder / "rows.jsonl", drop_torn=True)
     with (folder / "rows.jsonl").open("a") as lines:
       yield RowLog(rows, lines)
