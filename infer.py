@@ -3,6 +3,9 @@
   python infer.py --prompt TEXT ...       make text, with who led each token
   python infer.py evaluate ...            ways to mix compared on held-out rows
   python infer.py --plan v5e:1x1 ...      would it fit there, and how fast
+  python infer.py bank ...                what is in a bank; bank-add and
+                                          bank-drop change it
+  python infer.py export ...              a mixture as one PEFT folder
 
 Prompts come from --prompt, --prompts-file (a prompt a line), --examples, or
 standard input (a prompt a line).
@@ -14,15 +17,15 @@ import functools
 import json
 from pathlib import Path
 import sys
-from typing import Annotated, TextIO
+from typing import Annotated
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 import tyro
 
-from tokenlora_jax import cli, report
-from tokenlora_jax.config import Config, InputError
+from tokenlora_jax import bank_cli, cli, report
+from tokenlora_jax.config import Config, InputError, nearest
 from tokenlora_jax.data import load_rows
 from tokenlora_jax.decoding import Decoder, Generation
 from tokenlora_jax.experiment.command import Evaluation, evaluate
@@ -32,6 +35,7 @@ from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.plan.decoding import plan_decoding
 from tokenlora_jax.plan.report import show_plans
+from tokenlora_jax.telemetry import GateTrace
 from tokenlora_jax.workdir import write_atomically
 
 
@@ -46,7 +50,11 @@ class Arguments(Config):
     examples: take the first so many held-out prompts of each task.
     compare: show base, each adapter, uniform, prompt-level and token-level
       gates side by side.
-    output: write each text with its tokens and gates to this new JSONL file.
+    output: write each text with its tokens, gates, and their entropy, switches
+      and shares to this new JSONL file.
+    html: draw each text, its tokens tinted by the expert that leads them, over
+      the course of the gates, in this new file, a page that any browser shows.
+    png: draw the same in this new file, a picture.
     plan: make no text, but compile the programs for hardware that need not be
       here and say whether they fit and what they take: v5e:1x1, h100:1. A
       prompt of data.length tokens is read, and decode.max-new-tokens are made.
@@ -59,6 +67,8 @@ class Arguments(Config):
   examples: int = 0
   compare: bool = False
   output: str = ""
+  html: str = ""
+  png: str = ""
   plan: str = ""
   plan_json: str = ""
 
@@ -72,39 +82,25 @@ def read_prompts(args: Arguments) -> list[str]:
   prompts = list(args.prompt)
   if args.prompts_file:
     file = Path(args.prompts_file)
-    prompts += read_lines(file, f"--prompts-file {file}")
+    prompts += cli.read_lines(file, f"--prompts-file {file}", "prompt")
   for task in args.data.tasks if args.examples else ():
     rows = load_rows(args.data, task, "test")[: args.examples]
     prompts += [row.prompt for row in rows]
   if not prompts and sys.stdin.isatty():
     raise InputError("--prompt: there is none; give one, or --examples 1")
-  return prompts or read_lines(sys.stdin, "standard input")
-
-
-def read_lines(source: Path | TextIO, name: str) -> list[str]:
-  """Returns the lines that are not blank, or raises `InputError`."""
-  try:
-    text = (
-      source.read_text("utf-8") if isinstance(source, Path) else source.read()
-    )
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError(f"{name} cannot be read: {error}") from None
-  lines = [line for line in text.splitlines() if line.strip()]
-  if not lines:
-    raise InputError(f"{name}: holds no prompt")
-  return lines
+  return prompts or cli.read_lines(sys.stdin, "standard input", "prompt")
 
 
 def generate(args: Arguments, console: Console) -> None:
   """Makes a text for each prompt."""
-  if args.compare and args.output:
-    raise InputError("--output: takes no --compare; leave out one of them")
-  cli.check_new_file("--output", args.output)
+  if args.compare:
+    check_files(args, (), "takes no --compare; leave out one of them")
+  check_files(args, ("output", "html", "png"))
   prompts = read_prompts(args)
   base, tokenizer, bank = load(args)
   names = bank.adapters.names
   router = bank.router(args.router)
-  records = []
+  records, maps = [], []
   console.print(report.legend(names))
   for prompt in prompts:
     console.rule()
@@ -136,14 +132,41 @@ def generate(args: Arguments, console: Console) -> None:
         "text": out.texts[0],
         "tokens": out.tokens[0, : out.lengths[0]].tolist(),
         "gates": gates.astype(float).round(6).tolist(),
+        **GateTrace.of(gates).record(),
         "experts": names,
         "router": dataclasses.asdict(args.router),
         "decode": dataclasses.asdict(args.decode),
       }
     )
+    maps.append(report.HeatMap(prompt, pieces, gates, names, facts(args)))
   if args.output:
     lines = [json.dumps(record) + "\n" for record in records]
     write_atomically(Path(args.output), "".join(lines))
+  if args.html:
+    write_atomically(Path(args.html), report.heatmap_html(maps))
+  if args.png:
+    write_atomically(Path(args.png), report.heatmap_png(maps))
+
+
+def check_files(args: Arguments, taken: Sequence[str], why: str = "") -> None:
+  """Raises `InputError` unless the files to write are taken, and new."""
+  for name in ("output", "html", "png"):
+    path = getattr(args, name)
+    if path and name not in taken:
+      raise InputError(f"--{name}: {why}")
+    cli.check_new_file(f"--{name}", path)
+
+
+def facts(args: Arguments) -> dict[str, str]:
+  """Returns what a heat map says of how its gates came about."""
+  router, every = args.router, args.decode.refresh_every
+  often = "every token" if every == 1 else f"every {every} tokens"
+  return {
+    "router": f"{router.name} ({router.encoder})"
+    if router.name == "centroid"
+    else router.name,
+    "gates refreshed": often if every else "once, at the prompt",
+  }
 
 
 def token_pieces(tokenizer, out: Generation) -> list[str]:
@@ -201,14 +224,18 @@ def load(args: Arguments | Evaluation):
 def main(argv: Sequence[str]) -> None:
   """Runs the program with these arguments."""
   argv = list(argv)
-  commands = ("generate", "evaluate")
   command = "generate"
   if argv and not argv[0].startswith("-"):
     command = argv.pop(0)
-    if command not in commands:
-      raise InputError(
-        f"{command!r}: is no command; want {', '.join(commands)}"
-      )
+  if command in bank_cli.COMMANDS:
+    bank_cli.COMMANDS[command](argv, cli.console())
+    return
+  commands = "generate", "evaluate", *bank_cli.COMMANDS
+  if command not in commands:
+    raise InputError(
+      f"{command!r}: is no command; want {', '.join(commands)}"
+      f"{nearest(command, commands)}"
+    )
   console = cli.console()
   if command == "evaluate":
     args = cli.parse(Evaluation, argv, __doc__)

@@ -20,7 +20,7 @@ from tokenlora_jax import cli
 from tokenlora_jax.batches import batches, held_out_batches
 from tokenlora_jax.config import Config
 from tokenlora_jax.data import load_rows
-from tokenlora_jax.interop.bank import Bank, save_bank
+from tokenlora_jax.interop.bank import Bank, Expert, save_bank
 from tokenlora_jax.interop.load import base_shape, load_base
 from tokenlora_jax.interop.minilm import load_minilm
 from tokenlora_jax.interop.tokenizers import load_tokenizer
@@ -32,6 +32,7 @@ from tokenlora_jax.plan.plan import plan_training
 from tokenlora_jax.plan.report import show_plans
 from tokenlora_jax.processes import start_processes
 from tokenlora_jax.sharding import make_mesh
+from tokenlora_jax.tasks import get_task
 from tokenlora_jax.training import put_batch
 from tokenlora_jax.workdir import claim_workdir
 
@@ -119,7 +120,8 @@ def main(argv: Sequence[str]) -> None:
         tables[name] = centroids(encoder, texts)
     adapters = trained_adapters(config, state)
     if jax.process_index() == 0:
-      bank = Bank(adapters, config.base.path, base.fingerprint, tables)
+      about = {task: Expert(task, get_task(task).template) for task in tasks}
+      bank = Bank(adapters, config.base.path, base.fingerprint, tables, about)
       save_bank(workdir / "bank", bank)
       console.print(
         f"bank: {workdir / 'bank'}\nnext: python infer.py --config ..."

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 ARROWS = {
   "config": "",
   "chips": "",
+  "telemetry": "config",
   "cli": "config",
   "workdir": "config",
   "metrics": "workdir chips",
@@ -34,13 +35,23 @@ ARROWS = {
     " workdir config"
   ),
   "plan": "training decoding mixing model sharding chips workdir cli config",
-  "report": "evaluation decoding mixing model data tasks text config",
-  "interop": "model config sharding mixing",
+  "report": "telemetry evaluation decoding mixing model data tasks text config",
+  "likelihood": "evaluation decoding mixing model data config",
+  "interop": "likelihood decoding mixing model sharding workdir config",
+  # A part of infer.py, an entry point.
+  "bank_cli": "cli workdir data tasks mixing interop config",
+  "lm_eval": "interop cli config",
 }
 ARROWS["__init__"] = " ".join(ARROWS)
 
 # Foreign formats stay in interop, and torch in the tests.
 ONLY_INTEROP = {"transformers", "gguf", "safetensors", "peft"}
+# lm-eval is an extra; these modules are for those who have it.
+FOR_LM_EVAL = {
+  "tokenlora_jax.interop.lm_eval",
+  "tokenlora_jax.interop.lm_eval_args",
+  "tokenlora_jax.lm_eval",
+}
 
 
 def _name(file: Path) -> str:
@@ -98,6 +109,13 @@ def test_foreign_formats_stay_in_interop():
   for module, file in OURS.items():
     if _room(module) != "interop":
       assert not _packages(file) & ONLY_INTEROP, module
+
+
+def test_lm_eval_is_needed_by_its_own_modules_alone():
+  for file in [*OURS.values(), *ROOT.glob("*.py")]:
+    if _name(file) not in FOR_LM_EVAL:
+      assert "lm_eval" not in _packages(file), file
+      assert not _imports(file) & FOR_LM_EVAL, file
 
 
 def test_torch_never_runs():

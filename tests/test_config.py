@@ -46,10 +46,10 @@ def test_no_setting_is_dead():
     if isinstance(node, ast.Attribute)
   }
   # A bank asks for what each router takes by name.
-  names = ("one-hot", "fixed", "centroid", "posterior")
+  names = ("one-hot", "fixed", "centroid", "posterior", "logo", "hilora")
   read |= {setting for name in names for setting in router_settings(name)}
-  # Scaling is computed in the config itself.
-  assert set(leaves(Config())) - read == {"alpha", "rslora", "measure"}
+  # Scaling is computed in the config itself; clusters are for what fits.
+  assert set(leaves(Config())) - read == {"alpha", "rslora", "clusters"}
   assert LoraConfig(rank=4, alpha=8).scaling == 2
   assert LoraConfig(rank=4, alpha=8, rslora=True).scaling == 4
 
@@ -82,6 +82,8 @@ def test_no_setting_is_dead():
       "mesh.coordinator: 'host:99999' is not allowed; want HOST:PORT of process",
     ),
     (lambda: RouterConfig(encoder="mini"), "router.encoder: 'mini'"),
+    (lambda: RouterConfig(clusters=0), "router.clusters: 0 is not allowed"),
+    (lambda: RouterConfig(rank_share=0), "router.rank-share: 0 is not allowed"),
     (lambda: DecodeConfig(top_p=0), "decode.top-p: 0"),
     (lambda: DecodeConfig(refresh_every=-1), "decode.refresh-every: -1"),
     (lambda: Config(mesh=MeshConfig(expert=3)), "a divisor of the 4 experts"),

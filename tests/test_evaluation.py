@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import by_projection
+from tiny import by_projection, normal
 
 from tokenlora_jax.config import DataConfig, DecodeConfig
 from tokenlora_jax.data import Example, Row, held_out
 from tokenlora_jax.decoding import Decoder
 from tokenlora_jax.evaluation import Evaluator, Variant
+from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.mixture import forward
 from tokenlora_jax.mixing.routers import Router, make_router
@@ -264,3 +265,32 @@ def test_more_rows_than_a_batch_and_rows_cut_before_the_answer(
   few = scored(evaluator, uniform, examples)
   for i, losses in found.items():
     np.testing.assert_allclose(losses, few[i % 3], atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["exact", "probabilities"])
+@pytest.mark.parametrize(
+  ("router", "pace"),
+  [("posterior", 0), ("posterior", 1), ("posterior", 3), ("hidden", 0)],
+)
+def test_one_pass_scores_as_the_decoder_does(rule, router, pace):
+  """For routers that look at what the decoder reads."""
+  base = load_base("random:tiny", "float32")
+  adapters = random_adapters(base, experts=3, rank=4)
+  rng = np.random.default_rng(0)
+  examples = [
+    Example(rng.integers(4, 250, n).astype(np.int32), np.ones(n), 5)
+    for n in (9, 14, 11)
+  ]
+  made = (
+    make_router("posterior", share=0.1, smoothing=0.3)
+    if router == "posterior"
+    else make_router("centroid", centroids=normal(3, 64), encoder="hidden")
+  )
+  evaluator = Evaluator(base, adapters, None)
+  variant = Variant(made, pace, rule)
+  (got,) = evaluator.score(variant, examples)
+  followed = evaluator._decode(examples, variant, made.bind(adapters.names))
+  for found in got:
+    losses, gates = followed[found.place]
+    np.testing.assert_allclose(found.losses, losses, atol=1e-4)
+    np.testing.assert_allclose(found.gates, gates, atol=1e-4)

@@ -1,5 +1,6 @@
 """The two programs end to end, on a tiny random base."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -9,15 +10,16 @@ import sys
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 import infer
 from tokenlora_jax.config import DecodeConfig, InputError, RouterConfig
 from tokenlora_jax.decoding import generate
 from tokenlora_jax.experiment.results import summarise
-from tokenlora_jax.interop.bank import load_bank
+from tokenlora_jax.interop.bank import load_bank, save_bank
 from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.model.lora import Adapters
+from tokenlora_jax.telemetry import GateTrace
 import train
 
 TASKS = ("gsm8k", "codealpaca")
@@ -60,13 +62,20 @@ def records(path):
 
 
 def test_examples_are_decoded_and_recorded(run, workdir, tmp_path):
-  output = tmp_path / "out.jsonl"
-  shown = run("--examples", "1", "--output", str(output))
+  output, page, picture = (
+    tmp_path / name for name in ("out.jsonl", "out.html", "out.png")
+  )
+  shown = run(
+    "--examples", "1", "--output", str(output), "--html", str(page),
+    "--png", str(picture),
+  )  # fmt: skip
   found = records(output)
   assert len(found) == 2
   base = infer.load_base("random:tiny", "float32")
   tokenizer = load_tokenizer("random:tiny")
   bank = load_bank(workdir / "bank", base)
+  assert bank.experts["gsm8k"].template == "Question: {question}\n\nAnswer:"
+  assert bank.experts["codealpaca"].task == "codealpaca"
   router = bank.router(RouterConfig(encoder="hidden"))
   assert found[0]["prompt"].startswith("Question:")
   for record in found:
@@ -80,12 +89,30 @@ def test_examples_are_decoded_and_recorded(run, workdir, tmp_path):
     np.testing.assert_allclose(record["gates"], out.gates[0, :count], atol=1e-6)
     np.testing.assert_allclose(np.sum(record["gates"], axis=1), 1, atol=1e-5)
     assert record["experts"] == list(TASKS)
+    told = GateTrace.of(out.gates[0, :count])
+    np.testing.assert_allclose(record["entropy"], told.entropy, atol=1e-6)
+    assert record["switches"] == told.switches.tolist()
+    np.testing.assert_allclose(record["shares"], told.shares, atol=1e-6)
+    np.testing.assert_allclose(record["leads"], told.leads, atol=1e-6)
     assert record["router"]["encoder"] == "hidden"
     assert record["decode"]["refresh_every"] == 2
     # What streamed by is the text, but for a character cut in two.
     assert record["text"].rstrip("\ufffd") in shown
   assert "■ gsm8k  ■ codealpaca" in shown
-  assert shown.count("mean gates:") == 2
+  assert shown.count("mean gates:") == shown.count(" nats | ") == 2
+  # The heat map is of the same texts.
+  drawn = page.read_text("utf-8").partition('id="records">')[2]
+  for record, one in zip(
+    found, json.JSONDecoder().raw_decode(drawn)[0], strict=True
+  ):
+    assert one["prompt"] == record["prompt"]
+    assert "".join(one["pieces"]) == record["text"].rstrip("\ufffd")
+    np.testing.assert_allclose(one["gates"], record["gates"], atol=1e-4)
+    assert one["experts"] == list(TASKS)
+    assert one["facts"] == {
+      "router": "centroid (hidden)", "gates refreshed": "every 2 tokens",
+    }  # fmt: skip
+  assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_evaluate_agrees_with_training(run, workdir, tmp_path):
@@ -196,6 +223,9 @@ def test_bad_input_is_one_line_and_overwrites_nothing(
     ),
     ([*one, "--output", str(tmp_path / "no" / "o")], "there is no folder .*no"),
     ([*one, "--compare", "--output", "new"], "--output: takes no --compare"),
+    ([*one, "--compare", "--png", "new"], "--png: takes no --compare"),
+    ([*one, "--html", str(output)], r"--html .*out\.jsonl: exists"),
+    ([*one, "--png", str(output)], r"--png .*out\.jsonl: exists"),
     (["--prompts-file", str(empty)], "--prompts-file.* holds no prompt"),
     (["--prompts-file", str(latin)], "--prompts-file.* cannot be read"),
     (["--prompts-file", "nowhere.txt"], r"nowhere\.txt"),
@@ -245,21 +275,18 @@ def test_bad_banks_are_one_line(run, workdir, tmp_path):
   weights = bank / "gsm8k" / "adapter_model.safetensors"
   whole = weights.read_bytes()
   weights.write_bytes(whole[:-100])
-  refused(run, *one, bank=bank, told="gsm8k.*not a whole safetensors file")
-  refused(run, "evaluate", bank=bank, told="not a whole safetensors file")
+  damaged = "gsm8k/adapter_model.* was damaged or exchanged"
+  refused(run, *one, bank=bank, told=damaged)
+  refused(run, "evaluate", bank=bank, told=damaged)
 
-  # Both experts are of a base that is half as wide.
-  for expert in TASKS:
-    weights = bank / expert / "adapter_model.safetensors"
-    weights.write_bytes((workdir / "bank" / expert / weights.name).read_bytes())
-    tensors = load_file(weights)
-    save_file(
-      {
-        key: np.ascontiguousarray(value[:, :32] if "lora_A" in key else value)
-        for key, value in tensors.items()
-      },
-      weights,
-    )
+  # All experts are of a base that is half as wide.
+  whole = load_bank(workdir / "bank")
+  layers = [
+    {n: dataclasses.replace(x, a=x.a[..., :32]) for n, x in layer.items()}
+    for layer in whole.adapters.layers
+  ]
+  narrow = Adapters(whole.adapters.names, tuple(layers))
+  save_bank(bank, dataclasses.replace(whole, adapters=narrow))
   refused(run, *one, bank=bank, told=r"layer 0 q .*\[32, 64\].* another base\?")
 
 

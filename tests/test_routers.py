@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slow import make_encoder
 
 from tokenlora_jax.config import InputError
-from tokenlora_jax.mixing.encoders import MiniLM, MiniLMConfig, TextEncoder
 from tokenlora_jax.mixing.routers import (
   Router,
   centroids,
@@ -21,21 +21,6 @@ from tokenlora_jax.mixing.routers import (
 
 run = jax.jit(lambda router, *rest: router.gates(*rest), static_argnums=1)
 NAMES = ("gsm8k", "arc", "code", "squad")
-
-
-def letters(text: str) -> list[int]:
-  return [1, *(3 + ord(letter) % 29 for letter in text), 2]
-
-
-def make_encoder(seed: int = 0) -> TextEncoder:
-  config = MiniLMConfig(
-    vocab=32, width=8, mlp_width=16, layers=1, heads=2, max_length=64
-  )
-  rng = np.random.default_rng(seed)
-  module = MiniLM(
-    config, lambda name, shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  )
-  return TextEncoder(module, letters, max_pieces=64)
 
 
 def numpy_gates(vectors, table, sharpen):

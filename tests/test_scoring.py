@@ -1,58 +1,19 @@
-"""Scorers of texts and choices, against lm-evaluation-harness and by hand."""
+"""Scorers of texts, against lm-evaluation-harness and by hand."""
 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 import re
 
-import datasets
-import lm_eval
-from lm_eval.api.task import ConfigurableTask
+from harness import harness_texts
 from lm_eval.tasks.qasper.metrics import f1_abstractive, normalize_answer
 import numpy as np
 import pytest
-import yaml
 
 from tokenlora_jax.config import InputError
 from tokenlora_jax.scoring import ChoiceScorer, TextScorer, get_scorers
 from tokenlora_jax.scoring.scorer import cut
 from tokenlora_jax.tasks import EVALUATION_TASKS, TASKS, get_task
-
-# -----------------------------------------------------------------------------
-# The reference: the harness's own tasks, on rows given here.
-
-
-@functools.cache
-def harness_config(name: str) -> dict:
-  folder = Path(lm_eval.__file__).parent / "tasks" / name.partition("_")[0]
-  config = yaml.safe_load((folder / f"{name}.yaml").read_text())
-  if include := config.pop("include", None):
-    config = harness_config(include.removesuffix(".yaml")) | config
-  return config
-
-
-def harness_task(name: str, row: dict) -> ConfigurableTask:
-  rows = datasets.Dataset.from_list([row])
-  splits = dict.fromkeys(("train", "validation", "test"), rows)
-  config = {"metadata": None, "custom_dataset": lambda: splits}
-  return ConfigurableTask(config=harness_config(name) | config)
-
-
-def harness_texts(name: str, text: str, row: dict) -> dict[str, float]:
-  """The harness's exact match of a text, after each of its filters."""
-  task = harness_task(name, row)
-  for term in harness_config(name)["generation_kwargs"]["until"]:
-    text = text.split(term)[0]
-  (request,) = [task.construct_requests(row, task.doc_to_text(row))]
-  request.resps = [text]
-  task._instances = [request]
-  task.apply_filters()
-  return {
-    key: float(task.process_results(row, [found])["exact_match"])
-    for key, found in request.filtered_resps.items()
-  }
-
 
 # -----------------------------------------------------------------------------
 # The registry.
@@ -80,6 +41,20 @@ def test_scores_are_what_metrics_say_and_a_gold_answer_gets_them_all():
           values[row["choices"]["label"].index(row["answerKey"])] = -1
           scores = scorer.score(values, row)
         assert scores == dict.fromkeys(scorer.metrics, 1.0)
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("name", ["gsm8k", "squad", "codealpaca"])
+def test_real_gold_answers_get_them_all(data_dir, name):
+  task, (scorer,) = get_task(name), get_scorers(name).values()
+  rows = task.read(data_dir / name / f"test.{task.suffix}")
+  scored = 0
+  for place, row in rows:
+    if name != "codealpaca" or row["output"]:
+      scores = scorer.score(task.answer(row), row)
+      assert scores == dict.fromkeys(scorer.metrics, 1.0), place
+      scored += 1
+  assert scored > 250
 
 
 def test_a_wrong_task_is_corrected():
@@ -171,147 +146,6 @@ def test_gsm8k_is_the_harness(text, gold, strict, flexible):
   assert scores == {"strict_match": strict, "flexible_extract": flexible}
   theirs = harness_texts("gsm8k", text, row)
   assert theirs == {"strict-match": strict, "flexible-extract": flexible}
-
-
-# -----------------------------------------------------------------------------
-# ARC-Challenge.
-
-
-def arc(texts: list[str], key: str, labels: str = "ABCDE") -> dict:
-  choices = {"text": texts, "label": list(labels[: len(texts)])}
-  return {
-    "id": "q",
-    "question": " Which is a\nmetal?",
-    "choices": choices,
-    "answerKey": key,
-  }
-
-
-THREE = arc(["oak", "iron", "rain water"], "B")
-FOUR = arc(["a", "bb", "cccc", "dddddddd"], "C")
-FIVE = arc(["tin", "tin ore", "the ore of tin", "ore", "no tin"], "E")
-NUMBERED = arc(["oak", "iron", "rain", "wind"], "2", "1234")
-# Characters count, not bytes: 1, 2, 4 of them.
-UNICODE = arc(["é", "日本", "naïf"], "C")
-SPACED = arc([" oak", "iron ", "x"], "C")
-INF = float("inf")
-
-# By hand: row, log-likelihoods, acc, acc_norm.
-ARC = [
-  (THREE, [-3.0, -2.0, -9.0], 1, 1),
-  (THREE, [-2.0, -2.5, -9.0], 0, 1),
-  (THREE, [-2.0, -2.5, -4.0], 0, 0),
-  (THREE, [-1.5, -2.0, -90.0], 0, 0),  # -.5 both: the first of equals
-  (THREE, [-9.0, -2.0, -2.0], 1, 0),
-  (THREE, [-2.0, -2.0, -2.0], 0, 0),
-  (THREE, [-9.0, -4.0, -4.0], 1, 0),
-  (THREE, [-9.0, -4.0, -10.0], 1, 1),  # -1 both, the first of which is right
-  (THREE, [0.0, 0.0, 0.0], 0, 0),
-  (THREE, [-INF, -5.0, -INF], 1, 1),
-  (THREE, [-INF, -INF, -INF], 0, 0),
-  (THREE, [-1e300, -1e299, -1e300], 1, 1),
-  (FOUR, [-1.0, -2.0, -4.0, -8.0], 0, 0),
-  (FOUR, [-1.0, -2.0, -3.9, -8.0], 0, 1),
-  (FOUR, [-1.0, -2.0, -0.5, -0.9], 1, 0),
-  (FOUR, [-1.0, -2.0, -0.9, -2.0], 1, 1),
-  (FOUR, [-4.0, -4.0, -4.0, -4.0], 0, 0),
-  (FOUR, [-4.0, -4.0, -3.0, -6.0], 1, 1),
-  (FOUR, [-4.0, -4.0, -3.0, -5.0], 1, 0),
-  (FOUR, [-4.0, -4.0, -3.0, -3.0], 1, 0),
-  (FIVE, [-9.0, -9.0, -9.0, -9.0, -1.0], 1, 1),
-  (FIVE, [-1.0, -9.0, -9.0, -9.0, -1.0], 0, 1),
-  (FIVE, [-9.0, -9.0, -2.0, -9.0, -1.0], 1, 0),
-  (FIVE, [-1.0, -1.0, -1.0, -1.0, -1.0], 0, 0),
-  (FIVE, [-3.0, -7.0, -14.0, -3.0, -6.0], 0, 0),
-  (FIVE, [-3.0, -7.0, -14.0, -3.0, -5.9], 0, 1),
-  (NUMBERED, [-3.0, -2.0, -2.0, -2.0], 1, 1),
-  (NUMBERED, [-2.0, -2.0, -3.0, -3.0], 0, 1),
-  (NUMBERED, [-3.0, -4.0, -4.0, -4.0], 0, 0),
-  (UNICODE, [-2.0, -4.0, -8.0], 0, 0),
-  (UNICODE, [-2.0, -4.0, -7.9], 0, 1),
-  (UNICODE, [-9.0, -3.0, -2.0], 1, 1),
-  (SPACED, [-4.0, -5.0, -1.0], 1, 0),
-  (SPACED, [-4.4, -5.5, -1.0], 1, 1),
-]
-
-
-@pytest.mark.parametrize(("row", "values", "acc", "acc_norm"), ARC)
-def test_arc_texts_are_the_harness(row, values, acc, acc_norm):
-  scorer = get_scorers("arc_challenge")["choice_texts"]
-  task = harness_task("arc_challenge", row)
-  with np.errstate(invalid="ignore"):
-    theirs = task.process_results(row, [(value, False) for value in values])
-  assert scorer.score(values, row) == {"acc": acc, "acc_norm": acc_norm}
-  assert theirs == {"acc": acc, "acc_norm": acc_norm}
-
-
-@pytest.mark.parametrize("row", [THREE, FOUR, FIVE, NUMBERED, UNICODE])
-def test_arc_requests_are_the_harness(row):
-  scorer = get_scorers("arc_challenge")["choice_texts"]
-  task = harness_task("arc_challenge", row)
-  theirs = task.construct_requests(row, task.doc_to_text(row))
-  assert scorer.requests(row) == [request.args for request in theirs]
-  assert scorer.requests(row)[0].context == (
-    "Question:  Which is a\nmetal?\nAnswer:"
-  )
-
-
-@pytest.mark.parametrize("row", [THREE, FOUR, FIVE, NUMBERED])
-def test_arc_letters_follow_the_prompt_that_adapters_learn(row):
-  scorer = get_scorers("arc_challenge")["choice_letters"]
-  task, labels = get_task("arc_challenge"), row["choices"]["label"]
-  requests = scorer.requests(row)
-  assert {request.context for request in requests} == {task.prompt(row)}
-  assert [r.continuation for r in requests] == [f" {x}" for x in labels]
-  for i, label in enumerate(labels):
-    values = [-1.0 if j == i else -2.0 for j in range(len(labels))]
-    right = label == row["answerKey"]
-    assert scorer.score(values, row) == {"letter_acc": right}
-  # The first of equals.
-  assert scorer.score([-1.0] * len(labels), row) == {"letter_acc": 0}
-
-
-@pytest.mark.parametrize("name", ["choice_texts", "choice_letters"])
-@pytest.mark.parametrize("values", [[], [-1, -2], [-1, -2, float("nan")]])
-def test_arc_wants_a_number_for_each_choice(name, values):
-  scorer = get_scorers("arc_challenge")[name]
-  with pytest.raises(ValueError, match="want 3 log-likelihoods, got"):
-    scorer.score(values, THREE)
-
-
-# By hand: text, and whether it is the letter B.
-LETTERS = [
-  *((text, 1) for text in (
-    " B", "B", "b", "(B)", "B.", " B. iron", "B\n\nQuestion: 2", "**B**",
-    '"B"', "B:", "B!", "[B]", "B?", "#B", "\tB\t", "\nB", "$B$", "B-", "'b'",
-    " (b).  ", "B,", "B)\n\nC",
-  )),
-  *((text, 0) for text in (
-    "", "  ", "A", "C", "2", "E", "BB", "B) iron", "B iron", "B\nC", ".B",
-    "The answer is B", "iron", "( B )", "B ,", "B</s>", "\uff21", "\u0412", "\uff22", "ß",
-  )),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("text", "right"), LETTERS)
-def test_arc_written_letter_is_the_harness(text, right):
-  scorer = get_scorers("arc_challenge")["written_letter"]
-  row = arc(["oak", "iron", "rain", "wind"], "B")
-  assert scorer.score(text, row) == {"written_letter_acc": right}
-  theirs = harness_texts("arc_challenge_chat", text, row)
-  assert theirs == {"remove_whitespace": right}
-
-
-def test_arc_written_letter_beyond_the_harness():
-  scorer = get_scorers("arc_challenge")["written_letter"]
-  # An empty line first, and labels that are numbers, which the harness renames.
-  assert scorer.score("\n\nB", THREE) == {"written_letter_acc": 1}
-  theirs = harness_texts("arc_challenge_chat", "\n\nB", THREE)
-  assert theirs == {"remove_whitespace": 0}
-  assert scorer.score(" 2", NUMBERED) == {"written_letter_acc": 1}
-  assert scorer.score(" B", NUMBERED) == {"written_letter_acc": 0}
-  assert scorer.score("E", FIVE) == {"written_letter_acc": 1}
-  assert scorer.score("A", THREE) == {"written_letter_acc": 0}
 
 
 # -----------------------------------------------------------------------------

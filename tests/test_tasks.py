@@ -1,13 +1,15 @@
-"""The four tasks: their texts, their schemas, their files, their own rows."""
+"""The tasks: their texts, their schemas, their files, their own rows."""
 
 from collections import Counter
 import json
 import re
+import string
 
 import pytest
 
-from tokenlora_jax.config import InputError
-from tokenlora_jax.tasks import TASKS, get_task
+from tokenlora_jax.config import DataConfig, InputError
+from tokenlora_jax.data import load_rows
+from tokenlora_jax.tasks import EVALUATION_TASKS, TASKS, get_task
 
 GSM8K = {"question": "What is 2+3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}
 ARC = {
@@ -24,6 +26,19 @@ SQUAD = {
   "question": "What was not built in a day?",
   "answers": {"text": ["Rome", "the city"], "answer_start": [0, 0]},
 }
+HUMANEVAL = {
+  "task_id": "HumanEval/0",
+  "prompt": 'def two():\n    """Return 2."""\n',
+  "canonical_solution": "    return 2\n",
+  "test": "def check(candidate):\n    assert candidate() == 2\n",
+  "entry_point": "two",
+}
+MBPP = {
+  "task_id": 11,
+  "text": "Write a function to return 2.",
+  "code": "def two():\r\n  return 2",
+  "test_list": ["assert two() == 2", "assert two() > 1"],
+}
 ROWS = dict(zip(TASKS, (GSM8K, ARC, CODE, SQUAD), strict=True))
 
 
@@ -37,6 +52,17 @@ def test_names_are_in_order_and_a_wrong_one_is_corrected():
   assert [get_task(name).name for name in TASKS] == list(TASKS)
   with pytest.raises(InputError, match=r"'gsm8' .*did you mean 'gsm8k'\?"):
     get_task("gsm8")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_templates_name_the_rows_fields(name):
+  fields = {f for _, f, *_ in string.Formatter().parse(get_task(name).template)}
+  assert fields - {None} <= ROWS[name].keys()
+  assert get_task(name).template.endswith("\n\nAnswer:")
+  # What stands in braces in a row is text.
+  question = {"question": "{answer} {0}"}
+  if "question" in ROWS[name]:
+    assert "{answer} {0}" in get_task(name).prompt(ROWS[name] | question)
 
 
 def test_gsm8k_template():
@@ -78,6 +104,31 @@ def test_squad_template_takes_the_first_answer():
     "Question: What was not built in a day?\n\nAnswer:",
     " Rome",
   )
+
+
+def test_humaneval_is_prompt_and_body():
+  assert texts("humaneval", HUMANEVAL) == (
+    'def two():\n    """Return 2."""\n',
+    "    return 2\n",
+  )
+
+
+def test_mbpp_template():
+  assert texts("mbpp", MBPP) == (
+    "You are an expert Python programmer, and here is your task: Write a "
+    "function to return 2. Your code should pass these tests:\n\n"
+    "assert two() == 2\nassert two() > 1\n[BEGIN]\n",
+    "def two():\n  return 2\n[DONE]",
+  )
+
+
+@pytest.mark.parametrize("name", EVALUATION_TASKS)
+def test_what_is_only_evaluated_has_rows_to_test_and_none_to_train(name):
+  rows = get_task(name).generate(0, 512, "test")
+  assert set(rows[0]) == set({"humaneval": HUMANEVAL, "mbpp": MBPP}[name])
+  assert len(load_rows(DataConfig(), name, "test")) == 512
+  with pytest.raises(InputError, match=f"^data.tasks: {name} has no train"):
+    load_rows(DataConfig(), name, "train")
 
 
 @pytest.mark.parametrize(
@@ -144,6 +195,12 @@ def test_squad_template_takes_the_first_answer():
       "field 'answers.text' is empty",
     ),
     ("squad", SQUAD | {"context": ""}, "field 'context' is empty"),
+    (
+      "humaneval",
+      HUMANEVAL | {"canonical_solution": None},
+      "field 'canonical_solution': want text, got None",
+    ),
+    ("mbpp", MBPP | {"test_list": []}, "field 'test_list' is empty"),
   ],
 )
 def test_a_bad_field_is_named(name, row, message):

@@ -2,7 +2,14 @@
 
 from tokenlora_jax.config import DecodeConfig, InputError
 from tokenlora_jax.decoding import Generation, generate
-from tokenlora_jax.interop.bank import Bank, load_bank, save_bank
+from tokenlora_jax.interop.bank import Bank, Expert, load_bank, save_bank
+from tokenlora_jax.interop.bank_arrays import Fitted
+from tokenlora_jax.interop.bank_edit import (
+  add_expert,
+  drop_expert,
+  save_fitted,
+)
+from tokenlora_jax.interop.export import export_mixture
 from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.interop.minilm import load_minilm
 from tokenlora_jax.interop.peft import load_adapters, save_adapter
@@ -11,13 +18,20 @@ from tokenlora_jax.mixing.mixture import forward
 from tokenlora_jax.mixing.routers import make_router, register_router
 from tokenlora_jax.mixing.rules import register_rule
 from tokenlora_jax.model.lora import Adapters, random_adapters
+from tokenlora_jax.telemetry import GateTrace
 
 __all__ = [
   "Adapters",
   "Bank",
   "DecodeConfig",
+  "Expert",
+  "Fitted",
+  "GateTrace",
   "Generation",
   "InputError",
+  "add_expert",
+  "drop_expert",
+  "export_mixture",
   "forward",
   "generate",
   "load_adapters",
@@ -31,4 +45,5 @@ __all__ = [
   "register_rule",
   "save_adapter",
   "save_bank",
+  "save_fitted",
 ]

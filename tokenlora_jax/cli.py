@@ -13,7 +13,7 @@ from pathlib import Path
 import re
 import runpy
 import sys
-from typing import TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 import tyro
@@ -21,6 +21,7 @@ import tyro
 from tokenlora_jax.config import Config, InputError, nearest
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+FlagsT = TypeVar("FlagsT")
 
 # Short forms of much used flags.
 SHORT = {"--base": "--base.path"}
@@ -81,14 +82,7 @@ def parse(
       path = value if equals else argv.pop(0)
     else:
       rest.append(SHORT.get(flag, flag) + equals + value)
-  flags = _flags(cls)
-  for argument in rest:
-    flag = argument.partition("=")[0]
-    known = flag in flags or flag in ("-h", "--help")
-    if flag.startswith("--") and not known:
-      raise InputError(
-        f"{flag}: there is no such flag{nearest(flag, flags)}; see --help"
-      )
+  _check_flags(cls, rest)
   fields = {
     f.name: getattr(read_config(path), f.name)
     for f in dataclasses.fields(Config)
@@ -98,15 +92,56 @@ def parse(
     f" {default}); every other flag overrides one of them. --base is short for"
     " --base.path."
   )
+  return _read(cls, rest, description, default=cls(**fields))
+
+
+def parse_flags(
+  cls: type[FlagsT], argv: Sequence[str], description: str
+) -> FlagsT:
+  """Returns the flags of a command that needs no config file.
+
+  Args:
+    cls: a dataclass; fields without a default are flags that must be given.
+    argv: the arguments, without the program's and the command's name.
+    description: for --help.
+
+  Raises:
+    InputError: a flag or value that does not exist, is not allowed, or is left
+      out.
+  """
+  _check_flags(cls, argv)
+  given = {argument.partition("=")[0] for argument in argv}
+  if not given & {"-h", "--help"}:
+    for field in dataclasses.fields(cls):
+      flag = "--" + field.name.replace("_", "-")
+      if field.default is dataclasses.MISSING and flag not in given:
+        raise InputError(f"{flag}: is needed; see --help")
+  return _read(cls, argv, description)
+
+
+def _check_flags(cls: type, argv: Sequence[str]) -> None:
+  flags = _flags(cls)
+  for argument in argv:
+    flag = argument.partition("=")[0]
+    known = flag in flags or flag in ("-h", "--help")
+    if flag.startswith("--") and not known:
+      raise InputError(
+        f"{flag}: there is no such flag{nearest(flag, flags)}; see --help"
+      )
+
+
+def _read(
+  cls: type[FlagsT], argv: Sequence[str], description: str, **settings: Any
+) -> FlagsT:
   errors = io.StringIO()
   try:
     with contextlib.redirect_stderr(errors):
       return tyro.cli(
         cls,
-        args=rest,
-        default=cls(**fields),
+        args=argv,
         description=description,
         config=(tyro.conf.AvoidSubcommands,),
+        **settings,
       )
   except SystemExit as stop:
     if not stop.code:
@@ -152,6 +187,29 @@ def check_new_file(flag: str, path: str) -> None:
     raise InputError(f"{flag} {file}: there is no folder {file.parent}")
 
 
+def read_lines(source: Path | TextIO, name: str, what: str) -> list[str]:
+  """Returns the lines that are not blank.
+
+  Args:
+    source: a file's path, or an open one.
+    name: names it in errors.
+    what: a line holds.
+
+  Raises:
+    InputError: it cannot be read, or holds no such line.
+  """
+  try:
+    text = (
+      source.read_text("utf-8") if isinstance(source, Path) else source.read()
+    )
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(f"{name} cannot be read: {error}") from None
+  lines = [line for line in text.splitlines() if line.strip()]
+  if not lines:
+    raise InputError(f"{name}: holds no {what}")
+  return lines
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
   """Runs an entry point, and says how it ended in one line on stderr.
 
@@ -176,7 +234,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 def quiet() -> None:
   """Silences the libraries' chatter; warnings of ours are shown in one line."""
-  for name in ("jax", "transformers", "huggingface_hub"):
+  for name in ("jax", "transformers", "huggingface_hub", "matplotlib"):
     logging.getLogger(name).setLevel(logging.ERROR)
   # What goes wrong while Orbax reads and writes, it raises as well.
   for name in ("absl", "orbax", "asyncio"):

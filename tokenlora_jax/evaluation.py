@@ -4,12 +4,12 @@ An answer is scored as the decoder would make it: its token n (n = 0, 1, ...,
 the end token included) is predicted under the gates of chunk
 floor(n / refresh_every), which the router decided from the prompt and the
 answer's tokens before that chunk; the prompt is read under the first gates.
-Since the answer is given, a router that reads text can say all gates beforehand,
-one that decides in the layers needs nothing else, and a text is scored in one
-forward pass with gates [B, T, E]. So it is where any router decides once, at the
-prompt. Later decisions from hidden states or evidence, which depend on the tokens
-before, are followed by the decoder, and so is the cache policy `recompute`, which
-reads a text many times.
+Since the answer is given, all gates can be said beforehand, and a text is scored
+in one forward pass with gates [B, T, E]: a router that reads text is asked about
+its prefixes, and the evidence for each expert is another pass. Only a router that
+looks at hidden states between tokens, which depend on the gates before, is
+followed by the decoder, and so is the cache policy `recompute`, which reads a
+text many times.
 
 Axis letters: B batch, T length, N answer tokens, E experts.
 """
@@ -32,8 +32,6 @@ from tokenlora_jax.decoding import Decoder
 from tokenlora_jax.mixing.mixture import (
   Mixture,
   check_mixable,
-  expert_rows,
-  one_hot_rows,
   route_layers,
 )
 from tokenlora_jax.mixing.routers import Router
@@ -87,15 +85,6 @@ def _losses(
 
   `gates` are [B, T, E]; those that come back are the layers' where these decide.
   """
-  batch = tokens.shape[0]
-  apart, mixing = rule is not None and rule.of_outputs, gates
-  if apart:
-    experts = gates.shape[-1]
-    tokens, lengths = (
-      expert_rows(tokens, experts),
-      expert_rows(lengths, experts),
-    )
-    mixing = one_hot_rows(batch, experts)
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   mask = causal_mask((positions < lengths[:, None]).astype(jnp.int32))
   if rule is None:
@@ -103,7 +92,7 @@ def _losses(
   else:
     if router is not None and router.looks_first:
       router = router.look(base(tokens, positions, mask)[0])
-    mixture = Mixture(rule, mixing, router)
+    mixture = Mixture(rule, gates, router)
     hidden, _ = base(
       tokens, positions, mask,
       loras=route_layers(loras, router),
@@ -113,20 +102,17 @@ def _losses(
     if mixture.seen:
       gates = jnp.mean(jnp.stack(mixture.seen), axis=0)
   losses = token_losses(base, hidden, jnp.roll(tokens, -1, axis=1))
-  if not apart:
-    return losses, gates
-  losses = losses.reshape(batch, experts, -1)
-  return -mix_probabilities(-losses, gates.swapaxes(1, 2)), gates
+  return losses, gates
 
 
 @jax.jit
-def _gates(router, observation, batch):
-  return router.gates(batch.shape[0], observation, None)
+def _gates(router, observation, batch, seen=None):
+  return router.gates(batch.shape[0], observation, seen)
 
 
-def _told(router: Router) -> bool:
-  """Whether a router decides from the text, or from nothing."""
-  return router.needs in ("nothing", "text")
+@jax.jit
+def _learn(router, belief, log_probs):
+  return router.learn(belief, log_probs)
 
 
 class Evaluator:
@@ -146,6 +132,8 @@ class Evaluator:
     self._base = base
     self._adapters = adapters
     self._tokenizer = tokenizer
+    # What each expert alone makes of a text, by its tokens.
+    self._told: dict[bytes, np.ndarray] = {}
     # By the router's id, with the router, so that the id is not given again:
     # the router bound to the adapters, and its gates by text.
     self._routed: dict[int, tuple[Router, Router, dict[bytes, np.ndarray]]] = {}
@@ -169,10 +157,11 @@ class Evaluator:
     router, pace = variant.router, variant.refresh_every
     if router is not None:
       router, _ = self._memory(router)
+      pace = 0 if router.at_prompt_only else pace
       rule = get_rule(variant.rule)
       check_mixable(rule, variant.cache, router, self._adapters)
-    followed = pace and (
-      variant.cache == "recompute" or (router is not None and not _told(router))
+    follow = router is not None and (
+      pace and (variant.cache == "recompute" or router.needs == "hidden")
     )
     order = sorted(
       (i for i, e in enumerate(examples) if len(e.tokens) > e.prompt_length),
@@ -182,8 +171,8 @@ class Evaluator:
       places = order[start : start + BATCH]
       batch = [examples[i] for i in places]
       if router is None:
-        found = self._score(batch, variant, None, None)
-      elif followed:
+        found = self._read(batch, variant, None, None)
+      elif follow:
         found = self._decode(batch, variant, router)
       else:
         gates = self.gates(variant.router, pace, batch)
@@ -199,11 +188,14 @@ class Evaluator:
     """Returns the gates under which each answer token is made, [N, E] each.
 
     Args:
-      router: any, if it decides once; otherwise one that looks at nothing or at
-        text.
+      router: any; one that looks at hidden states only at the prompt.
       refresh_every: tokens between two calls; 0 is once, at the prompt.
       examples: rows as tokens.
     """
+    if router.at_prompt_only or router.needs in ("hidden", "prompt"):
+      refresh_every = 0
+    if router.needs == "evidence" and refresh_every:
+      return self._believed(router, refresh_every, examples)
     asked, texts = [], {}
     for example in examples:
       count = len(example.tokens) - example.prompt_length
@@ -219,7 +211,7 @@ class Evaluator:
     # By length, so that little is padding; a short batch is filled up, so
     # that it does not compile anew.
     new.sort(key=len)
-    size = 4 * BATCH if _told(router) else BATCH
+    size = 4 * BATCH if router.needs in ("nothing", "text") else BATCH
     for start in range(0, len(new), size):
       part = new[start : start + size]
       filled = part + part[-1:] * (size - len(part))
@@ -229,12 +221,12 @@ class Evaluator:
 
   def _ask(self, router: Router, texts: list[list[int]]) -> np.ndarray:
     """Returns the router's gates [B, E] for texts as tokens."""
-    if not _told(router):
+    if router.needs not in ("nothing", "text"):
       decoder = Decoder(
         self._base, texts, self._adapters, router,
         DecodeConfig(1, refresh_every=0), self._tokenizer,
       )  # fmt: skip
-      return decoder.first_gates()
+      return decoder.prompt_gates()
     words = [
       self._tokenizer.decode(text, skip_special_tokens=True) for text in texts
     ]
@@ -258,7 +250,53 @@ class Evaluator:
       gates.append(now)
     return np.stack(gates)
 
+  def _believed(self, router, refresh_every, examples) -> list[np.ndarray]:
+    """Returns the gates [N, E] of answers by a router that weighs evidence."""
+    firsts = self.gates(router, 0, examples)
+    router, gates = self._memory(router)[0], []
+    for start in range(0, len(examples), BATCH):
+      batch = examples[start : start + BATCH]
+      for first, losses in zip(
+        firsts[start:], self._alone(batch), strict=False
+      ):
+        pace = refresh_every or len(losses)
+        belief, found = jnp.log(first[:1]), [first[0]]
+        for n, loss in enumerate(losses[:-1], 1):
+          belief, now = _learn(router, belief, -loss[None]), found[-1]
+          if n % pace == 0:
+            new = _gates(router, (), np.zeros(1), belief)[0]
+            now = np.asarray(router.smooth(now, new))
+          found.append(now)
+        gates.append(np.stack(found))
+    return gates
+
+  def _alone(self, batch) -> list[np.ndarray]:
+    """Returns the losses [N, E] of answers by each expert alone."""
+    new = [e for e in batch if e.tokens.tobytes() not in self._told]
+    if new:
+      passes = [
+        self._read(
+          new, Variant(None), None,
+          [np.tile(one, (len(e.tokens) - e.prompt_length, 1)) for e in new],
+        )
+        for one in np.eye(len(self._adapters.names), dtype=np.float32)
+      ]  # fmt: skip
+      for i, example in enumerate(new):
+        told = np.stack([found[i][0] for found in passes], axis=1)
+        self._told[example.tokens.tobytes()] = told
+    return [self._told[e.tokens.tobytes()] for e in batch]
+
   def _score(self, batch, variant, router, gates):
+    """Scores texts under the gates [N, E] of each: [(losses, gates)]."""
+    if not get_rule(variant.rule).of_outputs:
+      return self._read(batch, variant, router, gates)
+    mixed = [
+      -mix_probabilities(-told.T[None], now.T[None])[0]
+      for told, now in zip(self._alone(batch), gates, strict=True)
+    ]
+    return list(zip(map(np.asarray, mixed), gates, strict=True))
+
+  def _read(self, batch, variant, router, gates):
     """Reads texts once, under the gates [N, E] of each: [(losses, gates)]."""
     lengths = np.ones(BATCH, np.int32)
     lengths[: len(batch)] = [len(e.tokens) for e in batch]
@@ -269,8 +307,7 @@ class Evaluator:
     loras = rule = table = None
     if gates is not None:
       loras, rule = self._adapters.layers, get_rule(variant.rule)
-      # Any gates do behind a text, but those of predictions must have a sum.
-      table = np.ones((BATCH, size, len(self._adapters.names)), np.float32)
+      table = np.zeros((BATCH, size, len(self._adapters.names)), np.float32)
       for row, example, answer in zip(table, batch, gates, strict=False):
         # Token n is made at the position before it.
         first = example.prompt_length - 1

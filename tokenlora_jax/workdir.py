@@ -177,12 +177,13 @@ def _error_number(error: Exception) -> int:
   return int(found[1]) if found else 0
 
 
-def write_atomically(path: Path, text: str) -> None:
-  """Writes a text file so that it is there whole or not at all."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+  """Writes a file, text as UTF-8, so that it is there whole or not at all."""
+  data = content.encode() if isinstance(content, str) else content
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   try:
-    with temporary.open("w") as file:
-      file.write(text)
+    with temporary.open("wb") as file:
+      file.write(data)
       file.flush()
       os.fsync(file.fileno())  # The disk may lose power, too.
     temporary.replace(path)

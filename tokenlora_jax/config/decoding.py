@@ -31,6 +31,8 @@ class RouterConfig:
     minilm: where all-MiniLM-L6-v2 is: a folder, a hub id or `package:NAME`.
     window: what MiniLM reads of a text of more than 256 word pieces: its
       `start` (as the paper) or its `end`.
+    clusters: of centroid, cbtm and ariadne: how many centroids an expert has,
+      found by k-means; 1 is the mean.
     sharpen: of centroid: what the largest similarity is multiplied by before
       the softmax (4 in the paper).
     expert: of one-hot: the expert's name.
@@ -43,6 +45,8 @@ class RouterConfig:
       token, so that the lead can change (Herbster and Warmuth's fixed share).
     measure: of logo: what of an adapter's output counts, its `norm` or the
       inverse of its `entropy`.
+    rank_share: of hilora: the share of an adapter's rank-one parts that stays
+      at a token.
     centroid_rows: training texts a task averaged into a centroid.
   """
 
@@ -54,6 +58,7 @@ class RouterConfig:
   encoder: Literal["minilm", "hidden"] = "minilm"
   minilm: str = "sentence-transformers/all-MiniLM-L6-v2"
   window: Literal["start", "end"] = "start"
+  clusters: int = 1
   sharpen: float = 4.0
   expert: str = ""
   gates: tuple[float, ...] = ()
@@ -61,6 +66,7 @@ class RouterConfig:
   evidence: Literal["answer", "all"] = "answer"
   share: float = 0.0
   measure: Literal["norm", "entropy"] = "norm"
+  rank_share: float = 0.4
   centroid_rows: int = 256
 
   def __post_init__(self):
@@ -80,7 +86,12 @@ class RouterConfig:
     check(
       0 <= self.smoothing < 1, "router.smoothing", self.smoothing, "0 <= s < 1"
     )
+    check(self.clusters >= 1, "router.clusters", self.clusters, "at least 1")
     check(0 <= self.share < 1, "router.share", self.share, "0 <= share < 1")
+    check(
+      0 < self.rank_share <= 1,
+      "router.rank-share", self.rank_share, "0 < share <= 1",
+    )  # fmt: skip
     check(
       self.centroid_rows >= 1,
       "router.centroid-rows", self.centroid_rows, "at least 1",

@@ -131,6 +131,7 @@ class Decoder:
     self._router = router
     new = config.max_new_tokens
     refreshes = 0 < config.refresh_every < new
+    refreshes &= router is None or not router.at_prompt_only
     chunk = config.refresh_every if refreshes else UNREFRESHED_CHUNK
     self._chunk = min(chunk, new)
     chunks = math.ceil(new / self._chunk)
@@ -165,7 +166,7 @@ class Decoder:
       rule,
       # Where gates never move, nothing is older than they are.
       config.cache if decides else "reuse",
-      evidence=needs == "evidence",
+      evidence=refreshes and needs == "evidence",
       refresh=refreshes and needs in ("hidden", "evidence"),
     )
     # What the compiled loop needs of the router, if anything.
@@ -249,8 +250,8 @@ class Decoder:
         seen = router.learn(seen, told)
     return self._ask(router, seen=seen), seen
 
-  def first_gates(self) -> np.ndarray:
-    """Returns the gates that the router decides at the prompts, [B, E]."""
+  def prompt_gates(self) -> np.ndarray:
+    """Returns the gates that are decided at the prompts, float32[B, E]."""
     return np.asarray(self._ask_at_prompt(self._router)[0])
 
   def _start(self) -> graph.DecodeState:

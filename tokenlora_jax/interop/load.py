@@ -101,6 +101,38 @@ def base_shape(path: str) -> LlamaConfig:
   return open_base(path).config
 
 
+@dataclasses.dataclass(frozen=True)
+class BaseIdentity:
+  """Which base it is, without its weights.
+
+  Attributes:
+    config: its shape.
+    fingerprint: of its weights, as a `Llama` has it.
+  """
+
+  config: LlamaConfig
+  fingerprint: str
+
+
+def identify_base(path: str) -> BaseIdentity:
+  """Returns which base is at a path, from the headers of its files.
+
+  Args:
+    path: as `load_base` takes it.
+
+  Raises:
+    InputError: there is no base at the path.
+
+  Example:
+    >>> identify_base("random:tiny").fingerprint
+    'random:tiny'
+  """
+  if path.startswith("random:"):
+    return BaseIdentity(_preset(path), path)
+  reader = open_base(path)
+  return BaseIdentity(reader.config, reader.fingerprint())
+
+
 def _preset(path: str) -> LlamaConfig:
   """Returns the shape that `random:PRESET` names."""
   preset = path.removeprefix("random:")

@@ -8,13 +8,14 @@ that has no tensor, is an error.
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import json
 from pathlib import Path
 import re
 import shutil
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,8 +48,19 @@ _LORA_KEY_REGEX = re.compile(
 )
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
-# A read map: a [R, in], b [R, out], scaling.
-_Map = tuple[np.ndarray, np.ndarray, float]
+
+class Factors(NamedTuple):
+  """One expert's adapter of one linear map, x -> scaling (x a^T) b.
+
+  Attributes:
+    a: float32[R, in].
+    b: float32[R, out].
+    scaling: alpha / R.
+  """
+
+  a: np.ndarray
+  b: np.ndarray
+  scaling: float
 
 
 def load_adapters(
@@ -129,28 +141,104 @@ def save_adapter(
     ...   load_adapters([f"{folder}/mine"]).layers[0]["q"].a.shape
     (1, 4, 64)
   """
+  maps = expert_maps(adapters, expert)
+  if not maps:
+    name = adapters.names[adapters.index(expert)]
+    raise InputError(f"expert {name!r}: all of it is zero; nothing to save")
+  write_adapter(folder, maps, base_name)
+
+
+def expert_maps(
+  adapters: Adapters, expert: str | int
+) -> dict[tuple[int, str], Factors]:
+  """Returns one expert's maps by layer and projection, without padding.
+
+  Args:
+    adapters: the bank.
+    expert: the expert's name or place.
+  """
   index = adapters.index(expert)
-  folder = Path(folder).resolve()
-  _check_replaceable(folder)
-  tensors, modules = {}, {}
+  maps = {}
   for layer, loras in enumerate(adapters.layers):
     for name, lora in loras.items():
-      a, b = (np.asarray(x[index], np.float32) for x in (lora.a, lora.b))
+      a, b = (
+        np.asarray(np.asarray(x)[index], np.float32) for x in (lora.a, lora.b)
+      )
       used = np.flatnonzero(a.any(axis=1) | b.any(axis=1))
       if used.size:
         rank = int(used[-1]) + 1
-        path = f"model.layers.{layer}.{_MODULES[name]}"
-        tensors[_LORA_KEY.format(path, "A")] = a[:rank]
-        tensors[_LORA_KEY.format(path, "B")] = np.ascontiguousarray(b[:rank].T)
-        modules[path] = rank, float(lora.scaling[index])
-  if not modules:
-    raise InputError(
-      f"expert {adapters.names[index]!r}: all of it is zero; nothing to save"
-    )
+        scaling = float(np.asarray(lora.scaling)[index])
+        maps[layer, name] = Factors(a[:rank], b[:rank], scaling)
+  return maps
+
+
+def write_adapter(
+  folder: str | Path,
+  maps: Mapping[tuple[int, str], Factors],
+  base_name: str = "",
+) -> None:
+  """Writes the maps of one adapter as a PEFT folder, as `save_adapter` does.
+
+  Args:
+    folder: where to, made if need be.
+    maps: by layer and projection, at least one.
+    base_name: the base's path or hub id.
+
+  Raises:
+    InputError: the folder holds something else.
+  """
+  folder = Path(folder).resolve()
+  _check_replaceable(folder)
+  tensors, modules = {}, {}
+  for (layer, name), (a, b, scaling) in maps.items():
+    path = f"model.layers.{layer}.{_MODULES[name]}"
+    tensors[_LORA_KEY.format(path, "A")] = np.ascontiguousarray(a)
+    tensors[_LORA_KEY.format(path, "B")] = np.ascontiguousarray(b.T)
+    modules[path] = len(a), scaling
   _replace_folder(folder, tensors, describe(modules, base_name))
 
 
-def _read_folder(folder: Path) -> dict[tuple[int, str], _Map]:
+def adapter_base(folder: str | Path) -> str:
+  """Returns the base that an adapter's config names, or "".
+
+  Args:
+    folder: a PEFT folder.
+
+  Raises:
+    InputError: there is no such folder or config, or it is not obeyed here.
+  """
+  return PeftConfig.read(_file(Path(folder), _CONFIG)).base_model_name_or_path
+
+
+def adapter_shapes(
+  folder: str | Path,
+) -> dict[tuple[int, str], tuple[int, int]]:
+  """Returns [in, out] of an adapter's maps from its file's header alone.
+
+  Args:
+    folder: a PEFT folder.
+
+  Raises:
+    InputError: there is no such folder or file, or it is damaged.
+  """
+  path = _file(Path(folder), _WEIGHTS)
+  sizes: dict[tuple[int, str], dict[str, int]] = {}
+  with _opened(path) as file:
+    for key in file.keys():  # noqa: SIM118 (it is no mapping)
+      match = _LORA_KEY_REGEX.fullmatch(key)
+      shape = file.get_slice(key).get_shape()
+      if match is not None and len(shape) == 2:
+        place = int(match[2]), _PROJECTION_OF[match[3]]
+        size = shape[1] if match[4] == "A" else shape[0]
+        sizes.setdefault(place, {})[match[4]] = size
+  return {
+    place: (halves["A"], halves["B"])
+    for place, halves in sizes.items()
+    if len(halves) == 2
+  }
+
+
+def _read_folder(folder: Path) -> dict[tuple[int, str], Factors]:
   """Returns the maps of one adapter, by layer and projection."""
   config = PeftConfig.read(_file(folder, _CONFIG))
   path = _file(folder, _WEIGHTS)
@@ -177,7 +265,7 @@ def _read_folder(folder: Path) -> dict[tuple[int, str], _Map]:
           f" {_CONFIG} gives it rank {rank}: want [{rank}, in], [out, {rank}]"
         )
         continue
-      maps[layer, name] = (a, b.T, scaling)
+      maps[layer, name] = Factors(a, b.T, scaling)
   if not (maps or problems):
     problems.append("it has no tensors")
   if problems:
@@ -188,36 +276,40 @@ def _read_folder(folder: Path) -> dict[tuple[int, str], _Map]:
 
 def _read_tensors(path: Path, config: PeftConfig):
   """Returns {(layer, projection): {"A" or "B": tensor}} and what is wrong."""
+  tensors, problems = {}, []
+  with _opened(path) as file:
+    for key in file.keys():  # noqa: SIM118 (it is no mapping)
+      dtype = file.get_slice(key).get_dtype()
+      match = _LORA_KEY_REGEX.fullmatch(key)
+      if match is None:
+        problems.append(f"{key!r} is no LoRA tensor of a layer's linear map")
+      elif not config.is_target(match[1]):
+        problems.append(f"{key!r} is not a target in {_CONFIG}")
+      elif dtype not in _FLOATS:
+        problems.append(f"{key!r} is {dtype}, not one of {', '.join(_FLOATS)}")
+      else:
+        place = int(match[2]), _PROJECTION_OF[match[3]]
+        tensor = np.asarray(file.get_tensor(key), np.float32)
+        tensors.setdefault(place, {})[match[4]] = tensor
+  return tensors, problems
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+  """Opens a safetensors file; what is wrong with it is one line."""
   import safetensors
 
-  tensors, problems = {}, []
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
-      for key in file.keys():  # noqa: SIM118 (it is no mapping)
-        dtype = file.get_slice(key).get_dtype()
-        match = _LORA_KEY_REGEX.fullmatch(key)
-        if match is None:
-          problems.append(f"{key!r} is no LoRA tensor of a layer's linear map")
-        elif not config.is_target(match[1]):
-          problems.append(f"{key!r} is not a target in {_CONFIG}")
-        elif dtype not in _FLOATS:
-          problems.append(
-            f"{key!r} is {dtype}, not one of {', '.join(_FLOATS)}"
-          )
-        else:
-          halves = tensors.setdefault(
-            (int(match[2]), _PROJECTION_OF[match[3]]), {}
-          )
-          halves[match[4]] = np.asarray(file.get_tensor(key), np.float32)
+      yield file
   except (safetensors.SafetensorError, OSError) as error:
     raise InputError(
       f"{path}: not a whole safetensors file ({error})"
     ) from error
-  return tensors, problems
 
 
 def _stack(
-  place: str, maps: Sequence[_Map | None], names: Sequence[str]
+  place: str, maps: Sequence[Factors | None], names: Sequence[str]
 ) -> Lora:
   """Stacks one map of all experts; `None` is an expert that lacks it."""
   there = {

@@ -20,7 +20,7 @@ from tokenlora_jax.config import InputError
 _LARGEST_FILE = 1 << 22  # bytes
 
 _IGNORED = frozenset([
-  "auto_mapping", "base_model_name_or_path", "corda_config",
+  "auto_mapping", "corda_config",
   "ensure_weight_tying", "eva_config", "inference_mode", "loftq_config",
   "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
   "qalora_group_size", "revision", "runtime_config", "task_type",
@@ -105,6 +105,7 @@ _CHECKS = {
   "exclude_modules": (_is_modules, "a list of module names or a regex"),
   "layers_to_transform": (_is_layers, "a layer number or a list of them"),
   "layers_pattern": (_is_layer_patterns, "a regex or a list of them"),
+  "base_model_name_or_path": (lambda x: isinstance(x, str), "a path or hub id"),
   "init_lora_weights": (
     lambda x: isinstance(x, (bool, str)) and x in _INITS,
     "true, false, gaussian, orthogonal or eva, which leave the base as it is",
@@ -127,6 +128,8 @@ class PeftConfig:
   layers_to_transform: int | list[int] | None = None
   layers_pattern: str | list[str] = ""
   init_lora_weights: bool | str = True
+  # Not obeyed: whoever adds an adapter to a bank compares it.
+  base_model_name_or_path: str = ""
 
   @classmethod
   def read(cls, path: Path) -> PeftConfig:

@@ -49,8 +49,7 @@ class ProgramScorer(TextScorer):
 
   def score(self, text: str, row: Any) -> dict[str, float]:
     """Returns 1 if the program passes all tests within its limits."""
-    outcome = run(self.program(text, row), self.limits)
-    return {"pass@1": float(outcome.passed)}
+    return {"pass@1": float(not run(self.program(text, row), self.limits))}
 
 
 class HumanEvalTests(ProgramScorer):

@@ -5,7 +5,7 @@ packages, no current folder on the path) with an empty environment, in a fresh
 empty folder that is removed afterwards, without input, its output dropped.
 
 - Time, CPU time, memory, the size of a file and the number of processes and
-  threads are limited (`Limits`), the last three by the kernel's `setrlimit`.
+  threads are limited (`Limits`), all but the first by the kernel (`setrlimit`).
 - An audit hook of Python (PEP 578), which a program cannot take away, refuses
   sockets, new processes, signals, native code by ctypes, and all writing,
   renaming and removing outside the folder; inside it, it counts them.
@@ -71,21 +71,8 @@ class Limits:
       check(value > 0, f"limits.{field.name}", value, "more than 0")
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-  """How a program ended.
-
-  Attributes:
-    passed: it came to its end without an error.
-    error: in one line, what it ended with instead; "" if passed.
-  """
-
-  passed: bool
-  error: str
-
-
-def run(program: str, limits: Limits) -> Outcome:
-  """Runs a Python program and says whether it came to its end.
+def run(program: str, limits: Limits) -> str:
+  """Runs a Python program and returns the error that it ended with.
 
   Several threads may run programs at the same time.
 
@@ -94,14 +81,17 @@ def run(program: str, limits: Limits) -> Outcome:
       its last line is a failure. It is not run as `__main__`.
     limits: the most it may take.
 
+  Returns:
+    What went wrong, in one line; "" if it came to its end.
+
   Raises:
     InputError: this system has no such limits (Windows).
     RuntimeError: the process did not start, which says nothing of the program.
 
   Example:
     >>> run("assert 1 + 1 == 2", Limits())
-    Outcome(passed=True, error='')
-    >>> run("import os; os.remove('/etc/hosts')", Limits()).error
+    ''
+    >>> run("import os; os.remove('/etc/hosts')", Limits())
     "PermissionError: os.remove of '/etc/hosts' is not allowed"
   """
   if os.name != "posix":
@@ -134,8 +124,7 @@ def run(program: str, limits: Limits) -> Outcome:
     why = f"status {status}" if status is not None else "too late"
     last = before.strip().splitlines()[-1:] or ["it said nothing"]
     raise RuntimeError(f"sandbox: Python did not start ({why}): {last[0]}")
-  error = _error(status, after, limits)
-  return Outcome(not error, error)
+  return _error(status, after, limits)
 
 
 def _given(program: str, limits: Limits) -> dict[str, object]:

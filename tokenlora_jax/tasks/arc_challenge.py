@@ -35,6 +35,7 @@ class ArcChallenge(Task):
   """Question and lettered choices -> the letter."""
 
   name = "arc_challenge"
+  template = "Question: {question}\nChoices: {choices}\n\nAnswer:"
   hub = ("allenai/ai2_arc", "ARC-Challenge")
   tfds = "ai2_arc/ARC-Challenge"
 
@@ -44,7 +45,7 @@ class ArcChallenge(Task):
       f"{label}. {choice}"
       for label, choice in zip(labels, choices, strict=True)
     )
-    return f"Question: {text(row, 'question')}\nChoices: {lines}\n\nAnswer:"
+    return self.template.format(question=text(row, "question"), choices=lines)
 
   def answer(self, row: Any) -> str:
     key = text(row, "answerKey")

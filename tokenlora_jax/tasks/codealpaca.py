@@ -38,6 +38,7 @@ class CodeAlpaca(Task):
   """Instruction and perhaps an input -> code."""
 
   name = "codealpaca"
+  template = "{instruction}\nInput: {input}\n\nAnswer:"
   suffix = "json"
   hub = ("sahil2801/CodeAlpaca-20k",)
   # The hub has one split: its last rows are held out.
@@ -48,8 +49,10 @@ class CodeAlpaca(Task):
 
   def prompt(self, row: Any) -> str:
     given = text(row, "input", empty=True)
-    given = f"\nInput: {given}" if given.strip() else ""
-    return f"{text(row, 'instruction')}{given}\n\nAnswer:"
+    template = self.template
+    if not given.strip():
+      template = template.replace("\nInput: {input}", "")
+    return template.format(instruction=text(row, "instruction"), input=given)
 
   def answer(self, row: Any) -> str:
     return f" {text(row, 'output')}"

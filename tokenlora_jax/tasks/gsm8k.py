@@ -22,11 +22,12 @@ class Gsm8k(Task):
   """Question -> steps with <<a+b=c>> annotations -> "#### n"."""
 
   name = "gsm8k"
+  template = "Question: {question}\n\nAnswer:"
   hub = ("openai/gsm8k", "main")
   tfds = "gsm8k"
 
   def prompt(self, row: Any) -> str:
-    return f"Question: {text(row, 'question')}\n\nAnswer:"
+    return self.template.format(question=text(row, "question"))
 
   def answer(self, row: Any) -> str:
     return f" {text(row, 'answer')}"

@@ -26,11 +26,12 @@ class HumanEval(Task):
   """
 
   name = "humaneval"
+  template = "{prompt}"
   hub = ("openai/openai_humaneval",)
   splits: ClassVar[Mapping[str, str]] = {"test": "test"}
 
   def prompt(self, row: Any) -> str:
-    return text(row, "prompt")
+    return self.template.format(prompt=text(row, "prompt"))
 
   def answer(self, row: Any) -> str:
     return text(row, "canonical_solution")
@@ -57,5 +58,6 @@ def invent_function(
   """Returns what a function of x does, its code, and four of its values."""
   words, code, function = rng.choice(_FUNCTIONS)
   a, b = rng.randint(10, 999), rng.randint(2, 9)
-  cases = [(x, function(x, a, b)) for x in (a + b, *rng.sample(range(99), 3))]
+  given = a + b, *rng.sample(range(3 * a), 3)
+  cases = [(x, function(x, a, b)) for x in given]
   return words.format(a=a, b=b), code.format(a=a, b=b), cases

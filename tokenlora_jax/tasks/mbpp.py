@@ -19,16 +19,16 @@ class Mbpp(Task):
   """
 
   name = "mbpp"
+  template = (
+    "You are an expert Python programmer, and here is your task: {text} Your "
+    "code should pass these tests:\n\n{tests}\n[BEGIN]\n"
+  )
   hub = ("google-research-datasets/mbpp", "full")
   splits: ClassVar[Mapping[str, str]] = {"test": "test"}
 
   def prompt(self, row: Any) -> str:
     tests = "\n".join(texts(row, "test_list"))
-    return (
-      "You are an expert Python programmer, and here is your task: "
-      f"{text(row, 'text')} Your code should pass these tests:\n\n"
-      f"{tests}\n[BEGIN]\n"
-    )
+    return self.template.format(text=text(row, "text"), tests=tests)
 
   def answer(self, row: Any) -> str:
     # The original's lines end as on Windows.

@@ -31,6 +31,7 @@ class Squad(Task):
   """Context and question -> the words of the context that answer it."""
 
   name = "squad"
+  template = "Context:\n{context}\n\nQuestion: {question}\n\nAnswer:"
   suffix = "json"
   hub = ("rajpurkar/squad",)
   tfds = "squad/v1.1"
@@ -41,7 +42,7 @@ class Squad(Task):
 
   def prompt(self, row: Any) -> str:
     context, question = text(row, "context"), text(row, "question")
-    return f"Context:\n{context}\n\nQuestion: {question}\n\nAnswer:"
+    return self.template.format(context=context, question=question)
 
   def answer(self, row: Any) -> str:
     return f" {texts(row, 'answers', 'text')[0]}"

@@ -26,6 +26,7 @@ class Task(abc.ABC):
 
   Attributes:
     name: in settings, folders and reports.
+    template: the form of its prompts, the rows' fields in braces.
     suffix: of its local files, `train.SUFFIX` and `test.SUFFIX`.
     hub: the arguments of `datasets.load_dataset`: id and, if any, config.
     tfds: its name in TensorFlow Datasets; "" is not there.
@@ -34,6 +35,7 @@ class Task(abc.ABC):
   """
 
   name: ClassVar[str]
+  template: ClassVar[str]
   suffix: ClassVar[str] = "jsonl"
   hub: ClassVar[tuple[str, ...]]
   tfds: ClassVar[str] = ""

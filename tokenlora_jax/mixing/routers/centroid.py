@@ -3,7 +3,8 @@
 Belofsky, "Token-Level Adaptation of LoRA Adapters for Downstream Task
 Generalization" (2023).
 
-Axis letters: B batch, E experts, D_enc width of an embedding.
+Axis letters: B batch, E experts, C centroids an expert, D_enc width of an
+embedding.
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import numbers
-from typing import Literal, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tokenlora_jax.config import InputError
-from tokenlora_jax.mixing.encoders.text import TextEncoder
+from tokenlora_jax.mixing.routers.embedding import (
+  EmbeddingRouter,
+  Encoder,
+  check_encoder,
+  check_table,
+)
 from tokenlora_jax.mixing.routers.registry import register_router
-from tokenlora_jax.mixing.routers.router import Router
 
 
 def sharpened_softmax(
@@ -66,65 +71,37 @@ def sharpened_softmax(
   )
 
 
-def _unit(x: jax.Array) -> jax.Array:
-  norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
-  return x / jnp.maximum(norm, 1e-12)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class CentroidRouter(Router):
-  """gates = sharpened_softmax(cos(x, c_e)), x the running text's vector.
+class CentroidRouter(EmbeddingRouter):
+  """gates = sharpened_softmax(s), s_e = max over c of cos(x, c_ec).
+
+  x is the running text's vector.
 
   Attributes:
-    centroids: float32[E, D_enc].
-    sharpen: float32[], what the largest cosine is multiplied by.
-    encoder: gives x from the text; None: x is the base's mean hidden state.
+    sharpen: float32[], what the largest s is multiplied by.
   """
 
-  centroids: jax.Array
   sharpen: jax.Array
-  encoder: TextEncoder | None
-
-  @property
-  def needs(self) -> Literal["hidden", "text"]:
-    return "hidden" if self.encoder is None else "text"
-
-  @property
-  def experts(self) -> int:
-    return self.centroids.shape[0]
-
-  def observe(self, texts):
-    return () if self.encoder is None else self.encoder.prepare(texts)
 
   def gates(self, batch, observation, seen):
     del batch
-    x = seen if self.encoder is None else self.encoder.module(*observation)
-    if x.shape[-1] != self.centroids.shape[-1]:
-      raise InputError(
-        f"router.centroids: width {self.centroids.shape[-1]}, but the vectors "
-        f"they are compared with have {x.shape[-1]}"
-      )
     with jax.named_scope("centroid_router"):
-      cosines = jnp.einsum(
-        "bd,ed->be",
-        _unit(x.astype(jnp.float32)),
-        _unit(self.centroids),
-        precision="highest",
-      )
+      cosines = self.cosines(observation, seen)
       return sharpened_softmax(cosines, self.sharpen)
 
 
 @register_router("centroid")
 def centroid(
-  centroids: np.ndarray | jax.Array,
-  encoder: TextEncoder | Literal["hidden"],
-  sharpen: float = 4.0,
+  centroids: np.ndarray | jax.Array, encoder: Encoder, sharpen: float = 4.0
 ) -> CentroidRouter:
   """The paper's router (Belofsky, 2023).
 
+  Several centroids an expert, of which the nearest counts, are ours.
+
   Args:
-    centroids: float32[E, D_enc], from the same encoder; see `centroids`.
+    centroids: float32[E, D_enc], from the same encoder (see `centroids`), or
+      [E, C, D_enc] for several an expert (see `fit_centroids`).
     encoder: what turns the running text into a vector, or `hidden` for the
       base's own mean last hidden state.
     sharpen: what the largest cosine is multiplied by; 4 in the paper.
@@ -137,28 +114,13 @@ def centroid(
     >>> print(np.asarray(router.gates(1, (), jnp.array([[3.0, 0.0]]))).round(3))
     [[0.982 0.018]]
   """
-  table = np.asarray(centroids, np.float32)
-  if table.ndim != 2 or table.size == 0 or not np.isfinite(table).all():
-    raise InputError(
-      f"router.centroids: an array of shape {list(table.shape)} is not allowed;"
-      " want finite numbers [experts, width]"
-    )
-  if encoder != "hidden" and not isinstance(encoder, TextEncoder):
-    raise InputError(
-      f"router.encoder: {encoder!r} is not allowed; want 'hidden' or a "
-      "TextEncoder"
-    )
-  text_encoder = None if encoder == "hidden" else encoder
-  if text_encoder is not None and text_encoder.width != table.shape[1]:
-    raise InputError(
-      f"router.centroids: width {table.shape[1]}, but the encoder gives "
-      f"{text_encoder.width}"
-    )
+  table = check_table("centroids", centroids, several=True)
+  text_encoder = check_encoder(encoder, "centroids", table)
   if not isinstance(sharpen, numbers.Real) or not 0 < sharpen < np.inf:
     raise InputError(
       f"router.sharpen: {sharpen!r} is not allowed; want more than 0"
     )
-  return CentroidRouter(jnp.asarray(table), jnp.float32(sharpen), text_encoder)
+  return CentroidRouter(jnp.asarray(table), text_encoder, jnp.float32(sharpen))
 
 
 class Embeds(Protocol):

@@ -27,7 +27,8 @@ def register_router(
   Args:
     name: what `make_router` calls it.
     **shaping: how its gates are shaped where `make_router` is not told
-      otherwise: `top_k`, `temperature`, `threshold`, `smoothing`.
+      otherwise: `top_k` (all, where there are no more experts),
+      `temperature`, `threshold`, `smoothing`.
 
   Example:
     >>> import jax
@@ -97,4 +98,7 @@ def make_router(name: str, **settings: Any) -> Router:
   ]
   if missing:
     raise InputError(f"router {name}: needs {', '.join(missing)}")
-  return shape_gates(make(**settings), **shaping)
+  router = make(**settings)
+  if told.get("top_k") is None and "top_k" in shaping:
+    shaping = shaping | {"top_k": min(shaping["top_k"], router.experts)}
+  return shape_gates(router, **shaping)

@@ -26,7 +26,8 @@ class Router(abc.ABC):
 
   A router that decides for each position inside the layers has `prototypes`,
   and the decoder calls `position_gates` at each adapted map; its `gates`, 1
-  unless it says otherwise, multiply what it decides there.
+  unless it says otherwise, multiply what it decides there. One that looks at
+  something too (`needs`) decides for whole sequences first.
 
   Attributes:
     needs: what `gates` looks at: `nothing`; the mean of the base's last
@@ -34,10 +35,13 @@ class Router(abc.ABC):
       read once by a pass of its own (`read_prompt`); or `evidence`, how well
       each expert alone predicted the tokens so far.
     looks_first: whether the base reads each token alone before, for `look`.
+    at_prompt_only: whether it decides once, from the prompt, whatever
+      `refresh_every` says.
   """
 
   needs: Literal["nothing", "hidden", "text", "prompt", "evidence"] = "nothing"
   looks_first: bool = False
+  at_prompt_only: bool = False
   # Of a router that weighs evidence: who decides before there is any, and
   # whether the prompt's tokens are some.
   prior: Router | None = None

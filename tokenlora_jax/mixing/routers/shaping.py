@@ -22,10 +22,12 @@ SHAPING = ("top_k", "temperature", "threshold", "smoothing")
 class ShapedRouter(Router):
   """A router whose gates are shaped after it has decided.
 
-  First gates^(1 / temperature) (a softmax becomes that of its logits divided
-  by the temperature), then the `top_k` largest, both scaled to the sum there
-  was; then zeros, the base alone, where no gate reaches `threshold`. At a
-  refresh `smoothing` times the gates before stays.
+  These are the gates of whole sequences, or of a router that decides in the
+  layers alone those that it decides there. First gates^(1 / temperature) (a
+  softmax becomes that of its logits divided by the temperature), then the
+  `top_k` largest, both scaled to the sum there was; then zeros, the base alone,
+  where no gate reaches `threshold`. At a refresh `smoothing` times the gates
+  before stays.
 
   Attributes:
     router: who decides.
@@ -48,6 +50,10 @@ class ShapedRouter(Router):
   @property
   def looks_first(self):
     return self.router.looks_first
+
+  @property
+  def at_prompt_only(self):
+    return self.router.at_prompt_only
 
   @property
   def experts(self):
@@ -91,10 +97,11 @@ class ShapedRouter(Router):
 
   def gates(self, batch, observation, seen):
     gates = self.router.gates(batch, observation, seen)
-    return gates if self.prototypes else self._shaped(gates)
+    return gates if _by_position(self.router) else self._shaped(gates)
 
   def position_gates(self, prototype, lora, x, low):
-    return self._shaped(self.router.position_gates(prototype, lora, x, low))
+    gates = self.router.position_gates(prototype, lora, x, low)
+    return self._shaped(gates) if _by_position(self.router) else gates
 
   def smooth(self, before, gates):
     gates = self.router.smooth(before, gates)
@@ -118,6 +125,11 @@ class ShapedRouter(Router):
       highest = gates.max(axis=-1, keepdims=True)
       gates = jnp.where(highest >= self.threshold, gates, 0.0)
     return gates
+
+
+def _by_position(router: Router) -> bool:
+  """Whether a router chooses among the experts in the layers."""
+  return bool(router.prototypes) and router.needs == "nothing"
 
 
 def shape_gates(
@@ -150,7 +162,7 @@ def shape_gates(
   check(temperature > 0, "router.temperature", temperature, "more than 0")
   check(0 <= threshold <= 1, "router.threshold", threshold, "0 (off) to 1")
   check(0 <= smoothing < 1, "router.smoothing", smoothing, "0 <= s < 1")
-  if smoothing and router.prototypes:
+  if smoothing and _by_position(router):
     raise InputError(
       f"router.smoothing: {smoothing} is not allowed; want 0, since this router"
       " decides for each position by itself"

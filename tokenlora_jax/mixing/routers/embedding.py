@@ -1,0 +1,130 @@
+"""What routers share that compare a text's vector with vectors of experts.
+
+Axis letters: B batch, E experts, C centroids an expert, D_enc width of an
+embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenlora_jax.config import InputError
+from tokenlora_jax.mixing.encoders.text import TextEncoder
+from tokenlora_jax.mixing.routers.router import Router
+
+# What turns a text into a vector: an encoder, or the base itself.
+Encoder = TextEncoder | Literal["hidden"]
+
+
+def unit(x: jax.Array) -> jax.Array:
+  """Returns vectors brought to length 1; those of length 0 stay."""
+  norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
+  return x / jnp.maximum(norm, 1e-12)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingRouter(Router):
+  """A router that looks at x, the running text's vector.
+
+  Attributes:
+    centroids: float32[E, D_enc] or [E, C, D_enc], what x is compared with.
+    encoder: gives x from the text; None: x is the base's mean hidden state.
+  """
+
+  centroids: jax.Array
+  encoder: TextEncoder | None
+
+  @property
+  def needs(self) -> Literal["hidden", "text"]:
+    return "hidden" if self.encoder is None else "text"
+
+  @property
+  def experts(self) -> int:
+    return self.centroids.shape[0]
+
+  def observe(self, texts):
+    return () if self.encoder is None else self.encoder.prepare(texts)
+
+  def vector(self, observation, seen) -> jax.Array:
+    """Returns x, float32[B, D_enc], of length 1, in the graph.
+
+    Args:
+      observation: what `observe` gave.
+      seen: the base's mean hidden states, where there is no encoder.
+    """
+    x = seen if self.encoder is None else self.encoder.module(*observation)
+    width = self.centroids.shape[-1]
+    if x.shape[-1] != width:
+      raise InputError(
+        f"router: made for vectors of width {width}, but those of this base"
+        f" have {x.shape[-1]}"
+      )
+    return unit(x.astype(jnp.float32))
+
+  def cosines(self, observation, seen) -> jax.Array:
+    """Returns the largest cosine over an expert's centroids: float32[B, E]."""
+    x = self.vector(observation, seen)
+    table = self.centroids.reshape(self.experts, -1, x.shape[-1])
+    cosines = jnp.einsum("bd,ecd->bec", x, unit(table), precision="highest")
+    return cosines.max(axis=-1)
+
+
+def check_table(
+  name: str, table: np.ndarray | jax.Array, several: bool = False
+) -> np.ndarray:
+  """Returns a router's table as float32.
+
+  Args:
+    name: of the setting.
+    table: [E, D_enc].
+    several: whether it may be [E, C, D_enc] too.
+
+  Raises:
+    InputError: it is of another shape, or holds what is no finite number.
+
+  Example:
+    >>> check_table("centroids", [[1, 0], [0, 1]]).dtype
+    dtype('float32')
+  """
+  array = np.asarray(table, np.float32)
+  dims = (2, 3) if several else (2,)
+  if array.ndim not in dims or array.size == 0 or not np.isfinite(array).all():
+    raise InputError(
+      f"router.{name}: an array of shape {list(array.shape)} is not allowed;"
+      " want finite numbers [experts, width]"
+      + (" or [experts, clusters, width]" if several else "")
+    )
+  return array
+
+
+def check_encoder(
+  encoder: Encoder, name: str, table: np.ndarray
+) -> TextEncoder | None:
+  """Returns an encoder as `EmbeddingRouter` wants it.
+
+  Args:
+    encoder: what was given.
+    name: of the table it is to fit.
+    table: [.., D_enc].
+
+  Raises:
+    InputError: it is none, or gives vectors of another width.
+  """
+  if isinstance(encoder, str) and encoder == "hidden":
+    return None
+  if not isinstance(encoder, TextEncoder):
+    raise InputError(
+      f"router.encoder: {encoder!r} is not allowed; want 'hidden' or a "
+      "TextEncoder"
+    )
+  if encoder.width != table.shape[-1]:
+    raise InputError(
+      f"router.{name}: width {table.shape[-1]}, but the encoder gives "
+      f"{encoder.width}"
+    )
+  return encoder

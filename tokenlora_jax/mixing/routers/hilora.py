@@ -1,0 +1,166 @@
+"""HiLoRA: a gaussian an expert, and of each adapter the parts that answer.
+
+Han et al., "HiLoRA: Adaptive Hierarchical LoRA Routing for Training-Free Domain
+Generalization" (2025, arXiv 2510.12266).
+
+Axis letters: B batch, T length, E experts, R rank, D_enc width of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenlora_jax.config import InputError, check
+from tokenlora_jax.mixing.routers.embedding import (
+  EmbeddingRouter,
+  Encoder,
+  check_encoder,
+  check_table,
+)
+from tokenlora_jax.mixing.routers.registry import register_router
+from tokenlora_jax.model.lora import Adapters
+
+# The least variance, where all texts have one vector. The numbers of a vector
+# of length 1 have a mean square of 1 / D_enc.
+_LEAST = 1e-6
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HiloraRouter(EmbeddingRouter):
+  """gates = softmax(mean over d of log N(x_d; mean_ed, variance_ed)).
+
+  x is the running text's vector. In the layers the rank-one parts b_j a_j of
+  each adapter with the largest |a_j . h| stay, h the map's input, and the
+  others get gates of 0.
+
+  Attributes:
+    centroids: float32[E, D_enc], the means.
+    variances: float32[E, D_enc].
+    rank_share: how many of R parts stay, rounded up.
+    maps: the adapted maps of each layer.
+  """
+
+  variances: jax.Array
+  rank_share: float = dataclasses.field(metadata={"static": True})
+  maps: tuple[tuple[str, ...], ...] = dataclasses.field(
+    metadata={"static": True}
+  )
+
+  @property
+  def prototypes(self):
+    # Nothing is known of a map but what its adapters are.
+    return tuple(dict.fromkeys(layer, ()) for layer in self.maps)
+
+  def gates(self, batch, observation, seen):
+    del batch
+    with jax.named_scope("hilora_router"):
+      away = self.vector(observation, seen)[:, None] - self.centroids
+      spread = self.variances
+      logs = -0.5 * (away**2 / spread + jnp.log(2 * math.pi * spread))
+      return jax.nn.softmax(logs.mean(axis=-1), axis=-1)
+
+  def position_gates(self, prototype, lora, x, low):
+    del prototype, lora, x
+    kept = math.ceil(self.rank_share * low.shape[-1])
+    # A part that padded a smaller rank gives 0, and stays last.
+    size = jnp.abs(low)
+    least = jax.lax.top_k(size, kept)[0][..., -1:]
+    return (size >= least).astype(jnp.float32)
+
+
+@register_router("hilora", top_k=3)
+def hilora(
+  means: np.ndarray | jax.Array,
+  variances: np.ndarray | jax.Array,
+  encoder: Encoder,
+  adapters: Adapters,
+  rank_share: float = 0.4,
+) -> HiloraRouter:
+  """HiLoRA (Han et al., 2025): gaussians choose adapters, |a_j . h| their parts.
+
+  From the paper: the gaussian likelihood of the sequence's vector chooses
+  adapters, 3 of them; at each token only the rank-one parts stay that answer
+  most. We know it from its abstract and reviews, so these are ours: a diagonal
+  covariance; the mean over dimensions in place of their sum, whose softmax would
+  be one-hot (at D_enc 384 the temperature 1/384 gives the sum); gates by
+  likelihood, and the same share of parts for each adapter, where the paper draws
+  for each adapter how many parts it has.
+
+  Args:
+    means: float32[E, D_enc]; see `fit_hilora`.
+    variances: float32[E, D_enc].
+    encoder: what turns the running text into a vector, or `hidden` for the
+      base's own mean last hidden state.
+    adapters: the experts.
+    rank_share: share of an adapter's rank-one parts that stays at a token.
+
+  Raises:
+    InputError: a setting is not allowed, or widths differ.
+
+  Example:
+    >>> router = hilora(
+    ...   np.eye(2), np.full((2, 2), 0.25), "hidden", Adapters(("a", "b"), ())
+    ... )
+    >>> print(np.asarray(router.gates(1, (), jnp.array([[1.0, 0.0]]))).round(3))
+    [[0.881 0.119]]
+  """
+  table, spread = (
+    check_table("means", means),
+    check_table("variances", variances),
+  )
+  if spread.shape != table.shape or not (spread > 0).all():
+    raise InputError(
+      f"router.variances: an array of shape {list(spread.shape)} is not allowed;"
+      f" want numbers more than 0 of the means' shape {list(table.shape)}"
+    )
+  check(0 < rank_share <= 1, "router.rank-share", rank_share, "0 < share <= 1")
+  return HiloraRouter(
+    jnp.asarray(table),
+    check_encoder(encoder, "means", table),
+    jnp.asarray(spread),
+    float(rank_share),
+    tuple(tuple(layer) for layer in adapters.layers),
+  )
+
+
+def fit_hilora(
+  embeddings_by_expert: Sequence[np.ndarray], shrinkage: float = 0.5
+) -> dict[str, np.ndarray]:
+  """Returns what `hilora` is made of: a gaussian over each expert's texts.
+
+  variance_ed = (1 - a) v_ed + a v, v_ed the variance among the expert's texts
+  and v the mean of all v_ed: a few texts say little about D_enc variances.
+
+  Args:
+    embeddings_by_expert: E arrays float32[N_e, D_enc], of training texts; the
+      paper takes 20 of each.
+    shrinkage: a.
+
+  Returns:
+    {"means": float32[E, D_enc], "variances": float32[E, D_enc]}.
+
+  Raises:
+    InputError: an expert has no texts.
+
+  Example:
+    >>> fit = fit_hilora([np.array([[0.0], [2.0]]), np.array([[3.0]])])
+    >>> fit["means"].tolist(), fit["variances"].tolist()
+    ([[1.0], [3.0]], [[0.75], [0.25]])
+  """
+  for index, embeddings in enumerate(embeddings_by_expert):
+    if len(embeddings) == 0:
+      raise InputError(f"hilora: expert {index} has no texts")
+  vectors = [np.asarray(e, np.float64) for e in embeddings_by_expert]
+  own = np.stack([e.var(axis=0) for e in vectors])
+  variances = (1 - shrinkage) * own + shrinkage * own.mean()
+  return {
+    "means": np.stack([e.mean(axis=0) for e in vectors]).astype(np.float32),
+    "variances": np.maximum(variances, _LEAST).astype(np.float32),
+  }

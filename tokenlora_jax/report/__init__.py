@@ -1,0 +1,26 @@
+"""What a person looks at: tables, the trace of gates, and their heat map."""
+
+from tokenlora_jax.report.colours import COLOURS
+from tokenlora_jax.report.heatmap import HeatMap, gate_summary
+from tokenlora_jax.report.page import heatmap_html
+from tokenlora_jax.report.picture import heatmap_png
+from tokenlora_jax.report.terminal import (
+  legend,
+  loss_table,
+  summary,
+  token_pieces,
+  trace,
+)
+
+__all__ = [
+  "COLOURS",
+  "HeatMap",
+  "gate_summary",
+  "heatmap_html",
+  "heatmap_png",
+  "legend",
+  "loss_table",
+  "summary",
+  "token_pieces",
+  "trace",
+]

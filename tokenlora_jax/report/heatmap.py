@@ -1,0 +1,247 @@
+"""What a heat map says, whatever it is drawn with.
+
+A token has the colour of the expert that leads it, the stronger the further it
+is ahead of the next. Experts also have letters, for who cannot tell colours.
+
+Axis letters: N tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import re
+from typing import Any
+import unicodedata
+
+import numpy as np
+
+# Characters that show nothing, or break a page: pictures of themselves instead.
+_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
+_PICTURES |= {127: 0x2421}
+# Characters that put what follows them in another order.
+_PICTURES |= dict.fromkeys(
+  [*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeatMap:
+  """One text and the gates of its tokens.
+
+  Attributes:
+    prompt: what the text was made from.
+    pieces: the N tokens as text; joined, they are the text.
+    gates: float[N, E].
+    experts: their names.
+    facts: what else to say of the text, such as {"router": "centroid"}.
+
+  Raises:
+    ValueError: the gates are not of that many tokens and experts, or are no
+      numbers.
+
+  Example:
+    >>> found = HeatMap("1, 2", [", 3", "!"], np.eye(2), ["sums", "prose"])
+    >>> found.leads.tolist(), found.strengths.tolist()
+    ([0, 1], [1.0, 1.0])
+  """
+
+  prompt: str
+  pieces: Sequence[str]
+  gates: np.ndarray
+  experts: Sequence[str]
+  facts: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    want = (len(self.pieces), len(self.experts))
+    if np.shape(self.gates) != want or not all(want):
+      raise ValueError(
+        f"gates: {np.shape(self.gates)} is not allowed; want"
+        f" {want[0]} tokens by {want[1]} experts, at least one of each"
+      )
+    if not np.isfinite(self.gates).all():
+      raise ValueError("gates: not all of them are finite")
+
+  @functools.cached_property
+  def strengths(self) -> np.ndarray:
+    """float[N]: how far the first is ahead of the next, from 0 to 1."""
+    alone = len(self.experts) == 1
+    ordered = np.sort(self.gates, axis=1)
+    return np.clip(ordered[:, -1] - (0 if alone else ordered[:, -2]), 0, 1)
+
+  @functools.cached_property
+  def leads(self) -> np.ndarray:
+    """int[N]: who leads each token; -1 where nobody is ahead."""
+    first = np.argmax(self.gates, axis=1)
+    return np.where(self.strengths > 1e-6, first, -1)
+
+  @functools.cached_property
+  def starts(self) -> np.ndarray:
+    """bool[N]: whether another expert leads than before."""
+    return np.diff(self.leads, prepend=-1) != 0
+
+  @functools.cached_property
+  def heights(self) -> np.ndarray:
+    """float[N, E]: where each expert's part of the stacked area ends."""
+    return np.cumsum(np.maximum(self.gates, 0), axis=1)
+
+  @property
+  def top(self) -> float:
+    """How high the stacked area is: 1 where gates sum to that, or to 0."""
+    return round(float(self.heights[:, -1].max()), 4) or 1.0
+
+  def about(self) -> list[str]:
+    """Returns two lines: what it is a map of, and its summary."""
+    found = gate_summary(self.gates)
+    tokens, experts = np.shape(self.gates)
+    facts = [f"{label} {value}" for label, value in self.facts.items()]
+    facts += [
+      _count(tokens, "token"),
+      f"entropy {found['entropy']:.2f} nats of at most {np.log(experts):.2f}",
+      f"the lead changes {_count(found['switches'], 'time')}",
+    ]
+    shares = [
+      f"{letter(i)} {short(name, 32)} {share:.0%}"
+      for i, (name, share) in enumerate(
+        zip(self.experts, found["shares"], strict=True)
+      )
+    ]
+    return [" · ".join(facts), f"shares of the gates: {', '.join(shares)}"]
+
+  @property
+  def edged(self) -> bool:
+    """Whether the stacked area has room for lines between two experts."""
+    return len(self.pieces) <= 250
+
+  def letter_places(self, least: float) -> dict[int, tuple[float, float]]:
+    """Returns where in the stacked area an expert's letter has most room.
+
+    Args:
+      least: how high the expert's part must be there, of `top`.
+
+    Returns:
+      {expert: (x, y)}: the middle of that place, from the first token's left
+      and from the bottom, both between 0 and 1.
+    """
+    count = len(self.pieces)
+    width = max(1, count // 16)
+    places = {}
+    for expert in range(len(self.experts)):
+      high = self.heights[:, expert]
+      low = high - np.maximum(self.gates[:, expert], 0)
+      low, high = (
+        np.convolve(edge, np.full(width, 1 / width), "valid") / self.top
+        for edge in (low, high)
+      )
+      at = int(np.argmax(high - low))
+      if high[at] - low[at] >= least:
+        x = (at + width / 2) / count
+        places[expert] = (x, float(low[at] + high[at]) / 2)
+    return places
+
+
+def gate_summary(gates: np.ndarray) -> dict[str, Any]:
+  """Returns how mixed the gates are, and who has what of them.
+
+  Args:
+    gates: float[N, E].
+
+  Returns:
+    `entropy`, the mean of each token's -sum(p log p) in nats, where p are its
+    gates over their sum; `switches`, how often another expert leads than
+    before; `shares`, float[E], the mean of p.
+
+  Example:
+    >>> found = gate_summary(np.array([[0.5, 0.5], [0.0, 1.0]]))
+    >>> found["entropy"], found["switches"], found["shares"].tolist()
+    (0.3466, 1, [0.25, 0.75])
+  """
+  kept = np.maximum(gates, 0)
+  shares = kept / np.maximum(kept.sum(axis=1, keepdims=True), 1e-12)
+  logs = np.log(np.where(shares > 0, shares, 1))
+  leads = np.argmax(gates, axis=1)
+  return {
+    "entropy": abs(float(-(shares * logs).sum(axis=1).mean())),
+    "switches": int((np.diff(leads) != 0).sum()),
+    "shares": shares.mean(axis=0),
+  }
+
+
+def letter(expert: int) -> str:
+  """Returns the letter of an expert.
+
+  Example:
+    >>> [letter(i) for i in (0, 25, 26, 52)]
+    ['A', 'Z', 'AA', 'BA']
+  """
+  head = letter(expert // 26 - 1) if expert >= 26 else ""
+  return head + chr(ord("A") + expert % 26)
+
+
+def kind(piece: str) -> str:
+  """Returns how a token is not like others, or "".
+
+  Returns:
+    "blank" for white space, "joined" for accents of a character before, "empty"
+    for what shows nothing.
+
+  Example:
+    >>> [kind(piece) for piece in (" a", "\\n ", "\\u0301", "", "\\u200b")]
+    ['', 'blank', 'joined', 'empty', 'empty']
+  """
+  if piece.isspace():
+    return "blank"
+  if piece and all(unicodedata.category(x)[0] == "M" for x in piece):
+    return "joined"
+  shows = any(letter.isprintable() for letter in visible(piece))
+  return "" if shows else "empty"
+
+
+def indent(piece: str) -> int:
+  """Returns how many spaces come first: a letter stands at the word.
+
+  Example:
+    >>> indent("  of"), indent("of"), indent("  ")
+    (2, 0, 0)
+  """
+  return 0 if piece.isspace() else len(piece) - len(piece.lstrip(" "))
+
+
+def visible(text: str) -> str:
+  """Returns a text that shows, and leaves what stands around it alone.
+
+  Control characters are pictures, but for tabs and line feeds; what reorders
+  other characters, and half a surrogate pair, is U+FFFD.
+
+  Example:
+    >>> visible("a\\x1b[0m\\n")
+    'a␛[0m\\n'
+  """
+  return re.sub(r"[\ud800-\udfff]", "\ufffd", text.translate(_PICTURES))
+
+
+def ticks(count: int, most: int = 9) -> list[int]:
+  """Returns round numbers of tokens for an axis from 1 to `count`.
+
+  Example:
+    >>> ticks(6), ticks(64)
+    ([1, 2, 3, 4, 5, 6], [10, 20, 30, 40, 50, 60])
+  """
+  steps = (m * 10**n for n in range(12) for m in (1, 2, 5))
+  step = next(step for step in steps if count / step <= most)
+  return list(range(step, count + 1, step))
+
+
+def short(name: str, most: int) -> str:
+  """Returns a name, cut to some characters.
+
+  Example:
+    >>> short("codealpaca", 10), short("arc_challenge", 10)
+    ('codealpaca', 'arc_chall…')
+  """
+  return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _count(number: int, noun: str) -> str:
+  return f"{number:,} {noun}{'' if number == 1 else 's'}"
