@@ -272,6 +272,7 @@ def test_another_experiment_is_refused(tmp_path):
     ({"base": "c"}, r"holds an experiment with base 'b' \(now 'c'\)"),
     ({"rows": {"e0": "z"}}, r"with rows\.e0 'x' \(now 'z'\)"),
     ({"more": 1}, r"with more None \(now 1\)"),
+    ({"generate": {"seed": 0}}, "holds an experiment with no --generate;"),
   ):
     refused(tmp_path, {**ABOUT, **change}, told)
   # More tasks may come.

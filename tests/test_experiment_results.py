@@ -196,6 +196,23 @@ def test_tables_hold_the_figures(results, tmp_path):
   assert "| token:2 |" in text
   assert "from the best adapter (squad)" in text
   assert "…" not in shown
+  # Nor where there is little room: names and figures stay whole.
+  rows = make_rows(count=4)
+  for row in list(rows):
+    rows += [{**row, "task": task} for task in ("arc_challenge", "codealpaca")]
+    if row["variant"] == "adapter:squad":
+      rows += [
+        {**row, "variant": "adapter:arc_challenge", "task": task}
+        for task in (*TASKS, "arc_challenge", "codealpaca")
+      ]
+  wide = summarise(rows, resamples=20)
+  console = Console(file=io.StringIO(), width=80)
+  for table in terminal_tables(wide):
+    console.print(table)
+  narrow = console.file.getvalue()
+  assert "…" not in narrow and "adapter:arc_challenge" in narrow
+  for figure in wide.figures.values():
+    assert f" {figure.own.value:.3f} " in narrow
   write_tables(results, tmp_path)
   assert (tmp_path / "table.md").read_text() == text
   flat = records(results)

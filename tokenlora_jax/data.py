@@ -46,7 +46,8 @@ class Row:
     prompt: what the model is given.
     answer: what it is to say; `prompt + answer` is the training text.
     origin: where the row came from: "FILE:LINE" or "SOURCE:SPLIT:INDEX".
-    fields: the row itself, in its task's schema, for scorers.
+    fields: the row itself, in its task's schema, for scorers; None of rows to
+      train on, which nobody scores.
   """
 
   prompt: str
@@ -103,7 +104,8 @@ def load_rows(config: DataConfig, task_name: str, split: str) -> list[Row]:
     if cap and len(rows) == cap:
       break
     try:
-      rows.append(Row(task.prompt(raw), task.answer(raw), origin, raw))
+      fields = raw if split == "test" else None
+      rows.append(Row(task.prompt(raw), task.answer(raw), origin, fields))
     except InputError as error:
       located = InputError(f"{origin}: {error}")
       if config.bad_rows == "fatal":

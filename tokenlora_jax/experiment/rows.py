@@ -128,6 +128,8 @@ def _same(file: Path, about: dict[str, Any]) -> dict[str, Any]:
     # A task that is not there yet is none that differs.
     old["rows"] = {**new["rows"], **rows}
     changed = differences(old, new)
+    if ("generate" in old) != ("generate" in new):
+      changed = [f"{'' if 'generate' in old else 'no '}--generate"]
   except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise InputError(f"{file}: not an experiment's ({error!r})") from None
   if changed:

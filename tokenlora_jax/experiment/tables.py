@@ -146,12 +146,11 @@ def terminal_tables(results: Results) -> Iterator[Table]:
   """
   told, names = _names(results)
   for view in views(results):
-    table = Table(title=f"{view.title}{told}")
-    table.add_column("mixing")
+    table = _table(f"{view.title}{told}")
     for (_, task), head in view.columns.items():
       rows = results.tasks.get(task)
       head = head if rows is None else f"{head}\n({rows} rows)"
-      table.add_column(head, justify="right")
+      table.add_column(head, justify="right", overflow="fold")
     best = [_best(results, *column) for column in view.columns]
     for arm, found in _lines(results, view):
       cells = []
@@ -168,6 +167,13 @@ def terminal_tables(results: Results) -> Iterator[Table]:
       yield _difference_table(results, *view.last, names)
 
 
+def _table(title: str) -> Table:
+  """Returns a table whose arms' names, which tell them apart, stay whole."""
+  table = Table(title=title)
+  table.add_column("mixing", no_wrap=True)
+  return table
+
+
 def _two_lines(value: str, interval: str, style: str = "") -> Text:
   text = Text(value, style)
   return text.append(f"\n{interval}", "not bold dim") if interval else text
@@ -178,8 +184,8 @@ def _difference_table(
 ) -> Table:
   """Returns the paired differences in one column, and what each arm took."""
   single = results.singles.get(metric)
-  table = Table(title=f"{metric}, {task}: differences, and the time it took")
-  table.add_column("mixing")
+  title = f"{metric}, {task}: differences, and the time it took"
+  table = _table(title)
   table.add_column("from base", justify="right")
   if single:
     head = f"from the best\nadapter, {_expert(single)}"
