@@ -97,4 +97,8 @@ def make_router(name: str, **settings: Any) -> Router:
   ]
   if missing:
     raise InputError(f"router {name}: needs {', '.join(missing)}")
-  return shape_gates(make(**settings), **shaping)
+  router = make(**settings)
+  if "top_k" in shaping and told.get("top_k") is None:
+    # A paper's k is for as many experts as it had, or more.
+    shaping["top_k"] = min(shaping["top_k"], router.experts)
+  return shape_gates(router, **shaping)

@@ -62,6 +62,10 @@ class ShapedRouter(Router):
     return self.threshold is not None or self.router.may_be_zero
 
   @property
+  def may_be_negative(self):
+    return self.router.may_be_negative
+
+  @property
   def prior(self):
     return self.router.prior
 
@@ -137,7 +141,8 @@ def shape_gates(
     smoothing: share of the gates before that stays at a refresh; 0 is off.
 
   Raises:
-    InputError: smoothing of a router that decides in the layers.
+    InputError: a value is not allowed; smoothing of a router that decides in the
+      layers; top-k or temperature of one whose gates may be negative.
 
   Example:
     >>> from tokenlora_jax.mixing.routers import make_router
@@ -155,6 +160,10 @@ def shape_gates(
       f"router.smoothing: {smoothing} is not allowed; want 0, since this router"
       " decides for each position by itself"
     )
+  if router.may_be_negative:
+    allowed = ", since a gate of this router may be negative"
+    check(top_k == 0, "router.top-k", top_k, "0 (all)" + allowed)
+    check(temperature == 1, "router.temperature", temperature, "1" + allowed)
   if (top_k, temperature, threshold, smoothing) == (0, 1, 0, 0):
     return router
 
