@@ -85,11 +85,41 @@ def spectr_gates(lora, fitted, x, hidden):
   return softmax(np.stack(scores, axis=-1))
 
 
+def phatgoose_gates(lora, fitted, x, hidden):
+  def norm(x):
+    return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+
+  scores = norm(x) @ norm(fitted["vectors"]).T
+  return softmax(scores / np.sqrt(x.shape[-1]))
+
+
+def lora_flow_gates(lora, fitted, x, hidden):
+  return softmax(x @ fitted["weights"].T) + fitted["bias"]
+
+
+def switch_gates(lora, fitted, x, hidden):
+  return softmax(x @ fitted["weights"].T)
+
+
+def x_lora_gates(lora, fitted, x, hidden):
+  return softmax(hidden @ fitted["weights"].T + fitted["bias"])
+
+
+def linear_shapes(width):
+  return {"weights": (EXPERTS, width), "bias": (EXPERTS,)}
+
+
 # Router -> (reference, the shapes of its fitted arrays, its paper's top-k).
 CASES = {
   "arrow": (arrow_gates, None, 3),
   "spectr": (spectr_gates, None, 4),
-}
+  "phatgoose": (
+    phatgoose_gates, lambda width: {"vectors": (EXPERTS, width)}, 2,
+  ),
+  "lora-flow": (lora_flow_gates, linear_shapes, 0),
+  "switch": (switch_gates, lambda width: {"weights": (EXPERTS, width)}, 1),
+  "x-lora": (x_lora_gates, lambda _: linear_shapes(SHAPE.width), 0),
+}  # fmt: skip
 
 
 def fitted_arrays(name: str) -> dict[str, np.ndarray]:
@@ -170,34 +200,31 @@ def expected_gates(name, adapters, kept, hidden) -> list[np.ndarray]:
 
 
 each = pytest.mark.parametrize("name", CASES)
-TEXTS = [[3, 1, 40, 17, 3, 9], [7, 2, 20, 21, 47, 30]]
+TEXTS = [[3, 1, 40, 17, 3, 9, 9, 12], [7, 2, 20, 21, 47, 30, 5, 6]]
 
 
 @each
 def test_gates_inside_the_layers_match_numpy(base, adapters, name):
-  for k in (0, 2, None):
-    router = build(name, adapters, **({} if k is None else {"top_k": k}))
-    kept, hidden = run(base, TEXTS, adapters, router)
-    k = CASES[name][2] if k is None else k
-    for want, (_, got) in zip(
-      expected_gates(name, adapters, kept, hidden), kept, strict=True
-    ):
-      np.testing.assert_allclose(got, top(want, k) if k else want, atol=1e-5)
-      assert got.dtype == np.float32
-      assert np.ptp(want, axis=(0, 1)).max() > 0.05  # They do move.
-
-
-@each
-def test_temperature_is_that_of_the_logits(base, adapters, name):
-  plain = build(name, adapters, top_k=0)
-  cold = build(name, adapters, top_k=2, temperature=0.5)
-  kept, hidden = run(base, TEXTS, adapters, cold)
+  """As the paper shapes them, then colder and with two left."""
+  router = build(name, adapters)
+  kept, hidden = run(base, TEXTS, adapters, router)
+  k = CASES[name][2] or EXPERTS
   for want, (_, got) in zip(
     expected_gates(name, adapters, kept, hidden), kept, strict=True
   ):
-    logits = np.log(want)  # But for a constant.
-    np.testing.assert_allclose(got, top(softmax(logits / 0.5), 2), atol=1e-5)
-  assert plain.experts == EXPERTS
+    np.testing.assert_allclose(got, top(want, k), atol=1e-5)
+    assert got.dtype == np.float32
+    assert np.ptp(want, axis=(0, 1)).max() > 0.03  # They do move.
+  if router.may_be_negative:
+    return
+  router = build(name, adapters, top_k=2, temperature=0.5)
+  kept, hidden = run(base, TEXTS, adapters, router)
+  for want, (_, got) in zip(
+    expected_gates(name, adapters, kept, hidden), kept, strict=True
+  ):
+    # Gates' logarithms are the logits, but for a constant.
+    cold = softmax(np.log(want) / 0.5)
+    np.testing.assert_allclose(got, top(cold, 2), atol=1e-5)
 
 
 @each
@@ -206,21 +233,25 @@ def test_decoding_equals_reading_the_whole_text(base, adapters, name):
   config = DecodeConfig(max_new_tokens=NEW, stop_at_eos=False)
   out = generate(base, PROMPTS, adapters, router, config)
   assert out.gates.shape == (3, NEW, EXPERTS)
+  # The whole texts at once; what pads them behind is not looked at.
+  size = max(map(len, PROMPTS)) + NEW
+  texts = np.zeros((3, size), np.int32)
+  for text, prompt, made in zip(texts, PROMPTS, out.tokens, strict=True):
+    text[: len(prompt) + NEW] = [*prompt, *made]
+  logits = forward(base, texts, adapters, router=router)
+  log_probs = np.asarray(jax.nn.log_softmax(logits))
+  kept, hidden = run(base, texts, adapters, router)
+  k = CASES[name][2] or EXPERTS
+  every = expected_gates(name, adapters, kept, hidden)
+  mean = np.mean([top(gates, k) for gates in every], axis=0)
   for i, prompt in enumerate(PROMPTS):
-    text = [*prompt, *out.tokens[i].tolist()]
-    logits = forward(base, [text], adapters, router=router)[0]
-    made = logits[len(prompt) - 1 : -1]
-    assert made.argmax(-1).tolist() == out.tokens[i].tolist()
-    log_probs = jax.nn.log_softmax(made).max(-1)
-    np.testing.assert_allclose(log_probs, out.log_probs[i], atol=1e-4)
-    # The gates told are the mean over the maps, at the position that was read.
-    kept, hidden = run(base, [text], adapters, router)
-    every = expected_gates(name, adapters, kept, hidden)
-    k = CASES[name][2] or EXPERTS
-    mean = np.mean([top(gates, k) for gates in every], axis=0)
+    made = slice(len(prompt) - 1, len(prompt) - 1 + NEW)
+    assert log_probs[i, made].argmax(-1).tolist() == out.tokens[i].tolist()
     np.testing.assert_allclose(
-      out.gates[i], mean[0, len(prompt) - 1 : -1], atol=1e-5
+      log_probs[i, made].max(-1), out.log_probs[i], atol=1e-4
     )
+    # The gates told are the mean over the maps, at the position that was read.
+    np.testing.assert_allclose(out.gates[i], mean[i, made], atol=1e-5)
 
 
 def test_arrows_vector_is_the_first_of_the_dense_svd(adapters):
@@ -260,6 +291,58 @@ def test_spectrs_length_is_that_of_its_svd_and_of_the_gram_matrix(adapters):
 def test_a_papers_k_is_at_most_the_experts(base, adapters):
   two = Adapters(("a", "b"), jax.tree.map(lambda x: x[:2], adapters.layers))
   router = make_router("arrow", adapters=two).bind(two.names)
-  assert forward(base, TEXTS, two, router=router).shape == (2, 6, SHAPE.vocab)
+  assert forward(base, TEXTS, two, router=router).shape == (2, 8, SHAPE.vocab)
   with pytest.raises(InputError, match=r"top-k: 3 .* at most the 2 experts"):
     make_router("arrow", adapters=two, top_k=3).bind(two.names)
+
+
+def test_gates_below_zero_are_not_shaped(adapters):
+  for shaping, told in (
+    ({"top_k": 2}, "top-k: 2"),
+    ({"temperature": 2.0}, "2.0"),
+  ):
+    with pytest.raises(InputError, match=f"{told} .* may be negative"):
+      build("lora-flow", adapters, **shaping)
+
+
+def test_one_expert_is_kept_at_full_strength(base, adapters):
+  kept, _ = run(base, TEXTS, adapters, build("switch", adapters))
+  for _, gates in kept:
+    np.testing.assert_allclose(np.sort(gates)[..., -1], 1, atol=1e-6)
+    assert (np.count_nonzero(gates, axis=-1) == 1).all()
+
+
+@pytest.mark.parametrize(
+  ("change", "told"),
+  [
+    (lambda a: a.pop("layers.1.q.bias"), r"layers\.1\.q\.bias has .* \[0\]"),
+    (
+      lambda a: a.update({"layers.0.v.weights": np.zeros((2, 32), np.float32)}),
+      r"layers\.0\.v\.weights has the shape \[2, 32\]; want .* \[4, 32\]",
+    ),
+    (
+      lambda a: a["layers.0.q.bias"].fill(np.nan),
+      r"layers\.0\.q\.bias .*finite",
+    ),
+    (
+      lambda a: a.update({"layers.1.v.bias": np.zeros(4, np.float32)}),
+      r"layers\.1\.v\.bias is for a map that no expert adapts",
+    ),
+  ],
+)
+def test_arrays_that_do_not_fit_are_told_in_one_line(adapters, change, told):
+  arrays = fitted_arrays("lora-flow")
+  change(arrays)
+  with pytest.raises(InputError, match=told) as caught:
+    make_router("lora-flow", adapters=adapters, arrays=arrays)
+  assert "\n" not in str(caught.value)
+
+
+def test_x_lora_is_for_bases_of_its_width(base, adapters):
+  arrays = fitted_arrays("x-lora")
+  for name, array in arrays.items():
+    if name.endswith("weights"):
+      arrays[name] = array[:, :-1]
+  router = make_router("x-lora", adapters=adapters, arrays=arrays)
+  with pytest.raises(InputError, match=r"width 31, but .* have 32"):
+    forward(base, TEXTS, adapters, router=router)
