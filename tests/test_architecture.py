@@ -25,6 +25,7 @@ ARROWS = {
   "processes": "config",
   "checkpoint": "config sharding",
   "training": "model sharding mixing config",
+  "fitting": "training model sharding mixing config",
   "loop": "training checkpoint metrics model config",
   "evaluation": "decoding mixing model data tasks text config",
   "plan": "training decoding mixing model sharding chips workdir cli config",
