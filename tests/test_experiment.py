@@ -11,7 +11,12 @@ from rich.console import Console
 from tokenlora_jax.config import DataConfig, InputError, RouterConfig
 from tokenlora_jax.data import Row, tokenize
 from tokenlora_jax.evaluation import Evaluator
-from tokenlora_jax.experiment.arms import Arm, make_arms, router_config
+from tokenlora_jax.experiment.arms import (
+  Arm,
+  Routers,
+  make_arms,
+  router_config,
+)
 from tokenlora_jax.experiment.questions import Question
 from tokenlora_jax.experiment.rows import RowLog, open_rows, read_rows
 from tokenlora_jax.experiment.run import run_cells
@@ -41,7 +46,7 @@ def adapters(base):
 def routers(base):
   table = np.random.default_rng(0).normal(size=(2, base.config.width))
   router = make_router("centroid", centroids=table, encoder="hidden")
-  return {"centroid": router}
+  return Routers({"centroid": router})
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +76,8 @@ def labels(arms):
 
 
 def test_arms_are_those_that_make_sense(adapters, routers):
-  routers = {**routers, "fixed": make_router("fixed", gates=[0.5, 0.5])}
+  fixed = make_router("fixed", gates=[0.5, 0.5])
+  routers = Routers({**routers.named, "fixed": fixed})
   arms, skipped = make_arms(
     ["base", "own", "adapter:e1", "sum", "top1", "token:02", "token:2"],
     routers,
@@ -159,6 +165,7 @@ def test_bad_settings_of_a_router_are_one_line(text, told):
   assert "\n" not in str(caught.value)
 
 
+ALONE = Arm("adapter:e1", "", "exact")
 ARMS = [
   Arm("base"),
   Arm("own", "", "exact"),
@@ -196,6 +203,18 @@ def test_rows_say_what_became_of_each_question(whole, tests):
 def comparable(rows):
   keys = ("variant", "task", "row", "tokens", "lead")
   return {tuple(row[key] for key in keys): row["loss"] for row in rows}
+
+
+def test_arms_that_ask_one_router_ask_the_very_same(routers):
+  """Since an evaluator remembers what that one said."""
+  for kind in ("top1", "prompt"):
+    first, second = (
+      routers.variant(Arm(kind, "centroid", rule), "e0").router
+      for rule in ("exact", "probabilities")
+    )
+    assert first is second
+  own = routers.variant(Arm("own", "", "exact"), "e1")
+  assert own.router is routers.variant(ALONE, "e0").router
 
 
 class Stop(Exception):

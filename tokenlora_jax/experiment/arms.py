@@ -68,6 +68,44 @@ class Arm(NamedTuple):
     return int(number) if kind == "token" else 0
 
 
+class Routers:
+  """Who decides in each arm; each router is made once.
+
+  An `Evaluator` remembers what the very router said that it is given.
+
+  Attributes:
+    named: the routers that arms may have, by name.
+  """
+
+  def __init__(self, named: Mapping[str, Router]):
+    self.named = named
+    self._made: dict[tuple[str, str], Router] = {}
+
+  def variant(self, arm: Arm, task: str) -> Variant:
+    """Returns what an `Evaluator` is given for a cell.
+
+    Args:
+      arm: the arm.
+      task: of the rows, for `own`.
+    """
+    kind, _, name = arm.variant.partition(":")
+    who = {"own": task, "adapter": name}.get(kind, arm.router)
+    router = None
+    if kind in ("prompt", "token"):
+      router = self.named[arm.router]
+    elif kind != "base":
+      kind = "one-hot" if kind in ("own", "adapter") else kind
+      if (kind, who) not in self._made:
+        self._made[kind, who] = self._make(kind, who)
+      router = self._made[kind, who]
+    return Variant(router, arm.pace, arm.rule or "exact", arm.cache or "reuse")
+
+  def _make(self, kind: str, who: str) -> Router:
+    if kind == "top1":
+      return shape_gates(self.named[who], top_k=1)
+    return make_router(kind, **({"expert": who} if kind == "one-hot" else {}))
+
+
 def router_config(text: str, default: RouterConfig) -> RouterConfig:
   """Returns the settings of a router as `--routers` names it.
 
@@ -109,7 +147,7 @@ def router_config(text: str, default: RouterConfig) -> RouterConfig:
 
 def make_arms(
   variants: Sequence[str],
-  routers: Mapping[str, Router],
+  routers: Routers,
   rules: Sequence[str],
   caches: Sequence[str],
   adapters: Adapters,
@@ -118,7 +156,7 @@ def make_arms(
 
   Args:
     variants: of `VARIANTS`; `single` is each adapter alone.
-    routers: by name, bound to the adapters.
+    routers: of these adapters.
     rules: what gates may mean.
     caches: cache policies.
     adapters: the experts.
@@ -132,7 +170,8 @@ def make_arms(
   Example:
     >>> from tokenlora_jax import load_base, random_adapters
     >>> adapters = random_adapters(load_base("random:tiny"), experts=2, rank=4)
-    >>> arms, why = make_arms(["base", "single"], {}, ["exact"], [], adapters)
+    >>> wanted = ["base", "single"]
+    >>> arms, _ = make_arms(wanted, Routers({}), ["exact"], [], adapters)
     >>> [arm.label for arm in arms]
     ['base', 'adapter:e0 exact', 'adapter:e1 exact']
   """
@@ -143,10 +182,10 @@ def make_arms(
   wanted: list[Arm] = []
   skipped: list[str] = []
   for variant in _spelled_out(variants, adapters.names):
-    for arm, why in _arms_of(variant, routers, rules, caches):
+    for arm, why in _arms_of(variant, routers.named, rules, caches):
       if arm in wanted:
         continue
-      router = router_of(arm, routers, adapters.names[0])
+      router = routers.variant(arm, adapters.names[0]).router
       if not why and router is not None:
         try:
           rule, bound = get_rule(arm.rule), router.bind(adapters.names)
@@ -221,40 +260,3 @@ def _arms_of(
       elif get_rule(rule).of_outputs and cache != caches[0]:
         why = f"each expert reads alone, the same as {caches[0]}"
       yield Arm(variant, name, rule, cache), why
-
-
-def router_of(
-  arm: Arm, routers: Mapping[str, Router], task: str
-) -> Router | None:
-  """Returns who decides the gates of an arm.
-
-  Args:
-    arm: the arm.
-    routers: by name.
-    task: of the rows, for `own`.
-  """
-  kind, _, name = arm.variant.partition(":")
-  if kind == "base":
-    return None
-  if kind in ("own", "adapter"):
-    return make_router("one-hot", expert=name or task)
-  if kind in ("uniform", "sum"):
-    return make_router(kind)
-  router = routers[arm.router]
-  return shape_gates(router, top_k=1) if kind == "top1" else router
-
-
-def variant_of(arm: Arm, routers: Mapping[str, Router], task: str) -> Variant:
-  """Returns what an `Evaluator` is given for a cell.
-
-  Args:
-    arm: the arm.
-    routers: by name.
-    task: of the rows.
-  """
-  return Variant(
-    router_of(arm, routers, task),
-    arm.pace,
-    arm.rule or "exact",
-    arm.cache or "reuse",
-  )

@@ -14,7 +14,7 @@ from tokenlora_jax.config import Config, RouterConfig, check
 from tokenlora_jax.data import load_rows
 from tokenlora_jax.evaluation import Evaluator
 from tokenlora_jax.experiment.answers import Judge
-from tokenlora_jax.experiment.arms import make_arms, router_config
+from tokenlora_jax.experiment.arms import Routers, make_arms, router_config
 from tokenlora_jax.experiment.plots import write_plots
 from tokenlora_jax.experiment.questions import digest_questions, questions
 from tokenlora_jax.experiment.results import summarise
@@ -102,10 +102,12 @@ def evaluate(
   if "own" in args.variants:
     for task in data.tasks:
       adapters.index(task)
-  routers = {
-    name: make_router(router_config(name, args.router))
-    for name in args.routers or (args.router.name,)
-  }
+  routers = Routers(
+    {
+      name: make_router(router_config(name, args.router))
+      for name in args.routers or (args.router.name,)
+    }
+  )
   arms, skipped = make_arms(
     args.variants, routers, args.rules, args.caches, adapters
   )

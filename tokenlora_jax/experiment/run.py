@@ -19,16 +19,15 @@ from rich.progress import (
 
 from tokenlora_jax.evaluation import Evaluator, Scored
 from tokenlora_jax.experiment.answers import Judge
-from tokenlora_jax.experiment.arms import Arm, variant_of
+from tokenlora_jax.experiment.arms import Arm, Routers
 from tokenlora_jax.experiment.questions import Question
 from tokenlora_jax.experiment.rows import RowLog
-from tokenlora_jax.mixing.routers import Router
 
 
 def run_cells(
   arms: Sequence[Arm],
   tests: Mapping[str, Sequence[Question]],
-  routers: Mapping[str, Router],
+  routers: Routers,
   evaluator: Evaluator,
   experts: Sequence[str],
   judge: Judge | None,
@@ -40,7 +39,7 @@ def run_cells(
   Args:
     arms: in the order to run.
     tests: the held-out rows by task.
-    routers: by name.
+    routers: that the arms ask.
     evaluator: of the base and the experts.
     experts: their names.
     judge: scores what the arms say, too; None: losses alone.
@@ -72,7 +71,7 @@ def run_cells(
     bar = progress.add_task("", total=total, cell="")
     for number, (arm, task, left) in enumerate(work, 1):
       progress.update(bar, cell=f"{arm.label} {task}")
-      variant = variant_of(arm, routers, task)
+      variant = routers.variant(arm, task)
       loss = tokens = 0
       start = last = time.perf_counter()
       for batch in evaluator.score(variant, [one.example for one in left]):
