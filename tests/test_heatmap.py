@@ -223,6 +223,8 @@ def test_foreign_text_is_never_markup():
   shown = [token["text"] for token in hostile.all(role="option")]
   assert shown == [heatmap.visible(text) for text in [*HOSTILE, "end"]]
   assert shown[-6:-3] == ["␀␛[31m", "\ufffd", "\ufffd\ufffd"]
+  (data,) = hostile.all(tag="script", type="application/json")
+  assert not set(data["text"]) & set("<>&")
   (record,) = hostile.records()
   assert record["pieces"] == [*HOSTILE, "end"]
   assert record["experts"] == list(HOSTILE)
