@@ -32,8 +32,8 @@ ARROWS = {
   "evaluation": "decoding mixing model data tasks text config",
   "statistics": "",
   "experiment": (
-    "report statistics evaluation scoring decoding mixing model data tasks text"
-    " workdir config"
+    "report telemetry statistics evaluation scoring decoding mixing model data"
+    " tasks text workdir config"
   ),
   "plan": "training decoding mixing model sharding chips workdir cli config",
   "report": "telemetry evaluation decoding mixing model data tasks text config",

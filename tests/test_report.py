@@ -21,30 +21,6 @@ def shown(thing, **settings):
   return console.file.getvalue()
 
 
-def test_loss_table_has_every_figure_and_marks_the_best():
-  losses = {
-    "base": {"gsm8k": 2.0, "squad": 4.0},
-    "every [2]": {"gsm8k": 0.5, "squad": 4.25},
-    "later": {"gsm8k": 1.25},
-    "none yet": {},
-  }
-  table = report.loss_table(losses, {"gsm8k": 8, "squad": 3})
-  lines = shown(table).splitlines()
-  rows = {
-    cells[0]: cells[1:]
-    for line in lines
-    if len(cells := [c.strip() for c in line.split("│")[1:-1]]) == 4
-  }
-  assert rows["base"] == ["2.000", "4.000", "3.000"]
-  assert rows["every [2]"] == ["0.500", "4.250", "2.375"]
-  assert rows["later"] == ["1.250", "", ""]
-  assert rows["none yet"] == ["", "", ""]
-  assert "(8 rows)" in shown(table)
-  coloured = shown(table, force_terminal=True)
-  bold = [part[:5] for part in coloured.split("\x1b[1m")[1:]]
-  assert [cell for cell in bold if cell[0].isdigit()] == ["4.000", "0.500"]
-
-
 def test_trace_gives_each_token_the_colour_of_its_leader():
   gates = np.array([[0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
   text = report.trace(["to", "[b]", "ken"], gates, ["x", "y"])

@@ -253,10 +253,9 @@ def _arms_of(
   else:
     for name, rule, cache in itertools.product(routers, rules, caches):
       router, why = routers[name], ""
-      if router.prototypes:
-        why = "this router decides at each token anyway, the same as prompt"
-      elif router.needs in ("nothing", "prompt"):
-        why = "this router decides at the prompt alone, the same as prompt"
+      if router.at_prompt_only or router.needs in ("nothing", "prompt"):
+        when = "at each token" if router.prototypes else "at the prompt"
+        why = f"this router decides {when} whatever K is, the same as prompt"
       elif get_rule(rule).of_outputs and cache != caches[0]:
         why = f"each expert reads alone, the same as {caches[0]}"
       yield Arm(variant, name, rule, cache), why

@@ -12,7 +12,7 @@ import numpy as np
 from tokenlora_jax.experiment.arms import Arm
 from tokenlora_jax.experiment.results import AVERAGE, LOSS, SCORE, Results
 from tokenlora_jax.experiment.rows import arm_of
-from tokenlora_jax.report import COLOURS
+from tokenlora_jax.report.colours import colour
 from tokenlora_jax.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _lines_by_refresh(
       np.array(x) + 0.06 * (number - (len(ways) - 1) / 2),
       values[:, 0],
       yerr=np.nan_to_num(np.abs(values[:, 1:] - values[:, :1]).T),
-      color=COLOURS[number % len(COLOURS)],
+      color=colour(number),
       marker="o", markersize=4, capsize=3, linewidth=1.2,
       label=" ".join(part for part in (router, rule, cache) if part),
     )  # fmt: skip
@@ -249,7 +249,7 @@ def draw_gates(
     for e, expert in enumerate(experts):
       axes.bar(
         tasks, table[:, e], bottom=bottom, width=0.7, label=expert,
-        color=COLOURS[e % len(COLOURS)],
+        color=colour(e),
       )  # fmt: skip
       bottom += table[:, e]
     axes.set_title(arm.label, fontsize="medium")
@@ -275,8 +275,10 @@ def draw_confusion(
     tasks, experts, table = confusion(rows)
     axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for (i, j), share in np.ndenumerate(table):
-      colour = "white" if share > 0.6 else "black"
-      axes.text(j, i, f"{share:.2f}", ha="center", va="center", color=colour)
+      axes.text(
+        j, i, f"{share:.2f}", ha="center", va="center",
+        color="white" if share > 0.6 else "black",
+      )  # fmt: skip
     axes.set_xticks(range(len(experts)), experts, rotation=20)
     axes.set_yticks(range(len(tasks)), tasks)
     axes.set_xlabel("leading expert at the prompt")

@@ -22,6 +22,7 @@ from tokenlora_jax.experiment.answers import Judge
 from tokenlora_jax.experiment.arms import Arm, Routers
 from tokenlora_jax.experiment.questions import Question
 from tokenlora_jax.experiment.rows import RowLog
+from tokenlora_jax.telemetry import leaders
 
 
 def run_cells(
@@ -116,7 +117,8 @@ def _row(
     )
   lead, gates = "", {}
   if scored.gates is not None:
-    lead = experts[int(np.argmax(scored.gates[0]))]
+    first = int(leaders(scored.gates[:1])[0])
+    lead = experts[first] if first >= 0 else ""
     mean = np.mean(scored.gates, axis=0, dtype=np.float64).round(6).tolist()
     gates = dict(zip(experts, mean, strict=True))
   return {

@@ -6,7 +6,6 @@ from tokenlora_jax.report.page import heatmap_html
 from tokenlora_jax.report.picture import heatmap_png
 from tokenlora_jax.report.terminal import (
   legend,
-  loss_table,
   summary,
   token_pieces,
   trace,
@@ -19,7 +18,6 @@ __all__ = [
   "heatmap_html",
   "heatmap_png",
   "legend",
-  "loss_table",
   "summary",
   "token_pieces",
   "trace",

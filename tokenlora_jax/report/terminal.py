@@ -1,53 +1,19 @@
-"""What a terminal shows: the table of losses and the trace of gates.
+"""What a terminal shows of a text: the trace of its gates.
 
 Axis letters: N tokens, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import itertools
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 from rich.text import Text
 
 from tokenlora_jax.report.colours import COLOURS
 from tokenlora_jax.telemetry import GateTrace, leaders
-
-
-def loss_table(
-  losses: Mapping[str, Mapping[str, float]], rows: Mapping[str, int]
-) -> Table:
-  """Returns a table of losses: a row a variant, a column a task.
-
-  Args:
-    losses: {variant: {task: nats a token}}; missing ones are left blank.
-    rows: how many held-out rows each task has.
-  """
-  table = Table(title="held-out loss, nats an answer token")
-  table.add_column("gates")
-  for task, count in rows.items():
-    table.add_column(f"{task}\n({count} rows)", justify="right")
-  table.add_column("average", justify="right")
-  best = {
-    task: min(row[task] for row in losses.values() if task in row)
-    for task in rows
-    if any(task in row for row in losses.values())
-  }
-  for variant, row in losses.items():
-    cells = []
-    for task in rows:
-      if task not in row:
-        cells.append("")
-        continue
-      text = f"{row[task]:.3f}"
-      cells.append(f"[bold]{text}[/]" if row[task] == best[task] else text)
-    done = len(row) == len(rows)
-    average = f"{np.mean(list(row.values())):.3f}" if done else ""
-    table.add_row(variant, *cells, average)
-  return table
 
 
 def legend(names: Sequence[str]) -> Text:
