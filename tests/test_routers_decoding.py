@@ -141,6 +141,16 @@ def test_evaluation_scores_what_is_decided_twice(base, adapters, tokenizer):
   np.testing.assert_allclose(losses, -log_probs, atol=1e-4)
 
 
+def test_rules_that_let_experts_read_alone_refuse_hilora(base, adapters):
+  router, _ = make("hilora", base.config.width, "hidden", 4, adapters)
+  for settings, told in (
+    ({"rule": "probabilities"}, r"decode\.rule: 'probabilities'"),
+    ({"cache": "remix"}, r"decode\.cache: 'remix'"),
+  ):
+    with pytest.raises(InputError, match=told):
+      generate(base, PROMPTS, adapters, router, config(**settings))
+
+
 # -----------------------------------------------------------------------------
 # LoGo.
 
