@@ -10,7 +10,7 @@ from numpy_routers import NAMES, make
 import pytest
 from slow import follow, make_base, make_encoder, shaped, softmax
 
-from tokenlora_jax.config import DecodeConfig
+from tokenlora_jax.config import DecodeConfig, InputError
 from tokenlora_jax.data import Example
 from tokenlora_jax.decoding import generate, graph
 from tokenlora_jax.evaluation import Evaluator, Variant
