@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
@@ -35,7 +35,7 @@ from tokenlora_jax.fitting.registry import Work
 from tokenlora_jax.mixing.mixture import Mixture
 from tokenlora_jax.mixing.routers import Router, flat_table
 from tokenlora_jax.mixing.rules import get_rule
-from tokenlora_jax.model.kernels import XLA, choose_kernel
+from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.llama import Adapt, Llama
 from tokenlora_jax.model.lora import Adapters, Lora
 from tokenlora_jax.model.loss import token_losses
@@ -56,7 +56,6 @@ class Step:
 
   Attributes:
     config: of the fit.
-    mesh: the devices.
     base: with stacked layers.
     loras: {projection: Lora}, float32[L, E, ...].
     batch: arrays [E, B, T].
@@ -65,7 +64,6 @@ class Step:
   """
 
   config: Config
-  mesh: Mesh
   base: Llama
   loras: Mapping[str, Lora]
   batch: Batch
@@ -94,26 +92,24 @@ class Step:
     adapt: Adapt | None = None,
     keys: jax.Array | None = None,
   ) -> jax.Array:
-    """Returns the last hidden states, [E * B, T, D]; the base's own without
-    adapters."""
-    rows, kernel = self.rows, XLA
-    if self.mesh.size == 1:
-      # Of several devices, XLA could not split a fused kernel.
-      kernel = choose_kernel(
-        self.mesh,
-        rows["tokens"].shape[1],
-        self.base.config.head_width,
-        self.config.data.packing,
-      )
+    """Returns the last hidden states, [E * B, T, D].
+
+    Args:
+      loras: the adapters, with what `adapt` needs of each map; none is the base
+        alone.
+      adapt: what they add to a map.
+      keys: [E * B], for `adapt`.
+    """
+    rows = self.rows
     hidden, _ = self.base(
       rows["tokens"],
       rows["positions"],
-      kernel.mask(rows["segment_ids"]),
+      # Not a fused kernel, which XLA cannot split by itself.
+      causal_mask(rows["segment_ids"]),
       loras=loras,
       adapt=adapt,
       keys=keys,
       remat=self.config.remat,
-      attend=kernel.attend,
     )
     return hidden
 
@@ -125,10 +121,7 @@ class Step:
   ) -> jax.Array:
     """Returns each expert's loss: nats a target token of its rows, float32[E].
 
-    Args:
-      loras: the adapters, with what `adapt` needs of each map.
-      adapt: what they add to a map.
-      keys: [E * B], for `adapt`.
+    The arguments are those of `read`.
     """
     hidden, rows = self.read(loras, adapt, keys), self.rows
     targets = jnp.roll(rows["tokens"], -1, axis=1)
@@ -253,8 +246,8 @@ def _make_step(work, objective, optimizer, everywhere):
     def add(total, part):
       def of(params):
         rows, key = part
-        read = Step(config, work.mesh, base, loras, rows, targets, key)
-        return objective(params, read)
+        step = Step(config, base, loras, rows, targets, key)
+        return objective(params, step)
 
       (_, losses), gradients = jax.value_and_grad(of, has_aux=True)(params)
       return jax.tree.map(jnp.add, total, (gradients, losses)), None
