@@ -129,7 +129,7 @@ def test_evaluation_scores_what_is_decided_twice(base, adapters, tokenizer):
   encoder = make_encoder()
   router, numpy_gates = make("hilora", 8, encoder, 4, adapters)
   evaluator = Evaluator(base, adapters, tokenizer)
-  ((_, losses),) = evaluator.losses(Variant("", router, 2), "e0", [example])
+  (((_, losses, _),),) = evaluator.score(Variant(router, 2), [example])
 
   def route(tokens, hidden):
     words = tokenizer.decode(tokens, skip_special_tokens=True)
