@@ -7,6 +7,8 @@ flags = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = (
   f"{flags} --xla_force_host_platform_device_count=8".strip()
 )
+# As `cli.give_threads` does: devices may wait for each other in several threads.
+os.environ["PJRT_NPROC"] = "32"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A TPU's or GPU's default would round what golden tests compare.
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"

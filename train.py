@@ -2,25 +2,35 @@
 
   python train.py --config FILE                     trains
   python train.py --config FILE --plan v5e:2x4      plans: would it fit, how fast
+  python train.py --config FILE --fit-router NAME   fits a router to a bank
 
 At the end the folder WORKDIR/bank holds a PEFT folder an expert, the centroids
 that a router compares texts with, and bank.json; infer.py mixes them. A run
 that was stopped goes on where its newest checkpoint stands; SIGTERM, as of a
 preempted machine, lets it save one first.
+
+A router that learns (lora-flow, phatgoose, switch, x-lora) is fitted on the same
+tasks' training rows, base and adapters frozen, for `optim.steps` steps of
+`data.rows` rows a task, and saved into the bank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
+from rich.console import Console
 from rich.pretty import pprint
 
 from tokenlora_jax import cli
 from tokenlora_jax.batches import batches, held_out_batches
-from tokenlora_jax.config import Config
-from tokenlora_jax.data import load_rows
-from tokenlora_jax.interop.bank import Bank, Expert, save_bank
+from tokenlora_jax.config import Config, InputError
+from tokenlora_jax.data import Row, load_rows
+from tokenlora_jax.fitting import Work, get_fit
+from tokenlora_jax.interop.bank import Bank, Expert, load_bank, save_bank
+from tokenlora_jax.interop.bank_arrays import Fitted
+from tokenlora_jax.interop.bank_edit import save_fitted
 from tokenlora_jax.interop.load import base_shape, load_base
 from tokenlora_jax.interop.minilm import load_minilm
 from tokenlora_jax.interop.tokenizers import load_tokenizer
@@ -45,10 +55,14 @@ class Arguments(Config):
     plan: do not train, but compile the step for hardware that need not be here
       and say whether it fits and what it takes: v5e:2x4, v5p:2x2x1, h100:8.
     plan_json: write the plan to this new JSON file too.
+    fit_router: do not train, but fit this router to a bank and save it there.
+    bank: of fit_router: the bank's folder; WORKDIR/bank by default.
   """
 
   plan: str = ""
   plan_json: str = ""
+  fit_router: str = ""
+  bank: str = ""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -60,6 +74,11 @@ def main(argv: Sequence[str]) -> None:
     shape = base_shape(config.base.path)
     show_plans(make, shape, args.plan, args.plan_json, console)
     return
+  if args.fit_router:
+    fit_router(config, args.fit_router, args.bank, console)
+    return
+  if args.bank:
+    raise InputError("--bank: is for --fit-router, whose NAME is missing")
 
   # ---- Whatever can be wrong is found out before anything is written. ----
   start_processes(config.mesh)
@@ -107,13 +126,7 @@ def main(argv: Sequence[str]) -> None:
       return  # SIGTERM.
 
     # ---- The bank. ----
-    texts = [
-      [
-        row.prompt + row.answer
-        for row in rows[task][: config.router.centroid_rows]
-      ]
-      for task in tasks
-    ]
+    texts = centroid_texts(config, rows)
     tables = {}
     for name, encoder in encoders.items():
       with console.status(f"{name} centroids of {sum(map(len, texts))} texts"):
@@ -128,6 +141,74 @@ def main(argv: Sequence[str]) -> None:
         f" --bank {workdir / 'bank'} --prompt '...'",
         soft_wrap=True,  # A command is copied whole.
       )
+
+
+def fit_router(config: Config, name: str, bank: str, console: Console) -> None:
+  """Fits a router to a bank, and saves it there.
+
+  Args:
+    config: as in training; `data.tasks` are the bank's experts.
+    name: the router's.
+    bank: the bank's folder; "" is WORKDIR/bank.
+    console: where progress is shown.
+  """
+  fit = get_fit(name)
+  start_processes(config.mesh)
+  console.quiet = jax.process_index() > 0
+  mesh = make_mesh(config.mesh, config.data.rows // config.accumulate)
+  tokenizer = load_tokenizer(config.base.path)
+  base = load_base(
+    config.base.path,
+    config.base.dtype,
+    mesh,
+    stacked=True,
+    quantize=config.base.quantize,
+  )
+  folder = Path(bank or Path(config.workdir) / "bank")
+  adapters = load_bank(folder, base).adapters
+  experts = adapters.names
+  if set(config.data.tasks) != set(experts):
+    raise InputError(
+      f"data.tasks: {', '.join(config.data.tasks)} is not allowed; want the"
+      f" bank's experts, {', '.join(experts)}"
+    )
+  data = dataclasses.replace(config.data, tasks=experts)
+  config = dataclasses.replace(config, data=data)
+  rows = {task: load_rows(data, task, "train") for task in experts}
+  encoder = functools.partial(HiddenEncoder, base, tokenizer, data.length)
+  if config.router.encoder == "minilm":
+    encoder = functools.partial(load_minilm, config.router.minilm)
+  settings, arrays = fit(
+    Work(
+      config,
+      base,
+      adapters,
+      mesh,
+      batches(rows, tokenizer, data, mesh),
+      centroid_texts(config, rows),
+      encoder,
+      console,
+    )
+  )
+  if jax.process_index() == 0:
+    save_fitted(folder, name, Fitted(settings, arrays, experts))
+    console.print(
+      f"{name}: fitted to {', '.join(experts)}, in {folder}\nnext: python"
+      f" infer.py --config ... --bank {folder} --router.name {name}"
+      " --prompt '...'",
+      soft_wrap=True,
+    )
+
+
+def centroid_texts(
+  config: Config, rows: Mapping[str, Sequence[Row]]
+) -> list[list[str]]:
+  """Returns the training texts of each task that its vectors are made of."""
+  count = config.router.centroid_rows
+  return [
+    [row.prompt + row.answer for row in rows[task][:count]]
+    for task in config.data.tasks
+  ]
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def hilora_gates(x, means, variances):
     / len(x)
     for mean, spread in zip(means, variances, strict=True)
   ]
-  return shaped(softmax(logs), top_k=3)
+  return shaped(softmax(logs), top_k=3, temperature=0.1)
 
 
 def make(name, width, encoder, experts, adapters=None):

@@ -1,11 +1,14 @@
 """Command lines: what they give, and the one line a mistake gets."""
 
 import dataclasses
+import os
+from pathlib import Path
 import re
 import subprocess
 import sys
 from typing import Annotated
 
+import jax
 import pytest
 import tyro
 
@@ -199,3 +202,33 @@ def test_programs_stop_with_one_line_and_status_2(program, tmp_path):
     "error: --config configs/tinny.py: there is no such file"
     " (did you mean 'configs/tiny.py'?)\n"
   )
+
+
+@pytest.mark.parametrize(
+  ("flags", "already", "want"),
+  [
+    ("--xla_cpu_max_isa=AVX2 --xla_force_host_platform_device_count=40",
+     None, "160"),
+    ("--xla_force_host_platform_device_count=40", "3", "3"),
+    ("--xla_force_host_platform_device_count=1", None, None),
+    ("", None, None),
+  ],
+)  # fmt: skip
+def test_simulated_devices_get_threads(flags, already, want, monkeypatch):
+  monkeypatch.setattr(os, "cpu_count", lambda: 2)
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  monkeypatch.setenv("PJRT_NPROC", already or "")
+  if already is None:
+    monkeypatch.delenv("PJRT_NPROC")
+  cli.give_threads()
+  assert os.environ.get("PJRT_NPROC") == want
+
+
+def test_the_threads_are_there():
+  """In the tests, as where `cli.give_threads` asks for them."""
+  want = cli.THREADS * jax.device_count()
+  names = [
+    (task / "comm").read_text().strip()
+    for task in Path("/proc/self/task").iterdir()
+  ]
+  assert names.count("tf_XLAEigen") == want

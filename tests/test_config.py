@@ -48,8 +48,8 @@ def test_no_setting_is_dead():
   # A bank asks for what each router takes by name.
   names = ("one-hot", "fixed", "centroid", "posterior", "logo", "hilora")
   read |= {setting for name in names for setting in router_settings(name)}
-  # Scaling is computed in the config itself; clusters are for what fits.
-  assert set(leaves(Config())) - read == {"alpha", "rslora", "clusters"}
+  # Scaling is computed in the config itself.
+  assert set(leaves(Config())) - read == {"alpha", "rslora"}
   assert LoraConfig(rank=4, alpha=8).scaling == 2
   assert LoraConfig(rank=4, alpha=8, rslora=True).scaling == 4
 

@@ -223,6 +223,8 @@ def test_foreign_text_is_never_markup():
   shown = [token["text"] for token in hostile.all(role="option")]
   assert shown == [heatmap.visible(text) for text in [*HOSTILE, "end"]]
   assert shown[-6:-3] == ["␀␛[31m", "\ufffd", "\ufffd\ufffd"]
+  (data,) = hostile.all(tag="script", type="application/json")
+  assert not set(data["text"]) & set("<>&")
   (record,) = hostile.records()
   assert record["pieces"] == [*HOSTILE, "end"]
   assert record["experts"] == list(HOSTILE)
@@ -245,7 +247,7 @@ def test_page_reaches_for_nothing_and_runs_its_own_script_alone():
     base64.b64encode(hashlib.sha256(own["text"].encode()).digest()).decode()
     for own in (style, script)
   ]
-  assert page.policy == (
+  assert " ".join(page.policy.split()) == (
     f"default-src 'none'; style-src 'sha256-{digests[0]}'; script-src"
     f" 'sha256-{digests[1]}'; base-uri 'none'; form-action 'none'"
   )

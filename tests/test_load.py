@@ -103,9 +103,10 @@ def test_a_mesh_holds_the_same_bits(folder, kind, stacked):
   want_spec = (*lead, "fsdp", *block, "tensor")
   assert tuple(first.sharding.spec) == want_spec
   tokens = np.arange(12).reshape(2, 6)
-  np.testing.assert_allclose(
-    forward(got, tokens), forward(want, tokens), atol=1e-3
-  )
+  # The bits are the same, but parts of products are summed in another order.
+  logits = forward(want, tokens)
+  size = float(abs(logits).max())
+  np.testing.assert_allclose(forward(got, tokens), logits, atol=1e-4 * size)
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -12,7 +12,7 @@ from slow import follow, make_base, make_encoder, shaped, softmax
 
 from tokenlora_jax.config import DecodeConfig, InputError
 from tokenlora_jax.data import Example
-from tokenlora_jax.decoding import Decoder, generate, graph
+from tokenlora_jax.decoding import generate, graph
 from tokenlora_jax.evaluation import Evaluator, Variant
 from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.encoders import TextEncoder
@@ -120,14 +120,25 @@ def test_evaluation_asks_about_the_prompt_alone(base, adapters, tokenizer):
   prompt = tokenizer.decode(text[:3], skip_special_tokens=True)
   x = router.router.encoder.embed([prompt])[0].astype(np.float64)
   np.testing.assert_allclose(gates, [numpy_gates(x)] * 4, atol=1e-5)
-  # Sharp in the layers too: scored at once, and as the decoder makes it.
-  router, _ = make("hilora", 8, make_encoder(), 4, adapters)
-  ((_, losses),) = evaluator.losses(Variant("", router, 2), "e0", [example])
-  *_, out = Decoder(
-    base, [text[:3]], adapters, router, config(refresh_every=2), tokenizer,
-    forced=np.array([text[3:]]),
-  )  # fmt: skip
-  np.testing.assert_allclose(losses, -out.log_probs[0], atol=1e-4)
+
+
+def test_evaluation_scores_what_is_decided_twice(base, adapters, tokenizer):
+  """By text, and in the layers: as the slow twin reads it."""
+  text = [1, 104, 50, 120, 88, 99, 100]
+  example = Example(np.array(text, np.int32), np.ones(7, np.float32), 3)
+  encoder = make_encoder()
+  router, numpy_gates = make("hilora", 8, encoder, 4, adapters)
+  evaluator = Evaluator(base, adapters, tokenizer)
+  (((_, losses, _),),) = evaluator.score(Variant(router, 2), [example])
+
+  def route(tokens, hidden):
+    words = tokenizer.decode(tokens, skip_special_tokens=True)
+    return numpy_gates(encoder.embed([words])[0].astype(np.float64))
+
+  _, log_probs, _ = follow(
+    base, adapters, text[:3], text[3:], route, 2, kept=KEPT
+  )
+  np.testing.assert_allclose(losses, -log_probs, atol=1e-4)
 
 
 def test_rules_that_let_experts_read_alone_refuse_hilora(base, adapters):

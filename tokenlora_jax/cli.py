@@ -23,6 +23,9 @@ from tokenlora_jax.config import Config, InputError, nearest
 ConfigT = TypeVar("ConfigT", bound=Config)
 FlagsT = TypeVar("FlagsT")
 
+# Threads that XLA's client for CPUs makes for each simulated device.
+THREADS = 4
+
 # Short forms of much used flags.
 SHORT = {"--base": "--base.path"}
 
@@ -216,6 +219,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   Exit status 2 is bad input, 1 a calculation that gave no number, 130 Ctrl-C.
   """
   quiet()
+  give_threads()
   try:
     main(sys.argv[1:])
   except InputError as error:
@@ -230,6 +234,21 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   except BrokenPipeError:
     # The reader of our output has gone; nothing is left to say.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def give_threads() -> None:
+  """Gives simulated CPU devices as many threads as may wait for each other.
+
+  XLA lets a loop of a program run beside what does not need it. Where both
+  send, a device waits in two threads at once; by default XLA has one a device,
+  or one a core, and with few cores all of them may wait for ever. Must come
+  before anything that asks JAX for devices.
+  """
+  flag = r"--xla_force_host_platform_device_count=(\d+)"
+  found = re.search(flag, os.environ.get("XLA_FLAGS", ""))
+  if found and int(found[1]) > 1:
+    threads = max(THREADS * int(found[1]), os.cpu_count() or 1)
+    os.environ.setdefault("PJRT_NPROC", str(threads))
 
 
 def quiet() -> None:

@@ -30,9 +30,9 @@ from tokenlora_jax.mixing.routers import Router
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
 
-# Rows whose gates are asked for together: a text router's batches are full, and
-# what is remembered of their texts stays small.
-_ROUTED = 32
+# Tokens of the rows whose gates are asked for together: enough that a text
+# router's batches are full, so few that all texts it is asked about fit.
+_ROUTED_TOKENS = 2**14
 
 
 class Score(NamedTuple):
@@ -149,7 +149,9 @@ class Scorer:
     self, rows: list[_Row], size: int
   ) -> Iterator[tuple[list[_Row], list[np.ndarray] | None]]:
     """Yields batches of rows, and the gates [N, E] of each row."""
-    step = max(size, _ROUTED // size * size) if size else 1
+    if not rows:
+      return
+    step = size * max(1, _ROUTED_TOKENS // rows[0].size // size)
     for start in range(0, len(rows), step):
       part = rows[start : start + step]
       gates = None

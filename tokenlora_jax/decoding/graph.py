@@ -148,15 +148,16 @@ def _read(reading, base, loras, router, gates, tokens, places, mask, caches):
   if router is not None and router.looks_first:
     first, looked = base(tokens, places, mask, looked)
     router = router.look(first)
-  mixture = Mixture(reading.rule, reading.row_gates(gates), router)
+  seen = []
+  mixture = Mixture(reading.rule, reading.row_gates(gates), router, seen)
   hidden, cache = base(
     tokens, places, mask, cache,
     loras=route_layers(loras, router),
     adapt=mixture,
     remix=mixture if reading.cache == "remix" else None,
   )  # fmt: skip
-  if mixture.seen:
-    gates = jnp.mean(jnp.stack([x[:, -1] for x in mixture.seen]), axis=0)
+  if seen:
+    gates = jnp.mean(jnp.stack([x[:, -1] for x in seen]), axis=0)
   return hidden, (cache, looked), gates
 
 

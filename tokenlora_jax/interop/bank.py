@@ -139,6 +139,8 @@ class Bank:
     }
     if fitted is not None:
       fitted = self.fitted_for(config.name)
+      # Its vectors are compared with those of its own encoder alone.
+      settings.pop("encoder", None)
       settings |= fitted.settings
     if "arrays" in taken:
       settings["arrays"] = self.fitted_for(config.name).arrays
@@ -149,7 +151,7 @@ class Bank:
     elif "encoder" in taken:
       # What it compares vectors with can only have been fitted.
       self.fitted_for(config.name)
-    if "encoder" in taken:
+    if "encoder" in settings:
       settings["encoder"] = _encoder(settings["encoder"], config)
     if "adapters" in taken:
       settings["adapters"] = self.adapters

@@ -158,9 +158,12 @@ def read_fitted(folder: Path, record: BankRecord, name: str) -> Fitted:
 
 def _check_arrays(place: str, arrays: Mapping[str, np.ndarray]) -> None:
   for name, array in arrays.items():
-    if not name.isidentifier():
+    # A setting's name, or a map's and its own, such as layers.3.q.weights.
+    parts = name.split(".")
+    if not all(part.isidentifier() or part.isdecimal() for part in parts):
       raise InputError(
-        f"{place}: an array named {name!r}; want a setting's name"
+        f"{place}: an array named {name!r}; want a name such as 'means' or"
+        " 'layers.3.q.weights'"
       )
     if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
       raise InputError(

@@ -48,9 +48,21 @@ def route_layers(
   if router is None or not router.prototypes:
     return layers
   return tuple(
-    {name: Routed(lora, known[name]) for name, lora in layer.items()}
+    routed(layer, known)
     for layer, known in zip(layers, router.prototypes, strict=True)
   )
+
+
+def routed(
+  loras: LayerLoras, prototypes: Mapping[str, Any]
+) -> dict[str, Routed]:
+  """Returns a layer's adapters with the prototype of each map.
+
+  Args:
+    loras: of one layer, or of stacked ones.
+    prototypes: of each of its maps.
+  """
+  return {name: Routed(lora, prototypes[name]) for name, lora in loras.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +73,15 @@ class Mixture:
     rule: what the gates mean.
     gates: float32[B, E] or [B, T, E].
     router: decides gates in the layers too, which multiply `gates`; or none.
-    seen: what it decided, float32[B, T, E] a map, in the order they run. Only
-      for layers in a list, whose calls are part of one trace.
+    seen: a list that gets what it decided, float32[B, T, E] a map, in the order
+      they run; or None. Only for layers in a list: of those in a scan, nothing
+      that is decided can be told outside.
   """
 
   rule: Rule
   gates: jax.Array
   router: Router | None = None
-  seen: list[jax.Array] = dataclasses.field(default_factory=list)
+  seen: list[jax.Array] | None = None
 
   def __call__(
     self, lora: Lora | Routed, x: jax.Array, keys: jax.Array | None = None
@@ -80,8 +93,9 @@ class Mixture:
     if isinstance(lora, Routed):
       found = self.router.position_gates(lora.prototype, lora.lora, x, low)
       found = found if found.ndim == 4 else found[..., None]
-      self.seen.append(jnp.mean(gates * found, axis=-1))
       gates, lora = gates * found, lora.lora
+      if self.seen is not None:
+        self.seen.append(jnp.mean(gates, axis=-1))
     mixed = self.rule.mix(low, gates, lora.scaling[:, None])
     b = lora.b.reshape(-1, lora.b.shape[-1]).astype(x.dtype)
     return jnp.einsum("btk,ko->bto", _joined(mixed).astype(x.dtype), b)

@@ -17,6 +17,12 @@ import unicodedata
 
 import numpy as np
 
+LEGEND = (
+  "A token has the colour of the expert with the largest gate, the stronger the"
+  " further it is ahead of the next; a letter stands where the lead changes."
+  " The prompt has no colour."
+)
+
 # Characters that show nothing, or break a page: pictures of themselves instead.
 _PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
 _PICTURES |= {127: 0x2421}

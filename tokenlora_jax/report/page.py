@@ -51,6 +51,7 @@ def heatmap_html(maps: Sequence[HeatMap]) -> str:
   parts = {
     "style": _digest(own["style"]),
     "script": _digest(own["script"]),
+    "legend": heatmap.LEGEND,
     "sections": "\n".join(sections),
     "data": _data(maps),
   }
@@ -114,7 +115,8 @@ def _section(at: int, one: HeatMap, count: int) -> str:
  aria-label="Tokens of the text">{tokens}</span></div>
 <div class="panel">
 <p class="now"><span>Mean gates of all tokens</span><code></code></p>
-<div class="plot" data-top="{one.top:g}">{_area(one)}<div class="mark" hidden></div></div>
+<div class="plot" data-top="{one.top:g}">{_area(one)}\
+<div class="mark" hidden></div></div>
 <ul class="experts">
 {experts}
 </ul>
@@ -190,8 +192,9 @@ def _area(one: HeatMap) -> str:
   edged = ' class="edged"' if one.edged else ""
   return (
     f'<svg height="{AREA + 20}" role="img" aria-label="Gates of each token,'
-    f' stacked; the full height is {top:g}"><svg{edged} viewBox="0 0 {count} {top:.4g}"'
-    f' preserveAspectRatio="none" width="100%" height="{AREA}">{"".join(paths)}'
+    f' stacked; the full height is {top:g}"><svg{edged}'
+    f' viewBox="0 0 {count} {top:.4g}" preserveAspectRatio="none"'
+    f' width="100%" height="{AREA}">{"".join(paths)}'
     f"</svg>{''.join(letters)}{''.join(numbers)}</svg>"
   )
 

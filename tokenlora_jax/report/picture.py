@@ -29,7 +29,7 @@ COLUMNS = (WIDTH - 2 * MARGIN) // CELL
 # What is drawn at most; the rest is a note.
 PROMPT_LINES, TEXT_LINES, SECTIONS = 8, 48, 12
 
-PAPER, INK, SOFT, PALE = "#ffffff", "#16181d", "#565c66", "#d5d8de"
+PAPER, INK, SOFT = "#ffffff", "#16181d", "#565c66"
 
 
 class Cell(NamedTuple):
@@ -72,11 +72,7 @@ def heatmap_png(maps: Sequence[HeatMap]) -> bytes:
     matplotlib.rcdefaults()
     drawing = _Drawing(Path(matplotlib.get_data_path()) / "fonts" / "ttf")
     drawing.heading("Which expert leads each token", 15)
-    drawing.note(
-      "A token has the colour of the expert with the largest gate, the stronger"
-      " the further it is ahead of the next; a letter stands where the lead"
-      " changes. The prompt has no colour."
-    )
+    drawing.note(heatmap.LEGEND)
     for i, one in enumerate(maps[:SECTIONS]):
       drawing.section(one, f"Prompt {i + 1} of {len(maps)}", len(maps) > 1)
     if len(maps) > SECTIONS:
@@ -123,15 +119,15 @@ class _Drawing:
   def __init__(self, fonts: Path):
     from matplotlib.font_manager import FontProperties, get_font
 
-    mono = fonts / "DejaVuSansMono.ttf"
-    self._known = get_font(mono).get_charmap()
-    self._fonts = {
-      name: FontProperties(fname=fonts / file)
-      for name, file in (
-        ("mono", mono), ("sans", "DejaVuSans.ttf"),
-        ("bold", "DejaVuSans-Bold.ttf"),
-      )
-    }  # fmt: skip
+    files = {
+      "mono": fonts / "DejaVuSansMono.ttf",
+      "sans": fonts / "DejaVuSans.ttf",
+      "bold": fonts / "DejaVuSans-Bold.ttf",
+    }
+    self._fonts = {n: FontProperties(fname=f) for n, f in files.items()}
+    self._known = set.intersection(
+      *(set(get_font(file).get_charmap()) for file in files.values())
+    )
     self._boxes: list[tuple[Sequence, str]] = []
     self._edges: list[np.ndarray] = []
     self._words: list[tuple] = []
@@ -240,7 +236,7 @@ class _Drawing:
       if x == "\n":
         marks.append(Cell("↵" if token >= 0 else " ", token, ends="line"))
       elif x == "\t":
-        marks += [Cell(y, token, ends="word") for y in ("→   ")]
+        marks += [Cell(y, token, ends="word") for y in "→   "]
       elif x.isspace():
         marks.append(Cell("·" if kind else " ", token, ends="word"))
       elif unicodedata.category(x) in ("Mn", "Me", "Cf"):

@@ -1,6 +1,7 @@
 """Routers: who decides the gates, by name; one file a family."""
 
 from tokenlora_jax.mixing.routers.ariadne import AriadneRouter, fit_ariadne
+from tokenlora_jax.mixing.routers.arrow import ArrowRouter, arrow_vectors
 from tokenlora_jax.mixing.routers.cbtm import CbtmRouter
 from tokenlora_jax.mixing.routers.centroid import (
   CentroidRouter,
@@ -11,7 +12,15 @@ from tokenlora_jax.mixing.routers.clusters import fit_centroids, kmeans
 from tokenlora_jax.mixing.routers.constant import ConstantRouter
 from tokenlora_jax.mixing.routers.hilora import HiloraRouter, fit_hilora
 from tokenlora_jax.mixing.routers.logo import LogoRouter
+from tokenlora_jax.mixing.routers.lora_flow import LoraFlowRouter
 from tokenlora_jax.mixing.routers.lorauter import LorauterRouter, fit_lorauter
+from tokenlora_jax.mixing.routers.phatgoose import PhatgooseRouter
+from tokenlora_jax.mixing.routers.position import (
+  PositionRouter,
+  flat_table,
+  linear,
+  read_table,
+)
 from tokenlora_jax.mixing.routers.posterior import PosteriorRouter
 from tokenlora_jax.mixing.routers.registry import (
   make_router,
@@ -19,26 +28,52 @@ from tokenlora_jax.mixing.routers.registry import (
   router_settings,
 )
 from tokenlora_jax.mixing.routers.router import Router
-from tokenlora_jax.mixing.routers.shaping import SHAPING, shape_gates
+from tokenlora_jax.mixing.routers.shaping import (
+  SHAPING,
+  keep_top,
+  shape_gates,
+)
+from tokenlora_jax.mixing.routers.spectr import SpectrRouter, output_factors
+from tokenlora_jax.mixing.routers.switch import SwitchRouter
+from tokenlora_jax.mixing.routers.x_lora import (
+  XLoraGates,
+  XLoraRouter,
+  classify,
+)
 
 __all__ = [
   "SHAPING",
   "AriadneRouter",
+  "ArrowRouter",
   "CbtmRouter",
   "CentroidRouter",
   "ConstantRouter",
   "HiloraRouter",
   "LogoRouter",
+  "LoraFlowRouter",
   "LorauterRouter",
+  "PhatgooseRouter",
+  "PositionRouter",
   "PosteriorRouter",
   "Router",
+  "SpectrRouter",
+  "SwitchRouter",
+  "XLoraGates",
+  "XLoraRouter",
+  "arrow_vectors",
   "centroids",
+  "classify",
   "fit_ariadne",
   "fit_centroids",
   "fit_hilora",
   "fit_lorauter",
+  "flat_table",
+  "keep_top",
   "kmeans",
+  "linear",
   "make_router",
+  "output_factors",
+  "read_table",
   "register_router",
   "router_settings",
   "shape_gates",

@@ -75,7 +75,7 @@ class HiloraRouter(EmbeddingRouter):
     return (size >= least).astype(jnp.float32)
 
 
-@register_router("hilora", top_k=3)
+@register_router("hilora", top_k=3, temperature=0.1)
 def hilora(
   means: np.ndarray | jax.Array,
   variances: np.ndarray | jax.Array,
@@ -88,10 +88,10 @@ def hilora(
   From the paper: the gaussian likelihood of the sequence's vector chooses
   adapters, 3 of them; at each token only the rank-one parts stay that answer
   most. We know it from its abstract and reviews, so these are ours: a diagonal
-  covariance; the mean over dimensions in place of their sum, whose softmax would
-  be one-hot (at D_enc 384 the temperature 1/384 gives the sum); gates by
-  likelihood, and the same share of parts for each adapter, where the paper draws
-  for each adapter how many parts it has.
+  covariance; the mean over dimensions at a temperature of .1 in place of their
+  sum, whose softmax would be one-hot (it is that of the temperature 1 / D_enc);
+  gates by likelihood, and the same share of parts for each adapter, where the
+  paper draws for each adapter how many parts it has.
 
   Args:
     means: float32[E, D_enc]; see `fit_hilora`.

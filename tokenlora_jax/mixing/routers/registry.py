@@ -100,5 +100,6 @@ def make_router(name: str, **settings: Any) -> Router:
     raise InputError(f"router {name}: needs {', '.join(missing)}")
   router = make(**settings)
   if told.get("top_k") is None and "top_k" in shaping:
+    # A paper's k is for as many experts as it had, or more.
     shaping = shaping | {"top_k": min(shaping["top_k"], router.experts)}
   return shape_gates(router, **shaping)

@@ -48,6 +48,8 @@ class Router(abc.ABC):
   counts_prompt: bool = False
   # Whether all gates of a sequence may be 0: the base alone.
   may_be_zero: bool = False
+  # Whether a gate may be below 0, so that powers and shares mean nothing.
+  may_be_negative: bool = False
 
   @property
   @abc.abstractmethod

@@ -17,6 +17,24 @@ from tokenlora_jax.mixing.routers.router import Router
 SHAPING = ("top_k", "temperature", "threshold", "smoothing")
 
 
+def keep_top(gates: jax.Array, k: int) -> jax.Array:
+  """Returns the k largest gates, scaled to the sum of all; the others are 0.
+
+  Args:
+    gates: float32[.., E], at least 0.
+    k: how many stay, at most E; of equal ones the first.
+
+  Example:
+    >>> keep_top(jnp.array([0.5, 0.25, 0.25]), 2).round(3).tolist()
+    [0.667, 0.333, 0.0]
+  """
+  total = gates.sum(axis=-1, keepdims=True)
+  best = jax.lax.top_k(gates, k)[1]
+  kept = gates * jax.nn.one_hot(best, gates.shape[-1]).sum(axis=-2)
+  left = kept.sum(axis=-1, keepdims=True)
+  return jnp.where(left > 0, kept * total / left, kept)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ShapedRouter(Router):
@@ -68,6 +86,10 @@ class ShapedRouter(Router):
     return self.threshold is not None or self.router.may_be_zero
 
   @property
+  def may_be_negative(self):
+    return self.router.may_be_negative
+
+  @property
   def prior(self):
     return self.router.prior
 
@@ -117,10 +139,7 @@ class ShapedRouter(Router):
       sharp = jax.nn.softmax(jnp.log(gates) / self.temperature, axis=-1)
       gates = jnp.where(total > 0, total * sharp, gates)
     if 0 < self.top_k < gates.shape[-1]:
-      best = jax.lax.top_k(gates, self.top_k)[1]
-      kept = gates * jax.nn.one_hot(best, gates.shape[-1]).sum(axis=-2)
-      left = kept.sum(axis=-1, keepdims=True)
-      gates = jnp.where(left > 0, kept * total / left, kept)
+      gates = keep_top(gates, self.top_k)
     if self.threshold is not None:
       highest = gates.max(axis=-1, keepdims=True)
       gates = jnp.where(highest >= self.threshold, gates, 0.0)
@@ -149,7 +168,8 @@ def shape_gates(
     smoothing: share of the gates before that stays at a refresh; 0 is off.
 
   Raises:
-    InputError: smoothing of a router that decides in the layers.
+    InputError: a value is not allowed; smoothing of a router that decides in the
+      layers; top-k or temperature of one whose gates may be negative.
 
   Example:
     >>> from tokenlora_jax.mixing.routers import make_router
@@ -167,6 +187,10 @@ def shape_gates(
       f"router.smoothing: {smoothing} is not allowed; want 0, since this router"
       " decides for each position by itself"
     )
+  if router.may_be_negative:
+    allowed = ", since a gate of this router may be negative"
+    check(top_k == 0, "router.top-k", top_k, "0 (all)" + allowed)
+    check(temperature == 1, "router.temperature", temperature, "1" + allowed)
   if (top_k, temperature, threshold, smoothing) == (0, 1, 0, 0):
     return router
 

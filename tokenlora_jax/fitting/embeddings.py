@@ -1,0 +1,59 @@
+"""Fits of routers that compare texts: all they need is the texts' vectors.
+
+Axis letters: n texts of an expert, D_enc width of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from tokenlora_jax.config import Config
+from tokenlora_jax.fitting.registry import Fit, Work, register_fit
+from tokenlora_jax.mixing.routers import (
+  fit_ariadne,
+  fit_centroids,
+  fit_hilora,
+  fit_lorauter,
+)
+
+Vectors = Sequence[np.ndarray]
+
+
+def fit_embeddings(
+  fit: Callable[[Vectors, Config], dict[str, np.ndarray]],
+) -> Fit:
+  """Returns the fit that gives a function the vectors of each expert's texts.
+
+  Args:
+    fit: turns a list of float32[n, D_enc], one an expert, into arrays.
+  """
+
+  def run(work: Work):
+    encoder, kind = work.encoder(), work.config.router.encoder
+    count = sum(map(len, work.texts))
+    with work.console.status(f"{kind} vectors of {count} texts"):
+      vectors = [encoder.embed(texts) for texts in work.texts]
+    return {"encoder": kind}, fit(vectors, work.config)
+
+  return run
+
+
+def _centroids(vectors: Vectors, config: Config) -> dict[str, np.ndarray]:
+  table = fit_centroids(vectors, config.router.clusters, config.seed)
+  return {"centroids": table}
+
+
+def _ariadne(vectors: Vectors, config: Config) -> dict[str, np.ndarray]:
+  return fit_ariadne(vectors, config.router.clusters, config.seed)
+
+
+for _name, _fit in {
+  "centroid": _centroids,
+  "cbtm": _centroids,
+  "ariadne": _ariadne,
+  "lorauter": lambda vectors, config: fit_lorauter(vectors),
+  "hilora": lambda vectors, config: fit_hilora(vectors),
+}.items():
+  register_fit(_name)(fit_embeddings(_fit))

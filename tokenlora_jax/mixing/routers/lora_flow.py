@@ -1,0 +1,76 @@
+"""LoRA-Flow: gates learned from few examples, the adapters frozen.
+
+Wang et al., "LoRA-Flow: Dynamic LoRA Fusion for Large Language Models in
+Generative Tasks" (2024).
+
+Axis letters: B batch, T length, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+
+import jax
+import numpy as np
+
+from tokenlora_jax.mixing.routers.position import (
+  PositionRouter,
+  linear,
+  read_table,
+)
+from tokenlora_jax.mixing.routers.registry import register_router
+from tokenlora_jax.model.lora import Adapters
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraFlowRouter(PositionRouter):
+  """gates = softmax(W h) + b (Wang et al., 2024, eq. 4).
+
+  The paper has one W and b a layer, that reads the layer's input; here each
+  adapted map has its own, that reads the map's input. Since b is free, gates
+  need be neither positive nor sum to 1.
+
+  Prototypes are {weights: float32[E, in], bias: float32[E]}.
+  """
+
+  may_be_negative = True
+
+  def position_gates(self, prototype, lora, x, low):
+    logits = linear(x, prototype["weights"])
+    return jax.nn.softmax(logits, axis=-1) + prototype["bias"]
+
+
+@register_router("lora-flow")
+def lora_flow(
+  adapters: Adapters, arrays: Mapping[str, np.ndarray]
+) -> LoraFlowRouter:
+  """Dynamic fusion (Wang et al., 2024).
+
+  Args:
+    adapters: the experts.
+    arrays: what was fitted for them: `layers.I.MAP.weights`, float32[E, in],
+      and `layers.I.MAP.bias`, float32[E].
+
+  Raises:
+    InputError: the arrays do not fit the experts.
+
+  Example:
+    >>> from tokenlora_jax.model.lora import Lora
+    >>> lora = Lora(np.ones((2, 1, 4)), np.ones((2, 1, 4)), np.ones(2))
+    >>> arrays = {
+    ...   "layers.0.q.weights": np.zeros((2, 4)),
+    ...   "layers.0.q.bias": np.array([0.25, -0.75]),
+    ... }
+    >>> router = lora_flow(Adapters(("a", "b"), ({"q": lora},)), arrays)
+    >>> x = np.ones((1, 1, 4))
+    >>> router.position_gates(router.prototypes[0]["q"], lora, x, None).tolist()
+    [[[0.75, -0.25]]]
+  """
+
+  def shapes(lora):
+    experts = len(adapters.names)
+    return {"weights": (experts, lora.a.shape[-1]), "bias": (experts,)}
+
+  return LoraFlowRouter(read_table("lora-flow", adapters, arrays, shapes))

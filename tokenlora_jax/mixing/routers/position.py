@@ -1,0 +1,155 @@
+"""What routers share that decide for each position, inside the layers.
+
+Such a router keeps a prototype an adapted map: a mapping from field to array.
+Outside, in banks, these are flat: `layers.3.q.weights`.
+
+Axis letters: B batch, T length, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenlora_jax.config import InputError
+from tokenlora_jax.mixing.routers.router import Router
+from tokenlora_jax.model.lora import Adapters, Lora
+
+# The shape of each field of a prototype; None is any size.
+Shapes = Mapping[str, tuple[int | None, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionRouter(Router):
+  """A router that keeps a prototype for each adapted map.
+
+  Attributes:
+    table: of each layer {projection: prototype}, a pytree of arrays with a
+      leading E.
+  """
+
+  table: tuple[Mapping[str, Any], ...]
+
+  @property
+  def experts(self) -> int:
+    return jax.tree.leaves(self.table)[0].shape[0]
+
+  @property
+  def prototypes(self):
+    return self.table
+
+
+def linear(x: jax.Array, weights: jax.Array) -> jax.Array:
+  """Returns the products of positions with a vector an expert, in float32.
+
+  Args:
+    x: [B, T, in].
+    weights: float32[E, in].
+
+  Returns:
+    float32[B, T, E].
+
+  Example:
+    >>> linear(jnp.array([[[1.0, 2.0]]]), jnp.array([[3.0, 4.0]])).tolist()
+    [[[11.0]]]
+  """
+  return jnp.einsum(
+    "bti,ei->bte", x.astype(jnp.float32), weights, precision="highest"
+  )
+
+
+def make_table(
+  adapters: Adapters, prototype: Callable[[Lora], Any]
+) -> tuple[dict[str, Any], ...]:
+  """Returns a prototype for each adapted map, calculated from its adapters.
+
+  Args:
+    adapters: the experts.
+    prototype: makes it of the map's adapters, on the host.
+  """
+  return tuple(
+    {
+      name: jax.tree.map(jnp.asarray, prototype(jax.tree.map(np.asarray, lora)))
+      for name, lora in layer.items()
+    }
+    for layer in adapters.layers
+  )
+
+
+def read_table(
+  router: str,
+  adapters: Adapters,
+  arrays: Mapping[str, np.ndarray],
+  shapes: Callable[[Lora], Shapes],
+) -> tuple[dict[str, dict[str, jax.Array]], ...]:
+  """Returns a prototype for each adapted map, from fitted arrays.
+
+  Args:
+    router: its name, for errors.
+    adapters: the experts.
+    arrays: by flat name.
+    shapes: of the fields of a map's prototype.
+
+  Raises:
+    InputError: an array is missing, of another shape, no finite numbers, or for
+      a map that no expert adapts.
+  """
+  left = dict(arrays)
+
+  def take(name, shape):
+    array = np.asarray(left.pop(name, np.empty(0)))
+    fits = array.ndim == len(shape) and all(
+      want in (None, size)
+      for want, size in zip(shape, array.shape, strict=True)
+    )
+    if not fits or array.dtype.kind != "f" or not np.isfinite(array).all():
+      raise InputError(
+        f"router {router}: {name} has the shape {list(array.shape)}; want finite"
+        f" numbers {['any' if size is None else size for size in shape]}; was it"
+        " fitted for these experts?"
+      )
+    return jnp.asarray(array, jnp.float32)
+
+  table = tuple(
+    {
+      name: {
+        field: take(f"layers.{i}.{name}.{field}", shape)
+        for field, shape in shapes(lora).items()
+      }
+      for name, lora in layer.items()
+    }
+    for i, layer in enumerate(adapters.layers)
+  )
+  if left:
+    raise InputError(
+      f"router {router}: {next(iter(left))} is for a map that no expert adapts;"
+      " was it fitted for these experts?"
+    )
+  return table
+
+
+def flat_table(
+  table: Sequence[Mapping[str, Mapping[str, Any]]],
+) -> dict[str, np.ndarray]:
+  """Returns prototypes as `read_table` takes them.
+
+  Args:
+    table: of each layer {projection: {field: array}}.
+
+  Example:
+    >>> flat_table([{"q": {"bias": np.zeros(2)}}])
+    {'layers.0.q.bias': array([0., 0.])}
+  """
+
+  def flat() -> Iterator[tuple[str, np.ndarray]]:
+    for i, layer in enumerate(table):
+      for name, prototype in layer.items():
+        for field, array in prototype.items():
+          yield f"layers.{i}.{name}.{field}", np.asarray(array)
+
+  return dict(flat())

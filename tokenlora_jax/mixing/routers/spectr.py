@@ -1,0 +1,64 @@
+"""SpectR: which adapter does stretch this input most?
+
+Fleshman and Van Durme, "SpectR: Dynamically Composing LM Experts with Spectral
+Routing" (2025).
+
+Axis letters: B batch, T length, E experts, R rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenlora_jax.mixing.routers.position import PositionRouter, make_table
+from tokenlora_jax.mixing.routers.registry import register_router
+from tokenlora_jax.model.lora import Adapters, Lora
+
+
+def output_factors(lora: Lora) -> np.ndarray:
+  """Returns T_e with |B_e z| = |T_e z| for all z [R].
+
+  B_e = Q_e T_e, and Q_e keeps lengths. T_e' T_e is the Gram matrix B_e' B_e, but
+  a length from T_e loses no digits to squares.
+
+  Args:
+    lora: the adapters of one map, numpy arrays.
+
+  Returns:
+    float32[E, min(R, out), R].
+  """
+  return np.linalg.qr(np.swapaxes(lora.b, 1, 2))[1].astype(np.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SpectrRouter(PositionRouter):
+  """gates = softmax(|S_e V_e' h|), U_e S_e V_e' = B_e A_e.
+
+  U_e keeps lengths, so the score is |B_e A_e h|, the length of what the adapter
+  would add, before its scaling. A_e h is known; prototypes are `output_factors`.
+  """
+
+  def position_gates(self, prototype, lora, x, low):
+    out = jnp.einsum("bter,esr->btes", low, prototype, precision="highest")
+    return jax.nn.softmax(jnp.linalg.norm(out, axis=-1), axis=-1)
+
+
+@register_router("spectr", top_k=4)
+def spectr(adapters: Adapters) -> SpectrRouter:
+  """Spectral routing (Fleshman and Van Durme, 2025): nothing is trained.
+
+  Args:
+    adapters: the experts.
+
+  Example:
+    >>> from tokenlora_jax import load_base, random_adapters
+    >>> adapters = random_adapters(load_base("random:tiny"), experts=2, rank=4)
+    >>> spectr(adapters).prototypes[0]["q"].shape
+    (2, 4, 4)
+  """
+  return SpectrRouter(make_table(adapters, output_factors))
