@@ -203,12 +203,17 @@ def fit_router(config: Config, name: str, bank: str, console: Console) -> None:
 def centroid_texts(
   config: Config, rows: Mapping[str, Sequence[Row]]
 ) -> list[list[str]]:
-  """Returns the training texts of each task that its vectors are made of."""
+  """Returns the training texts of each task that its vectors are made of.
+
+  They lie evenly over a task's rows: data sets are sorted (the first rows of
+  SQuAD are of one article), and a centroid of the first knows no other.
+  """
   count = config.router.centroid_rows
-  return [
-    [row.prompt + row.answer for row in rows[task][:count]]
-    for task in config.data.tasks
-  ]
+  texts = []
+  for task in config.data.tasks:
+    step = max(1, len(rows[task]) // count)
+    texts.append([r.prompt + r.answer for r in rows[task][::step][:count]])
+  return texts
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def test_chats_are_written_as_hf_writes_them(
   assert text == alone.apply_chat_template(turns)
   assert "no system message" in caplog.text
   monkeypatch.setattr(alone.tokenizer, "chat_template", None)
-  with pytest.raises(InputError, match="base0: has no chat template"):
+  with pytest.raises(InputError, match="has no chat template"):
     alone.apply_chat_template(turns)
 
 

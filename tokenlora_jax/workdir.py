@@ -150,7 +150,7 @@ def writing(
     >>> with writing(Path("runs/a")):
     ...   raise OSError(errno.ENOSPC, "No space left on device")
     Traceback (most recent call last):
-    tokenlora_jax.config.InputError: runs/a: cannot be written to (No space left on device); make room there, and the same command goes on from its newest checkpoint
+    tokenlora_jax.config.errors.InputError: runs/a: cannot be written to (No space left on device); make room there, and the same command goes on from its newest checkpoint
   """
   try:
     yield
