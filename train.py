@@ -26,7 +26,7 @@ from rich.pretty import pprint
 from tokenlora_jax import cli
 from tokenlora_jax.batches import batches, held_out_batches
 from tokenlora_jax.config import Config, InputError
-from tokenlora_jax.data import Row, load_rows
+from tokenlora_jax.data import Row, load_rows, spread
 from tokenlora_jax.fitting import Work, get_fit
 from tokenlora_jax.interop.bank import Bank, Expert, load_bank, save_bank
 from tokenlora_jax.interop.bank_arrays import Fitted
@@ -203,17 +203,12 @@ def fit_router(config: Config, name: str, bank: str, console: Console) -> None:
 def centroid_texts(
   config: Config, rows: Mapping[str, Sequence[Row]]
 ) -> list[list[str]]:
-  """Returns the training texts of each task that its vectors are made of.
-
-  They lie evenly over a task's rows: data sets are sorted (the first rows of
-  SQuAD are of one article), and a centroid of the first knows no other.
-  """
+  """Returns the training texts of each task that its vectors are made of."""
   count = config.router.centroid_rows
-  texts = []
-  for task in config.data.tasks:
-    step = max(1, len(rows[task]) // count)
-    texts.append([r.prompt + r.answer for r in rows[task][::step][:count]])
-  return texts
+  return [
+    [row.prompt + row.answer for row in spread(rows[task], count)]
+    for task in config.data.tasks
+  ]
 
 
 if __name__ == "__main__":

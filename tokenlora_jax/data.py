@@ -285,6 +285,23 @@ def held_out(
   return {i: tokenize(rows[i], tokenizer, config) for i in found}
 
 
+def spread(rows: Sequence[Row], count: int) -> Sequence[Row]:
+  """Returns the rows, at most `count`, that lie evenly over all of them.
+
+  Files of rows are sorted: the first of SQuAD's are about one article, and what
+  is made of them alone knows no other.
+
+  Args:
+    rows: in the order of their file.
+    count: how many to take, at least 1.
+
+  Example:
+    >>> list(spread("abcdefg", 3)), list(spread("ab", 3))
+    (['a', 'c', 'e'], ['a', 'b'])
+  """
+  return rows[:: max(1, len(rows) // count)][:count]
+
+
 def fitting(
   rows: Sequence[Row],
   tokenizer: Any,
