@@ -111,7 +111,8 @@ def measure(args) -> dict:
   )  # fmt: skip
   rows = []
   for task in names:
-    for example in held_out(load_rows(data, task, "test"), tokenizer, data):
+    found = held_out(load_rows(data, task, "test"), tokenizer, data)
+    for example in found.values():
       first = example.prompt_length
       tokens = np.asarray(example.tokens[: first + args.answer], np.int32)
       rows.append((example, tokens, first))

@@ -85,7 +85,9 @@ def held_out_texts(data: DataConfig, tokenizer) -> list[np.ndarray]:
   return [
     example.tokens
     for task in data.tasks
-    for example in held_out(load_rows(data, task, "test"), tokenizer, data)
+    for example in held_out(
+      load_rows(data, task, "test"), tokenizer, data
+    ).values()
   ]
 
 
