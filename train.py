@@ -26,7 +26,7 @@ from rich.pretty import pprint
 from tokenlora_jax import cli
 from tokenlora_jax.batches import batches, held_out_batches
 from tokenlora_jax.config import Config, InputError
-from tokenlora_jax.data import Row, load_rows, spread
+from tokenlora_jax.data import Row, load_rows, sample_texts
 from tokenlora_jax.fitting import Work, get_fit
 from tokenlora_jax.interop.bank import Bank, Expert, load_bank, save_bank
 from tokenlora_jax.interop.bank_arrays import Fitted
@@ -205,10 +205,7 @@ def centroid_texts(
 ) -> list[list[str]]:
   """Returns the training texts of each task that its vectors are made of."""
   count = config.router.centroid_rows
-  return [
-    [row.prompt + row.answer for row in spread(rows[task], count)]
-    for task in config.data.tasks
-  ]
+  return [sample_texts(rows[task], count) for task in config.data.tasks]
 
 
 if __name__ == "__main__":

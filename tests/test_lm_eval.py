@@ -220,7 +220,7 @@ def test_sampled_text_follows_the_seed_and_differs_between_requests(folder):
 
 
 def test_chats_are_written_as_hf_writes_them(
-  alone, theirs, caplog, monkeypatch
+  folder, alone, theirs, caplog, monkeypatch
 ):
   turns = [
     {"role": "user", "content": "Hi"},
@@ -237,8 +237,9 @@ def test_chats_are_written_as_hf_writes_them(
   assert text == alone.apply_chat_template(turns)
   assert "no system message" in caplog.text
   monkeypatch.setattr(alone.tokenizer, "chat_template", None)
-  with pytest.raises(InputError, match="has no chat template"):
+  with pytest.raises(InputError) as told:
     alone.apply_chat_template(turns)
+  assert str(told.value) == f"{folder}: has no chat template"
 
 
 ROUTERS = {

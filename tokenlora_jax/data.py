@@ -285,21 +285,25 @@ def held_out(
   return {i: tokenize(rows[i], tokenizer, config) for i in found}
 
 
-def spread(rows: Sequence[Row], count: int) -> Sequence[Row]:
-  """Returns the rows, at most `count`, that lie evenly over all of them.
+def sample_texts(rows: Sequence[Row], count: int) -> list[str]:
+  """Returns the texts of at most `count` rows that lie evenly over all of them.
 
-  Files of rows are sorted: the first of SQuAD's are about one article, and what
-  is made of them alone knows no other.
+  Text n is that of row floor(n len(rows) / count). Files of rows are sorted: the
+  first of SQuAD's are of one article, and what is made of them alone knows no
+  other.
 
   Args:
     rows: in the order of their file.
     count: how many to take, at least 1.
 
   Example:
-    >>> list(spread("abcdefg", 3)), list(spread("ab", 3))
-    (['a', 'c', 'e'], ['a', 'b'])
+    >>> rows = [Row(letter, "", "") for letter in "abcde"]
+    >>> sample_texts(rows, 3), sample_texts(rows[:2], 3)
+    (['a', 'b', 'd'], ['a', 'b'])
   """
-  return rows[:: max(1, len(rows) // count)][:count]
+  count = min(count, len(rows))
+  chosen = (rows[n * len(rows) // count] for n in range(count))
+  return [row.prompt + row.answer for row in chosen]
 
 
 def fitting(
