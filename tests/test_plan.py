@@ -14,6 +14,7 @@ from tokenlora_jax.config import (
   BaseConfig,
   Config,
   DataConfig,
+  DecodeConfig,
   InputError,
   LoraConfig,
   MeshConfig,
@@ -139,6 +140,27 @@ def test_decoding_reads_every_weight_once(quantize):
   assert decode.memory_traffic_bytes >= read
   two_n = 2 * SHAPE.matmul_parameters
   assert two_n <= decode.flops_per_token <= 1.2 * two_n
+
+
+@pytest.mark.parametrize("rule", ["exact", "probabilities"])
+def test_a_step_on_a_tpu_copies_no_kernel_and_no_cache(rule):
+  # Of a size at which the compiler would, were it let.
+  shape = LlamaConfig(
+    vocab=512, width=4096, mlp_width=512, layers=2, heads=32, kv_heads=32,
+    head_width=128,
+  )  # fmt: skip
+  config = Config(
+    base=BaseConfig(dtype="bfloat16"),
+    lora=LoraConfig(rank=8),
+    data=DataConfig(length=448),
+    decode=DecodeConfig(max_new_tokens=64, rule=rule),
+  )
+  topology = get_topology("v5e:1x1")
+  [_, (plan, _)] = plan_decoding(config, shape, topology)
+  rows = 4 if rule == "probabilities" else 1
+  cache = rows * 2 * shape.layers * 512 * 4096 * 2
+  read = plan.weights_bytes - 2 * 512 * 4096 + plan.adapters_bytes + cache
+  assert read <= plan.memory_traffic_bytes <= 1.05 * read
 
 
 @pytest.mark.parametrize(

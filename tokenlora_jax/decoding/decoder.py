@@ -119,13 +119,15 @@ class Decoder:
     self.config = config
     self.tokenizer = tokenizer
     self._base = base
-    self._loras, rule = None, None
+    self._loras = rule = None
     if adapters is not None:
       adapters.check(base.config)
       if router is None:
         raise InputError("router: adapters need one, such as 'uniform'")
       router = router.bind(adapters.names)
-      self._loras, rule = adapters.layers, get_rule(config.rule)
+      # Once, not in every step.
+      self._loras = adapters.astype(base.dtype).layers
+      rule = get_rule(config.rule)
     elif router is not None:
       raise InputError("router: there are no adapters to route among")
     self._router = router

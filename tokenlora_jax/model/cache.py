@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import dataclasses
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
 
@@ -83,11 +84,14 @@ class Cache:
     # Always 0, but not before `after` is known.
     zero = jnp.clip(after.ravel()[0].astype(jnp.int32), 0, 0)
     place = (0, 0, self.slot + zero, 0)
-    written = jax.tree.map(
-      lambda old, new: jax.lax.dynamic_update_slice(old, new, place),
-      self.layers,
-      tuple(layers),
-    )
+
+    def write(old, new):
+      # Kept as it comes: XLA for TPUs would have slots in front, and copy the
+      # whole cache before and after each chunk.
+      written = jax.lax.dynamic_update_slice(old, new, place)
+      return with_layout_constraint(written, Layout((0, 1, 2, 3)))
+
+    written = jax.tree.map(write, self.layers, tuple(layers))
     return Cache(written, self.slot + layers[0].k.shape[2], self.pad)
 
   def positions(self, length: int) -> jax.Array:

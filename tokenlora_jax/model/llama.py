@@ -113,7 +113,12 @@ class QKV(Linear):
     """Returns q [B, T, N*H], k [B, T, K*H] and v [B, T, K*H]."""
     config = self.config
     heads = config.kv_heads, -1, config.head_width
-    y = super().__call__(x).reshape(*x.shape[:2], *heads)
+    y = super().__call__(x)
+    if x.shape[1] == 1:
+      # Else XLA for TPUs would have the kernel transposed, for the layout in
+      # which the heads of a few rows are wanted.
+      y = jax.lax.optimization_barrier(y)
+    y = y.reshape(*x.shape[:2], *heads)
     parts = y[..., :-2, :], y[..., -2, :], y[..., -1, :]
     return [part.reshape(*x.shape[:2], -1) for part in parts]
 

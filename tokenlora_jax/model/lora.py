@@ -30,8 +30,8 @@ class Lora:
   """The adapters of one linear map.
 
   Attributes:
-    a: float32[E, R, in], the map into the rank.
-    b: float32[E, R, out], the map out of it.
+    a: [E, R, in], the map into the rank; float32, or as a decoder reads it.
+    b: [E, R, out], the map out of it, as `a`.
     scaling: float32[E], alpha / R of each expert.
 
   With stacked layers an axis L stands behind E in training (`Adapters.stack`)
@@ -90,6 +90,26 @@ class Adapters:
     return Adapters(
       (self.names[i],), jax.tree.map(lambda x: x[i : i + 1], self.layers)
     )
+
+  def astype(self, dtype: jax.typing.DTypeLike) -> Adapters:
+    """Returns a bank with both maps in another dtype; scaling stays float32.
+
+    Example:
+      >>> lora = Lora(jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)), jnp.ones(1))
+      >>> half = Adapters(("a",), ({"q": lora},)).astype("bfloat16").layers[0]
+      >>> half["q"].a.dtype, half["q"].scaling.dtype
+      (dtype(bfloat16), dtype('float32'))
+    """
+
+    def cast(lora):
+      a, b = lora.a.astype(dtype), lora.b.astype(dtype)
+      return Lora(a, b, lora.scaling)
+
+    layers = [
+      {name: cast(lora) for name, lora in layer.items()}
+      for layer in self.layers
+    ]
+    return Adapters(self.names, tuple(layers))
 
   def check(self, config: LlamaConfig) -> None:
     """Raises `InputError` unless the adapters fit a base of this shape."""

@@ -113,4 +113,4 @@ def plan_decoding(
 def _adapters(config: Config, shape: LlamaConfig):
   names = config.data.tasks
   stacked = init_stacked(jax.random.key(0), shape, config.lora, names)
-  return Adapters.unstack(names, stacked).layers
+  return Adapters.unstack(names, stacked).astype(config.base.dtype).layers
