@@ -170,6 +170,7 @@ class Decoder:
       config.cache if decides else "reuse",
       evidence=refreshes and needs == "evidence",
       refresh=refreshes and needs in ("hidden", "evidence"),
+      split=len(base.embedding[...].sharding.device_set) > 1,
     )
     # What the compiled loop needs of the router, if anything.
     inside = self._reading.refresh or (router is not None and router.prototypes)

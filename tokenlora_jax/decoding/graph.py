@@ -34,12 +34,14 @@ class Reading:
     cache: what becomes of what was read under older gates.
     evidence: whether each expert reads too, alone, beside a mixture.
     refresh: whether the router decides anew in the graph, at each chunk.
+    split: whether the base is on several devices.
   """
 
   rule: Rule | None = None
   cache: Literal["reuse", "recompute", "remix"] = "reuse"
   evidence: bool = False
   refresh: bool = False
+  split: bool = False
 
   @property
   def apart(self) -> bool:
@@ -184,8 +186,10 @@ def prefill(base, loras, router, gates, tokens, pad, *, reading, slots):
       reading, base, loras, router, gates, tokens, pad
     )
   rows = expert_rows(pad, reading.copies(gates.shape[-1]))
-  cache = Cache.of_prompt(layers, rows, slots)
-  return cache, looked and Cache.of_prompt(looked, rows, slots)
+  cache = Cache.of_prompt(layers, rows, slots, reading.split)
+  if looked:
+    looked = Cache.of_prompt(looked, rows, slots, reading.split)
+  return cache, looked
 
 
 @jax.jit

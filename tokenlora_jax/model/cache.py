@@ -53,25 +53,34 @@ class Cache:
     layers: a `KV` a layer.
     slot: int32 scalar, the slot that is written next.
     pad: int32[B], unused slots in front of each row.
+    split: whether its heads are on several devices.
   """
 
   layers: tuple[KV, ...]
   slot: jax.Array
   pad: jax.Array
+  split: bool = dataclasses.field(default=False, metadata={"static": True})
 
   @classmethod
-  def of_prompt(cls, layers: Sequence[KV], pad: jax.Array, slots: int) -> Cache:
+  def of_prompt(
+    cls,
+    layers: Sequence[KV],
+    pad: jax.Array,
+    slots: int,
+    split: bool = False,
+  ) -> Cache:
     """Returns a cache of `slots` slots of which a prompt fills the first ones.
 
     Args:
       layers: keys and values of the prompt's P tokens, a `KV` a layer.
       pad: int32[B].
       slots: S, at least P.
+      split: whether the heads are on several devices.
     """
     length = layers[0].k.shape[2]
     room = ((0, 0), (0, 0), (0, slots - length), (0, 0))
     grown = jax.tree.map(lambda x: jnp.pad(x, room), tuple(layers))
-    return cls(grown, jnp.int32(length), pad)
+    return cls(grown, jnp.int32(length), pad, split)
 
   def append(self, layers: Sequence[KV], after: jax.Array) -> Cache:
     """Returns the cache with T more tokens, written in place inside a jit.
@@ -85,14 +94,19 @@ class Cache:
     zero = jnp.clip(after.ravel()[0].astype(jnp.int32), 0, 0)
     place = (0, 0, self.slot + zero, 0)
 
+
     def write(old, new):
-      # Kept as it comes: XLA for TPUs would have slots in front, and copy the
-      # whole cache before and after each chunk.
       written = jax.lax.dynamic_update_slice(old, new, place)
+      if self.split:
+        # XLA would gather what is to have a layout.
+        return written
+      # Else XLA for TPUs would have slots in front, and copy the whole cache
+      # before and after each chunk.
       return with_layout_constraint(written, Layout((0, 1, 2, 3)))
 
     written = jax.tree.map(write, self.layers, tuple(layers))
-    return Cache(written, self.slot + layers[0].k.shape[2], self.pad)
+    slot = self.slot + layers[0].k.shape[2]
+    return dataclasses.replace(self, layers=written, slot=slot)
 
   def positions(self, length: int) -> jax.Array:
     """Returns int32[B, T], the positions of the next `length` tokens.

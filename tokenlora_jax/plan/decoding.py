@@ -41,7 +41,7 @@ def plan_decoding(
     jax.eval_shape(functools.partial(_adapters, config, shape)), mesh
   )
   length, new = config.data.length, config.decode.max_new_tokens
-  reading = graph.Reading(get_rule(config.decode.rule))
+  reading = graph.Reading(get_rule(config.decode.rule), split=mesh.size > 1)
   experts = len(config.data.tasks)
 
   def put(tree: Any) -> Any:
