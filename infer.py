@@ -19,6 +19,7 @@ from pathlib import Path
 import sys
 from typing import Annotated
 
+import jax
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -35,6 +36,7 @@ from tokenlora_jax.interop.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.plan.decoding import plan_decoding
 from tokenlora_jax.plan.report import show_plans
+from tokenlora_jax.sharding import decoding_mesh
 from tokenlora_jax.telemetry import GateTrace
 from tokenlora_jax.workdir import write_atomically
 
@@ -215,9 +217,18 @@ def bank_folder(args: Arguments | Evaluation) -> Path:
 
 
 def load(args: Arguments | Evaluation):
-  """Returns (base, tokenizer, bank), checked to belong together."""
+  """Returns (base, tokenizer, bank), checked to belong together.
+
+  The base is split between this machine's devices, by its kv heads.
+  """
   tokenizer = load_tokenizer(args.base.path)
-  base = load_base(args.base.path, args.base.dtype, quantize=args.base.quantize)
+  mesh = decoding_mesh(base_shape(args.base.path), jax.local_devices())
+  base = load_base(
+    args.base.path,
+    args.base.dtype,
+    mesh if mesh.size > 1 else None,
+    quantize=args.base.quantize,
+  )
   return base, tokenizer, load_bank(bank_folder(args), base)
 
 

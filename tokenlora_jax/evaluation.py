@@ -139,7 +139,7 @@ class Evaluator:
     self._base = base
     self._adapters = adapters
     self._tokenizer = tokenizer
-    # The losses of an answer by one expert alone, by tokens and expert.
+    # The losses of a text by one expert alone, by tokens and expert.
     self._told: dict[tuple[bytes, int], np.ndarray] = {}
     # By the router's id, with the router, so that the id is not given again:
     # the router bound to the adapters, and its gates by text.
@@ -286,17 +286,18 @@ class Evaluator:
     new = [i for i, key in enumerate(keys) if key not in self._told]
     if new:
       one_hot = np.eye(len(self._adapters.names), dtype=np.float32)
+      texts = [batch[i]._replace(prompt_length=1) for i in new]
       gates = [
-        np.tile(
-          one_hot[experts[i]],
-          (len(batch[i].tokens) - batch[i].prompt_length, 1),
-        )
-        for i in new
+        np.tile(one_hot[experts[i]], (len(text.tokens) - 1, 1))
+        for i, text in zip(new, texts, strict=True)
       ]
-      found = self._read([batch[i] for i in new], Variant(None), None, gates)
+      found = self._read(texts, Variant(None), None, gates)
       for i, (losses, _) in zip(new, found, strict=True):
         self._told[keys[i]] = losses
-    return [self._told[key] for key in keys]
+    return [
+      self._told[key][example.prompt_length - 1 :]
+      for key, example in zip(keys, batch, strict=True)
+    ]
 
   def _by_each(self, batch) -> list[np.ndarray]:
     """Returns the losses [N, E] of each answer by each expert alone."""

@@ -94,7 +94,6 @@ class Cache:
     zero = jnp.clip(after.ravel()[0].astype(jnp.int32), 0, 0)
     place = (0, 0, self.slot + zero, 0)
 
-
     def write(old, new):
       written = jax.lax.dynamic_update_slice(old, new, place)
       if self.split:

