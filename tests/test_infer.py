@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 
 import infer
-from tokenlora_jax.config import DecodeConfig, InputError, RouterConfig
+from tokenlora_jax.config import (
+  BaseConfig,
+  DecodeConfig,
+  InputError,
+  RouterConfig,
+)
 from tokenlora_jax.decoding import generate
 from tokenlora_jax.experiment.results import summarise
 from tokenlora_jax.interop.bank import load_bank, save_bank
@@ -59,6 +64,15 @@ def run(workdir, capsys):
 
 def records(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_base_is_split_between_this_machines_devices(workdir):
+  args = infer.Arguments(
+    base=BaseConfig("random:tiny", "float32"), bank=str(workdir / "bank")
+  )
+  base, _, _ = infer.load(args)
+  # Two kv heads, of eight devices.
+  assert len(base.embedding[...].sharding.device_set) == 2
 
 
 def test_examples_are_decoded_and_recorded(run, workdir, tmp_path):

@@ -36,13 +36,13 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"norm", (None,)),
   (r"layers\.(.+\.)?(attention|mlp)_norm", (None,)),
   # Kernels [in, out], or in few bits: int8 `values` with a scale an output, or
-  # blocks of inputs, `largest` [blocks, out] and `codes` [blocks, bytes, out].
+  # blocks of inputs, `steps` [blocks, out] and `codes` [blocks, bytes, out].
   (
-    r"layers\.(.+\.)?(qkv|gate|up)\.kernel(\.values|\.largest)?",
+    r"layers\.(.+\.)?(qkv|gate|up)\.kernel(\.values|\.steps)?",
     ("width", "features"),
   ),
   (
-    r"layers\.(.+\.)?(o|down)\.kernel(\.values|\.largest)?",
+    r"layers\.(.+\.)?(o|down)\.kernel(\.values|\.steps)?",
     ("features", "width"),
   ),
   (

@@ -24,8 +24,8 @@ class BaseConfig:
       `random:PRESET`.
     dtype: what its weights are kept and multiplied in.
     quantize: what its layers' kernels are kept in instead, for training as for
-      decoding: `int8` (half the bytes of bfloat16), `nf4` (QLoRA's 4-bit
-      NormalFloat, about a quarter) or `none`.
+      decoding: `int8` (half the bytes of bfloat16), `nf4` (4-bit floats for
+      normal weights, more than a quarter) or `none`.
   """
 
   path: str = "random:tiny"

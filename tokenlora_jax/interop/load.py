@@ -25,7 +25,12 @@ from tokenlora_jax.config import check_choice
 from tokenlora_jax.interop.base import BaseReader, open_base
 from tokenlora_jax.model.config import HUB_PRESETS, PRESETS, LlamaConfig
 from tokenlora_jax.model.llama import Llama, join_heads
-from tokenlora_jax.model.quantize import QUANTIZERS, Kernel, check_blocks
+from tokenlora_jax.model.quantize import (
+  QUANTIZERS,
+  Kernel,
+  check_blocks,
+  get_quantizer,
+)
 from tokenlora_jax.sharding import check_heads, tree_shardings
 
 # A host array that starts at a multiple of it becomes a CPU device's own
@@ -66,7 +71,7 @@ def load_base(
     2
   """
   check_choice("base.dtype", dtype, ("float32", "bfloat16"))
-  check_choice("base.quantize", quantize, tuple(QUANTIZERS))
+  check_choice("base.quantize", quantize, QUANTIZERS)
   if path.startswith("random:"):
     config, fingerprint = _preset(path), path
     read = functools.partial(_draw, config)
@@ -194,8 +199,9 @@ class _Factory:
 
 @functools.cache
 def _quantizer(kind, name, struct, mesh):
-  places = _shardings(name, jax.eval_shape(QUANTIZERS[kind], struct), mesh)
-  return jax.jit(QUANTIZERS[kind], out_shardings=places)
+  quantize = get_quantizer(kind, name)
+  places = _shardings(name, jax.eval_shape(quantize, struct), mesh)
+  return jax.jit(quantize, out_shardings=places)
 
 
 @functools.cache

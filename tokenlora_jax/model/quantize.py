@@ -1,4 +1,4 @@
-"""Frozen kernels in few bits: int8 an output channel, or 4 bits a block.
+"""Frozen kernels in few bits: int8 an output, or 4 bits in small blocks.
 
 A kernel is an array [in, out...], or one of the two classes here in its place.
 Both are pytrees, and each axis of their arrays is an axis of the kernel, or
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +21,27 @@ import numpy as np
 from tokenlora_jax.config import InputError
 from tokenlora_jax.model.config import LlamaConfig
 
-# Inputs that share one scale of an `Nf4`.
-BLOCK = 64
+# Inputs of an `Nf4` that are packed together.
+GROUP = 64
 
-# What a standard normal variable's sixteenths look like, scaled to [-1, 1]: the
-# 4-bit NormalFloat (Dettmers et al., 2023, "QLoRA", appendix E).
+# Inputs that share a step. Errors in what attends and in what leaves the MLP
+# cost most, a weight, so their blocks are smaller.
+BLOCK = 32
+SMALL_BLOCK = 16
+SMALL_BLOCKS = ("qkv", "down")
+
+# The 16 levels whose mean squared error is least for blocks of a normal
+# variable, each scaled by what suits it best, of either sign (Lloyd's
+# algorithm). QLoRA's NormalFloat (Dettmers et al., 2023, appendix E) scales
+# by the largest magnitude, so its levels reach to -1 and 1.
 NF4_LEVELS = np.array([
-  -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-  -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-  0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
-  0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-  0.7229568362236023, 1.0,
+  -0.9684, -0.6906, -0.5313, -0.4030, -0.2912, -0.1942, -0.1048, -0.0190,
+  0.0666, 0.1552, 0.2480, 0.3482, 0.4608, 0.5974, 0.7797, 0.9571,
 ], np.float32)  # fmt: skip
 _MIDDLES = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
+
+# The scales that are tried for a block, in shares of its largest magnitude.
+SHARES = np.array([0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2], np.float32)
 
 
 @jax.tree_util.register_dataclass
@@ -58,24 +67,30 @@ class Int8:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Nf4:
-  """A kernel in 4-bit NormalFloats, with one scale a block of 64 inputs.
+  """A kernel in 4-bit floats, with a step of 8 bits for each block of inputs.
 
-  Two codes share a byte: row i of a block is in the low half of byte row i, row
-  i + 32 in the high half. A code is the place of its level in `NF4_LEVELS`.
+  W = level * step * scale: of each number the level, of its block the step, of
+  its output the scale. Two codes share a byte: row i of a group of 64 inputs
+  is in the low half of byte row i, row i + 32 in the high half. A code is the
+  place of its level in `NF4_LEVELS`.
 
   Attributes:
     codes: uint8[in / 64, 32, out...].
-    largest: bfloat16[in / 64, out...], the largest magnitude of each block.
+    steps: int8[in / 32 or 16, out...], -127 to 127.
+    scales: float32[out...].
   """
 
   codes: jax.Array
-  largest: jax.Array
+  steps: jax.Array
+  scales: jax.Array
 
-  def factors(self, dtype) -> tuple[jax.Array, float]:
-    """Returns (matrix [in, out...] in `dtype`, 1)."""
+  def factors(self, dtype) -> tuple[jax.Array, jax.Array]:
+    """Returns (matrix [in, out...] in `dtype`, scales [out...])."""
+    blocks, *outputs = self.steps.shape
     levels = _levels(_unpack(self.codes), dtype)
-    matrix = levels * self.largest[:, None].astype(dtype)
-    return matrix.reshape(-1, *matrix.shape[2:]), 1.0
+    levels = levels.reshape(blocks, -1, *outputs)
+    matrix = levels * self.steps[:, None].astype(dtype)
+    return matrix.reshape(-1, *outputs), self.scales
 
 
 Kernel = jax.Array | Int8 | Nf4
@@ -100,29 +115,68 @@ def quantize_int8(kernel: jax.Array) -> Int8:
   return Int8(jnp.round(kernel * inverse).astype(jnp.int8), scales)
 
 
-def quantize_nf4(kernel: jax.Array) -> Nf4:
-  """Returns a kernel in 4 bits: of each W / largest the nearest level's code.
+def quantize_nf4(kernel: jax.Array, block: int = BLOCK) -> Nf4:
+  """Returns a kernel in 4 bits: of each W / (step scale) the nearest level.
+
+  A block's step is that of the least squared error among some of either sign.
 
   Args:
     kernel: [in, out...], any float type; `in` is a multiple of 64.
+    block: inputs that share a step, a divisor of 64.
 
   Example:
-    >>> codes = quantize_nf4(jnp.linspace(-1, 1, 64)[:, None]).codes
-    >>> [f"{byte:02x}" for byte in codes[0, ::8, 0].tolist()]
-    ['70', 'a1', 'd2', 'e4']
+    >>> found = quantize_nf4(jnp.linspace(-1, 1, 64)[:, None])
+    >>> found.steps.tolist(), [f"{byte:02x}" for byte in found.codes[0, ::8, 0]]
+    ([[-106], [106]], ['7f', 'ae', 'cc', 'ea'])
   """
-  blocks = kernel.reshape(-1, BLOCK, *kernel.shape[1:])
-  largest = jnp.abs(blocks).max(axis=1).astype(jnp.bfloat16)
-  shares = _divide(blocks, largest[:, None].astype(jnp.float32))
+  kernel = kernel.astype(jnp.float32)
+  blocks = kernel.reshape(-1, block, *kernel.shape[1:])
+  largest = jnp.abs(blocks).max(axis=1)
+  scales = largest.max(axis=0) * (SHARES.max() / 127)
+
+  def better(best, share):
+    size = jnp.clip(
+      jnp.round(_divide(largest * jnp.abs(share), scales)), 1, 127
+    )
+    step = jnp.sign(share) * size
+    shares = _divide(blocks, (step * scales)[:, None])
+    errors = functools.reduce(
+      jnp.minimum, [jnp.square(shares - level) for level in NF4_LEVELS]
+    )
+    error = jnp.sum(errors, axis=1) * jnp.square(step)
+    least, steps = best
+    steps = jnp.where(error < least, step, steps)
+    return (jnp.minimum(error, least), steps), None
+
+  start = jnp.full(largest.shape, jnp.inf), jnp.zeros(largest.shape)
+  (_, steps), _ = jax.lax.scan(better, start, np.append(SHARES, -SHARES))
+  shares = _divide(blocks, (steps * scales)[:, None])
   above = [(shares > middle).astype(jnp.uint8) for middle in _MIDDLES]
-  return Nf4(_pack(sum(above)), largest)
+  codes = sum(above).reshape(-1, GROUP, *kernel.shape[1:])
+  return Nf4(_pack(codes), steps.astype(jnp.int8), scales)
 
 
-QUANTIZERS: dict[str, Callable[[jax.Array], Kernel]] = {
-  "none": lambda kernel: kernel,
-  "int8": quantize_int8,
-  "nf4": quantize_nf4,
-}
+# What kernels may be kept in.
+QUANTIZERS = ("none", "int8", "nf4")
+
+
+def get_quantizer(kind: str, name: str) -> Callable[[jax.Array], Kernel]:
+  """Returns what keeps a kernel in few bits.
+
+  Args:
+    kind: of `QUANTIZERS`.
+    name: of the kernel, as in `layers.0.qkv.kernel`.
+
+  Example:
+    >>> get_quantizer("nf4", "layers.0.down.kernel")(jnp.ones((64, 1))).steps.shape
+    (4, 1)
+  """
+  if kind == "nf4":
+    small = name.split(".")[-2] in SMALL_BLOCKS
+    return functools.partial(
+      quantize_nf4, block=SMALL_BLOCK if small else BLOCK
+    )
+  return quantize_int8 if kind == "int8" else lambda kernel: kernel
 
 
 def check_blocks(config: LlamaConfig, kind: str) -> None:
@@ -137,10 +191,10 @@ def check_blocks(config: LlamaConfig, kind: str) -> None:
     >>> check_blocks(PRESETS["llama2-7b"], "nf4")
   """
   for name, (inputs, _) in config.projection_shapes.items():
-    if kind == "nf4" and inputs % BLOCK:
+    if kind == "nf4" and inputs % GROUP:
       raise InputError(
         f"base.quantize: 'nf4' is not allowed; want int8 or none, since {name}"
-        f" has {inputs} inputs, no multiple of {BLOCK}"
+        f" has {inputs} inputs, no multiple of {GROUP}"
       )
 
 

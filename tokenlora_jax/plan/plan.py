@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from tokenlora_jax.config import BaseConfig, Config
 from tokenlora_jax.model.config import LlamaConfig
 from tokenlora_jax.model.llama import Llama
-from tokenlora_jax.model.quantize import QUANTIZERS
+from tokenlora_jax.model.quantize import get_quantizer
 from tokenlora_jax.plan.program import Collective, Program, crosses
 from tokenlora_jax.plan.topology import Topology
 from tokenlora_jax.sharding import BATCH_SPEC, check_heads, described, make_mesh
@@ -98,12 +98,12 @@ def describe_base(
   config: BaseConfig, shape: LlamaConfig, stacked: bool
 ) -> Llama:
   """Returns a base of shapes alone, in the layout and types of `load_base`."""
-  quantizer = QUANTIZERS[config.quantize]
 
   def make(name, sizes):
     zeros = jnp.zeros(sizes, config.dtype)
     if not name.endswith(".kernel"):
       return zeros
+    quantizer = get_quantizer(config.quantize, name)
     return (jax.vmap(quantizer) if stacked else quantizer)(zeros)
 
   return jax.eval_shape(lambda: Llama(shape, make, stacked))
