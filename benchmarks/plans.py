@@ -30,10 +30,16 @@ DECODING = (
   ("llama2_7b", "v5e:1x1", ()),
   ("llama2_7b", "v5e:1x1", ("--base.quantize", "int8")),
   ("llama2_7b", "v5e:2x4", ()),
-)
+  ("llama2_7b", "v6e:1x1", ("--data.length", "512")),
+  (
+    "llama2_7b", "v6e:1x1",
+    ("--data.length", "512", "--decode.rule", "probabilities"),
+  ),
+)  # fmt: skip
 HEAD = """# Plans
 
-Four adapters of rank 64 on q and v, 1,024 tokens a sequence, compiled ahead of time
+Four adapters of rank 64 on q and v, 1,024 tokens a sequence (in decoding, a prompt of
+as many and 256 new ones) where a row does not say otherwise, compiled ahead of time
 for hardware that was not there, and not run. Made by `python -m benchmarks.plans`;
 each row is one command, such as `python train.py --config configs/llama2_7b.py
 --plan v5e:2x4`. Bytes are of one chip; what a chip receives is counted in the
@@ -116,7 +122,7 @@ def main(argv: Sequence[str]) -> None:
     print(training_row(*row, one))
   print(
     "\n## Decoding one text\n\n| config | topology | base | together | fits |"
-    " prefill of 1,024 tokens | a step's memory traffic | a step |\n"
+    " prefill | a step's memory traffic | a step |\n"
     + "|---" * 8 + "|"
   )  # fmt: skip
   for row, one in zip(DECODING, found[len(TRAINING) :], strict=True):
