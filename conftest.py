@@ -19,3 +19,17 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+  """Frees what a module has compiled.
+
+  A process may map only so many pieces of memory (vm.max_map_count), each program
+  has several, and XLA ends with a segmentation fault where there are no more.
+  """
+  yield
+  jax.clear_caches()
