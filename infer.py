@@ -222,13 +222,11 @@ def load(args: Arguments | Evaluation):
   The base is split between this machine's devices, by its kv heads.
   """
   tokenizer = load_tokenizer(args.base.path)
-  mesh = decoding_mesh(base_shape(args.base.path), jax.local_devices())
-  base = load_base(
-    args.base.path,
-    args.base.dtype,
-    mesh if mesh.size > 1 else None,
-    quantize=args.base.quantize,
-  )
+  path, quantize, mesh = args.base.path, args.base.quantize, None
+  devices = jax.local_devices()
+  if len(devices) > 1:
+    mesh = decoding_mesh(base_shape(path), devices, quantize)
+  base = load_base(path, args.base.dtype, mesh, quantize=quantize)
   return base, tokenizer, load_bank(bank_folder(args), base)
 
 

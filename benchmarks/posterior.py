@@ -38,21 +38,6 @@ def losses(
   return found
 
 
-def regrets(
-  evaluator: Evaluator, experts: Sequence[str], rows: Sequence[Example]
-) -> np.ndarray:
-  """Returns by how much each row's loss exceeds the best expert's, nats."""
-  mixed = losses(
-    evaluator, Variant(make_router("posterior").bind(experts), 1, "probabilities"),
-    rows,
-  )  # fmt: skip
-  alone = [
-    losses(evaluator, Variant(make_router("one-hot", expert=name)), rows)
-    for name in experts
-  ]
-  return mixed - np.min(alone, axis=0)
-
-
 def main(argv: Sequence[str]) -> None:
   """Checks the bound and prints a table."""
   parser = argparse.ArgumentParser(
@@ -74,6 +59,10 @@ def main(argv: Sequence[str]) -> None:
     bad_rows="skip",
   )  # fmt: skip
   evaluator = Evaluator(base, bank.adapters, tokenizer)
+  alone = {
+    name: Variant(make_router("one-hot", expert=name)) for name in experts
+  }
+  posterior = Variant(make_router("posterior"), 1, "probabilities")
   paper = RouterConfig(minilm=args.minilm)
   named = {
     "uniform": Variant(make_router("uniform")),
@@ -81,9 +70,7 @@ def main(argv: Sequence[str]) -> None:
     "the paper's gates, `probabilities`": Variant(
       bank.router(paper), 0, "probabilities"
     ),
-    "posterior, `probabilities`": Variant(
-      make_router("posterior"), 1, "probabilities"
-    ),
+    "posterior, `probabilities`": posterior,
     "posterior from the paper's gates, `probabilities`": Variant(
       bank.router(dataclasses.replace(paper, name="posterior", prior="centroid")),
       1, "probabilities",
@@ -102,7 +89,8 @@ def main(argv: Sequence[str]) -> None:
       part = rows[start : start + BATCH]
       texts = [row._replace(prompt_length=1) for row in part]
       for what, some in (("text", texts), ("answer", part)):
-        found = regrets(evaluator, experts, some)
+        each = [losses(evaluator, one, some) for one in alone.values()]
+        found = losses(evaluator, posterior, some) - np.min(each, axis=0)
         worst[what] = max(worst[what], found.max())
         for row, more in zip(names[start:], found, strict=False):
           if more > bound + ROUNDING:
@@ -110,8 +98,7 @@ def main(argv: Sequence[str]) -> None:
               f"{task} {row}: the {what}'s loss is {more:.4f} nats above"
               f" the best expert's, more than log E = {bound:.4f}"
             )
-      own = Variant(make_router("one-hot", expert=task))
-      for name, variant in {"own adapter": own, **named}.items():
+      for name, variant in {"own adapter": alone[task], **named}.items():
         sums[name] += losses(evaluator, variant, part).sum()
     for name, total in sums.items():
       table[name].append(total / tokens)

@@ -22,10 +22,12 @@ from tiny import (
 from tokenlora_jax import sharding, training
 from tokenlora_jax.checkpoint import Checkpoints
 from tokenlora_jax.config import PROJECTIONS, InputError, LoraConfig, MeshConfig
+from tokenlora_jax.interop.load import load_base
 from tokenlora_jax.model.config import PRESETS, LlamaConfig
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.sharding import (
   PARAMETER_AXES,
+  decoding_mesh,
   make_mesh,
   parameter_spec,
   tree_shardings,
@@ -260,3 +262,12 @@ def test_an_axis_that_does_not_divide_is_named():
     " long$",
   ):
     parameter_spec("head", (64, 260), mesh)
+
+
+def test_decoding_cuts_no_kv_head_and_no_group():
+  devices, shape = jax.devices(), PRESETS["llama2-7b"]
+  assert decoding_mesh(shape, devices).shape["tensor"] == 8
+  # down has 11,008 inputs, 172 groups.
+  assert decoding_mesh(shape, devices, "nf4").shape["tensor"] == 4
+  tiny = decoding_mesh(PRESETS["tiny"], devices, "nf4")
+  load_base("random:tiny", mesh=tiny, quantize="nf4")

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from tokenlora_jax.config import InputError, MeshConfig
 from tokenlora_jax.model.config import LlamaConfig
+from tokenlora_jax.model.quantize import GROUP
 
 MESH_AXES = ("expert", "data", "fsdp", "tensor")
 
@@ -122,15 +123,27 @@ def make_mesh(
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def decoding_mesh(shape: LlamaConfig, devices: Sequence) -> Mesh:
+def decoding_mesh(
+  shape: LlamaConfig, devices: Sequence, quantize: str = "none"
+) -> Mesh:
   """Returns a mesh for decoding: kv heads over as many devices as divide them.
+
+  Args:
+    shape: of the base.
+    devices: that may be used; the first ones are.
+    quantize: what kernels are kept in; groups of nf4 are not cut either.
 
   Example:
     >>> from tokenlora_jax.model.config import PRESETS
     >>> decoding_mesh(PRESETS["tiny"], jax.devices()[:1]).size
     1
   """
-  tensor = math.gcd(len(devices), shape.kv_heads)
+  parts = [shape.kv_heads]
+  if quantize == "nf4":
+    # The inputs of these two are split; those of the others are not.
+    inputs = [shape.projection_shapes[name][0] for name in ("o", "down")]
+    parts += [size // GROUP for size in inputs]
+  tensor = math.gcd(len(devices), *parts)
   return make_mesh(MeshConfig(tensor=tensor), devices=devices[:tensor])
 
 

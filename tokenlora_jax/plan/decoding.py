@@ -35,7 +35,7 @@ def plan_decoding(
   Returns:
     The plan of prefill and that of a decode step, each with its program.
   """
-  mesh = decoding_mesh(shape, topology.devices)
+  mesh = decoding_mesh(shape, topology.devices, config.base.quantize)
   base = described(describe_base(config.base, shape, stacked=False), mesh)
   loras = described(
     jax.eval_shape(functools.partial(_adapters, config, shape)), mesh
