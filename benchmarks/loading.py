@@ -31,6 +31,7 @@ import time
 import ml_dtypes
 import numpy as np
 
+from benchmarks import make_parser
 from tokenlora_jax.interop.reader import parameter_shapes
 from tokenlora_jax.model.config import PRESETS, LlamaConfig
 
@@ -183,11 +184,7 @@ def measure(folder: Path, settings: dict, devices: int = 1) -> dict[str, float]:
 
 def main() -> None:
   """Runs the benchmark and prints a table."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.loading",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = make_parser("benchmarks.loading", __doc__)
   parser.add_argument("--size", choices=PRESETS, default="tinyllama-1.1b")
   parser.add_argument("--stored", choices=DTYPES, default="bfloat16")
   parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")

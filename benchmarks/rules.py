@@ -8,13 +8,13 @@ against that of `exact`: the relative error ||dW - dW_exact|| / ||dW_exact||
 expert alone and for a leading expert with .7.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import make_parser
 from tokenlora_jax import Adapters, cli, load_bank
 from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.lora import Lora
@@ -71,11 +71,7 @@ def some_gates(names: tuple[str, ...]) -> Mapping[str, np.ndarray]:
 
 def main(argv: Sequence[str]) -> None:
   """Prints the table."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.rules",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = make_parser("benchmarks.rules", __doc__)
   parser.add_argument("--bank", required=True)
   adapters = load_bank(parser.parse_args(argv).bank).adapters
   print(f"| gates | {' | '.join(RULES)} |\n|---|{'---|' * len(RULES)}")
