@@ -204,6 +204,29 @@ def test_programs_stop_with_one_line_and_status_2(program, tmp_path):
   )
 
 
+def test_what_a_failed_save_leaves_behind_is_not_heard():
+  """Coroutines, some of which Python collects only as it ends."""
+  code = """
+from tokenlora_jax import cli
+left = []
+
+async def save():
+  pass
+
+def main(argv):
+  left.append(save())
+  del left[:]
+  left.append(save())
+  raise cli.InputError("no room")
+
+cli.run(main)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=False
+  )
+  assert (done.returncode, done.stderr) == (2, "error: no room\n")
+
+
 @pytest.mark.parametrize(
   ("flags", "already", "want"),
   [

@@ -14,6 +14,7 @@ import re
 import runpy
 import sys
 from typing import Any, TextIO, TypeVar
+import warnings
 
 from rich.console import Console
 import tyro
@@ -259,6 +260,7 @@ def quiet() -> None:
   for name in ("absl", "orbax", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
   sys.unraisablehook = lambda error: None
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited")
   logging.basicConfig(
     format="%(levelname)s: %(message)s",
     stream=sys.stderr,
