@@ -10,13 +10,14 @@ four tasks, the true answers forced, gates of the paper's router refreshed every
 policy) of the next-token distributions in nats, how often the likeliest token
 is the same, and the loss.
 
-`recompute` is a forward pass of the whole text for each refresh, so answers are
-cut to --answer tokens. Writes OUTPUT.json, .md and .png.
+`recompute` is a forward pass of the whole text for each answer token, so answers
+are cut to --answer tokens. Writes OUTPUT.json, .md and .png.
 """
 
 import collections
 from collections.abc import Sequence
 import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -62,32 +63,32 @@ def compare(base, true, other, targets):
   return kl, same, *losses
 
 
-def whole(base, loras, tokens, first, gates, remix) -> np.ndarray:
-  """Hidden states [N, D] that predict an answer, all in one pass."""
-  table = np.concatenate([np.tile(gates[0], (first - 1, 1)), gates])
-  rows, padded = pad([tokens[:-1]]), pad([table])
-  hidden = read(base, loras, padded, rows, remix)
-  return np.asarray(hidden[0, first - 1 : len(tokens) - 1])
+def onward(base, loras, tokens, first, gates, remix) -> np.ndarray:
+  """Hidden states [K, N, D] that predict an answer, for K courses of gates.
+
+  The text is read once under each course, gates [K, N, E]; the prompt is read
+  under the first.
+  """
+  ahead = np.repeat(gates[:, :1], first - 1, axis=1)
+  table = pad(list(np.concatenate([ahead, gates], axis=1)))
+  texts = pad([tokens[:-1]] * len(gates))
+  hidden = read(base, loras, table, texts, remix)
+  return np.asarray(hidden[:, first - 1 : len(tokens) - 1])
 
 
-def anew(base, loras, tokens, first, gates, pace) -> np.ndarray:
-  """The same, with the whole text read anew at each refresh."""
-  count = len(gates)
-  starts = range(0, count, pace or count)
+def anew(base, loras, tokens, first, gates) -> np.ndarray:
+  """Hidden states [N, N, D]: the answer's under the gates [N, E] of each token.
+
+  A reading from the start under one token's gates is what `recompute` makes at a
+  refresh there, whatever the pace; it serves the tokens to the next refresh.
+  """
   found = []
-  for part in range(0, len(starts), BATCH):
-    some = list(starts[part : part + BATCH])
-    ends = [min(n + (pace or count), count) for n in some]
-    # Each reads as far as its chunk; its gates hold for all of it.
-    texts = [tokens[: first + end - 1] for end in ends]
-    filled = texts + texts[-1:] * (BATCH - len(texts))
-    chosen = gates[some + some[-1:] * (BATCH - len(some))]
-    hidden = np.asarray(read(base, loras, chosen, pad(filled), False))
-    found += [
-      row[first - 1 + n : first - 1 + end]
-      for row, n, end in zip(hidden, some, ends, strict=False)
-    ]
-  return np.concatenate(found)
+  for start in range(0, len(gates), BATCH):
+    part = gates[start : start + BATCH]
+    filled = np.concatenate([part, np.tile(part[-1], (BATCH - len(part), 1))])
+    hidden = read(base, loras, filled, pad([tokens[:-1]] * BATCH), False)
+    found += list(np.asarray(hidden[: len(part), first - 1 : len(tokens) - 1]))
+  return np.stack(found)
 
 
 def pad(rows) -> np.ndarray:
@@ -115,21 +116,28 @@ def measure(args) -> dict:
     found = held_out(load_rows(data, task, "test"), tokenizer, data)
     for example in found.values():
       first = example.prompt_length
-      tokens = np.asarray(example.tokens[: first + args.answer], np.int32)
-      rows.append((example, tokens, first))
+      rows.append(
+        example._replace(tokens=example.tokens[: first + args.answer])
+      )
   evaluator = Evaluator(base, bank.adapters, tokenizer)
   sums = collections.defaultdict(lambda: collections.defaultdict(float))
-  for example, tokens, first in track(rows, "texts"):
+  for example in track(rows, "texts"):
+    tokens, first = np.asarray(example.tokens), example.prompt_length
     targets = tokens[first:]
-    for pace in args.every:
-      gates = evaluator.gates(router, pace, [example])[0][: len(targets)]
-      true = anew(base, loras, tokens, first, gates, pace)
-      for policy in ("reuse", "remix"):
-        other = whole(base, loras, tokens, first, gates, policy == "remix")
-        size = -(-len(targets) // 8) * 8
-        fill = ((0, size - len(targets)), (0, 0))
+    places = np.arange(len(targets))
+    # Where the gates of each token were decided, by pace.
+    starts = [places // (n or len(places)) * n for n in args.every]
+    gates = evaluator.gates(router, 1, [example])[0]
+    courses = np.stack([gates[start] for start in starts])
+    true = anew(base, loras, tokens, first, gates)
+    fill = ((0, -len(targets) % 8), (0, 0))
+    for policy in ("reuse", "remix"):
+      others = onward(base, loras, tokens, first, courses, policy == "remix")
+      for pace, start, course, other in zip(
+        args.every, starts, courses, others, strict=True
+      ):
         found = compare(
-          base, np.pad(true, fill), np.pad(other, fill),
+          base, np.pad(true[start, places], fill), np.pad(other, fill),
           np.pad(targets, fill[0]),
         )  # fmt: skip
         own = sums[f"{pace} {policy}"]
@@ -137,7 +145,7 @@ def measure(args) -> dict:
         for name, values in zip(parts, found, strict=True):
           own[name] += float(np.asarray(values)[: len(targets)].sum())
         own["tokens"] += len(targets)
-        own["moved"] += float(np.abs(np.diff(gates, axis=0)).sum() / 2)
+        own["moved"] += float(np.abs(np.diff(course, axis=0)).sum() / 2)
   table = {
     key: {name: value / own["tokens"] for name, value in own.items()}
     | {"tokens": own["tokens"]}
@@ -153,11 +161,11 @@ def markdown(result: dict) -> str:
     "loss | loss of recompute |",
     "|---|---|---|---|---|---|",
   ]
-  for key, own in result["figures"].items():
-    pace, policy = key.split()
-    every = "prompt" if pace == "0" else pace
+  policies, figures = ("reuse", "remix"), result["figures"]
+  for pace, policy in itertools.product(result["settings"]["every"], policies):
+    own = figures[f"{pace} {policy}"]
     lines.append(
-      f"| {every} | {policy} | {own['kl']:.5f} | {own['top1']:.2%} |"
+      f"| {pace or 'prompt'} | {policy} | {own['kl']:.6f} | {own['top1']:.2%} |"
       f" {own['loss']:.4f} | {own['loss_recompute']:.4f} |"
     )
   return "\n".join(lines) + "\n"
