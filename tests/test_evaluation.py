@@ -217,6 +217,26 @@ def test_base_one_adapter_and_uniform(evaluator, examples, base, adapters):
   np.testing.assert_allclose(bare[0], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("whole_first", [True, False])
+def test_what_an_expert_said_of_a_text_serves_from_any_place_on(
+  whole_first, base, adapters, tokenizer, examples
+):
+  """An answer's losses are those of the whole text there, asked in any order."""
+  evaluator = Evaluator(base, adapters, tokenizer)
+  one = Variant(make_router("one-hot", expert="e1"))
+  whole = [example._replace(prompt_length=1) for example in examples]
+  if whole_first:
+    texts = scored(evaluator, one, whole)
+    answers = scored(evaluator, one, examples)
+  else:
+    answers = scored(evaluator, one, examples)
+    texts = scored(evaluator, one, whole)
+  for i, example in enumerate(examples):
+    assert len(texts[i]) == len(example.tokens) - 1
+    end = texts[i][example.prompt_length - 1 :]
+    np.testing.assert_allclose(answers[i], end, atol=1e-5)
+
+
 def test_the_router_is_asked_once_about_a_text(
   base, adapters, tokenizer, examples, letters
 ):

@@ -78,31 +78,42 @@ class Scored(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "remix"))
-def _losses(
+def _states(
   base, loras, router, gates, tokens, lengths, *, rule: Rule | None, remix: bool
 ):
-  """Loss of predicting token t + 1 at t, float32[B, T], and who led there.
+  """Last hidden states [B, T, D], and the gates [B, T, E] under which they are.
 
-  `gates` are [B, T, E]; those that come back are the layers' where these decide.
+  The gates are as given, or the layers' own where these decide.
   """
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   mask = causal_mask((positions < lengths[:, None]).astype(jnp.int32))
   if rule is None:
     hidden, _ = base(tokens, positions, mask)
-  else:
-    if router is not None and router.looks_first:
-      router = router.look(base(tokens, positions, mask)[0])
-    mixture = Mixture(rule, gates, router)
-    hidden, _ = base(
-      tokens, positions, mask,
-      loras=route_layers(loras, router),
-      adapt=mixture,
-      remix=mixture if remix else None,
-    )  # fmt: skip
-    if mixture.seen:
-      gates = jnp.mean(jnp.stack(mixture.seen), axis=0)
-  losses = token_losses(base, hidden, jnp.roll(tokens, -1, axis=1))
-  return losses, gates
+    return hidden, gates
+  if router is not None and router.looks_first:
+    router = router.look(base(tokens, positions, mask)[0])
+  mixture = Mixture(rule, gates, router)
+  hidden, _ = base(
+    tokens, positions, mask,
+    loras=route_layers(loras, router),
+    adapt=mixture,
+    remix=mixture if remix else None,
+  )  # fmt: skip
+  if mixture.seen:
+    gates = jnp.mean(jnp.stack(mixture.seen), axis=0)
+  return hidden, gates
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _losses(base, hidden, tokens, starts, *, count):
+  """Loss of predicting token t + 1 at t, t = start, ..., float32[B, count].
+
+  The output map is a fifth of a small model's work, and prompts need none of it.
+  """
+  places = jnp.minimum(starts[:, None] + jnp.arange(count), tokens.shape[1] - 1)
+  hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
+  targets = jnp.take_along_axis(jnp.roll(tokens, -1, axis=1), places, axis=1)
+  return token_losses(base, hidden, targets)
 
 
 @jax.jit
@@ -139,8 +150,9 @@ class Evaluator:
     self._base = base
     self._adapters = adapters
     self._tokenizer = tokenizer
-    # The losses of a text by one expert alone, by tokens and expert.
-    self._told: dict[tuple[bytes, int], np.ndarray] = {}
+    # By tokens and expert alone: a place of the text, and the losses of
+    # predicting from there on.
+    self._told: dict[tuple[bytes, int], tuple[int, np.ndarray]] = {}
     # By the router's id, with the router, so that the id is not given again:
     # the router bound to the adapters, and its gates by text.
     self._routed: dict[int, tuple[Router, Router, dict[bytes, np.ndarray]]] = {}
@@ -283,20 +295,26 @@ class Evaluator:
       (example.tokens.tobytes(), expert)
       for example, expert in zip(batch, experts, strict=True)
     ]
-    new = [i for i, key in enumerate(keys) if key not in self._told]
+    starts = [example.prompt_length - 1 for example in batch]
+    new = [
+      i
+      for i, (key, start) in enumerate(zip(keys, starts, strict=True))
+      if key not in self._told or self._told[key][0] > start
+    ]
     if new:
       one_hot = np.eye(len(self._adapters.names), dtype=np.float32)
-      texts = [batch[i]._replace(prompt_length=1) for i in new]
+      texts = [batch[i] for i in new]
       gates = [
-        np.tile(one_hot[experts[i]], (len(text.tokens) - 1, 1))
+        np.tile(one_hot[experts[i]], (len(text.tokens) - starts[i] - 1, 1))
         for i, text in zip(new, texts, strict=True)
       ]
       found = self._read(texts, Variant(None), None, gates)
       for i, (losses, _) in zip(new, found, strict=True):
-        self._told[keys[i]] = losses
+        self._told[keys[i]] = starts[i], losses
+    told = [self._told[key] for key in keys]
     return [
-      self._told[key][example.prompt_length - 1 :]
-      for key, example in zip(keys, batch, strict=True)
+      losses[start - first :]
+      for (first, losses), start in zip(told, starts, strict=True)
     ]
 
   def _by_each(self, batch) -> list[np.ndarray]:
@@ -339,18 +357,26 @@ class Evaluator:
         first = example.prompt_length - 1
         row[:first] = answer[0]
         row[first : first + len(answer)] = answer
-    losses, table = jax.device_get(
-      _losses(
-        self._base, loras,
-        router if router is not None and router.prototypes else None,
-        table, tokens, lengths,
-        rule=rule, remix=variant.cache == "remix" and rule is not None,
-      )
+    hidden, seen = _states(
+      self._base, loras,
+      router if router is not None and router.prototypes else None,
+      table, tokens, lengths,
+      rule=rule, remix=variant.cache == "remix" and rule is not None,
     )  # fmt: skip
-    spans = [slice(e.prompt_length - 1, len(e.tokens) - 1) for e in batch]
+    starts = np.zeros(BATCH, np.int32)
+    starts[: len(batch)] = [e.prompt_length - 1 for e in batch]
+    counts = [len(e.tokens) - e.prompt_length for e in batch]
+    # A power of two, so that few shapes compile.
+    count = min(1 << (max(counts) - 1).bit_length(), size)
+    losses = np.asarray(
+      _losses(self._base, hidden, tokens, starts, count=count)
+    )
+    if gates is None:
+      return [(row[:n], None) for row, n in zip(losses, counts, strict=False)]
+    table = np.asarray(seen)
     return [
-      (losses[i, span], None if gates is None else table[i, span])
-      for i, span in enumerate(spans)
+      (losses[i, :n], table[i, starts[i] : starts[i] + n])
+      for i, n in enumerate(counts)
     ]
 
   def _decode(self, batch, variant, router):
