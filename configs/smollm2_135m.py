@@ -6,7 +6,7 @@ on the answers.
 Data: `make reproduce DATA=FOLDER` takes gsm8k/, arc_challenge/, codealpaca/ and
 squad/ there in their original formats (see the README); without, the built-in
 tasks. Or --data.source hub.
-Hardware: 2 CPU cores, 8 GB. Time: about an hour, half of it for the table.
+Hardware: 2 CPU cores, 8 GB. Time: an hour, half of it for the table.
 Expect: the README's table.
   make reproduce DATA=FOLDER
   python train.py --config configs/smollm2_135m.py --data.source hub
