@@ -148,11 +148,12 @@ def _marks(
 ) -> None:
   """Draws what does not depend on the refresh as level lines."""
   styles = {"own": "--", "uniform": "-."}
+  dash_dot_dot = (0, (6, 2, 1, 2, 1, 2))
   # One rule's are enough, and most rules leave an adapter alone as it is.
   rules = {arm.rule: None for arm in known if arm.variant in styles}
   rule = "exact" if "exact" in rules else next(iter(rules), "")
   for arm, value in known.items():
-    style = (0, (5, 1)) if arm == single else styles.get(arm.variant)
+    style = dash_dot_dot if arm == single else styles.get(arm.variant)
     if style is None or (arm != single and arm.rule != rule):
       continue
     name = f"best single ({arm.variant[8:]})" if arm == single else arm.variant
@@ -170,6 +171,7 @@ def _marks(
       axes.text(
         0.98, 0.97, f"base: {base.value:.3f}, off the scale",
         transform=axes.transAxes, ha="right", va="top", fontsize="small",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
       )  # fmt: skip
 
 
