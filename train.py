@@ -26,7 +26,7 @@ from rich.pretty import pprint
 from tokenlora_jax import cli
 from tokenlora_jax.batches import batches, held_out_batches
 from tokenlora_jax.config import Config, InputError
-from tokenlora_jax.data import Row, load_rows, sample_texts
+from tokenlora_jax.data import Row, load_rows, sample_rows
 from tokenlora_jax.fitting import Work, get_fit
 from tokenlora_jax.interop.bank import Bank, Expert, load_bank, save_bank
 from tokenlora_jax.interop.bank_arrays import Fitted
@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
       return  # SIGTERM.
 
     # ---- The bank. ----
-    texts = centroid_texts(config, rows)
+    texts = [[row.text for row in some] for some in centroid_rows(config, rows)]
     tables = {}
     for name, encoder in encoders.items():
       with console.status(f"{name} centroids of {sum(map(len, texts))} texts"):
@@ -185,7 +185,7 @@ def fit_router(config: Config, name: str, bank: str, console: Console) -> None:
       adapters,
       mesh,
       batches(rows, tokenizer, data, mesh),
-      centroid_texts(config, rows),
+      centroid_rows(config, rows),
       encoder,
       console,
     )
@@ -200,12 +200,12 @@ def fit_router(config: Config, name: str, bank: str, console: Console) -> None:
     )
 
 
-def centroid_texts(
+def centroid_rows(
   config: Config, rows: Mapping[str, Sequence[Row]]
-) -> list[list[str]]:
-  """Returns the training texts of each task that its vectors are made of."""
+) -> list[list[Row]]:
+  """Returns the training rows of each task that its vectors are made of."""
   count = config.router.centroid_rows
-  return [sample_texts(rows[task], count) for task in config.data.tasks]
+  return [sample_rows(rows[task], count) for task in config.data.tasks]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ mean, and how many of the prompts it leads.
 """
 
 from collections.abc import Sequence
-import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ import numpy as np
 from benchmarks import add_texts, make_parser
 from tokenlora_jax import cli, make_router
 from tokenlora_jax.config import DataConfig
-from tokenlora_jax.data import load_rows, sample_texts
+from tokenlora_jax.data import load_rows, sample_rows
 from tokenlora_jax.interop.minilm import load_minilm
 from tokenlora_jax.mixing.routers import fit_centroids
 
@@ -47,9 +46,10 @@ def main(argv: Sequence[str]) -> None:
     rows = load_rows(data, task, "train")
     # Neighbours in a file are of one article: a few between are left out.
     cut, gap = 2 * len(rows) // 3, len(rows) // 30
-    texts.append(encoder.embed(sample_texts(rows[:cut], args.texts)))
-    end = [dataclasses.replace(row, answer="") for row in rows[cut + gap :]]
-    prompts.append(encoder.embed(sample_texts(end, args.prompts)))
+    known = sample_rows(rows[:cut], args.texts)
+    texts.append(encoder.embed([row.text for row in known]))
+    asked = sample_rows(rows[cut + gap :], args.prompts)
+    prompts.append(encoder.embed([row.prompt for row in asked]))
   print(f"| clusters | temperature | mean log | {' | '.join(data.tasks)} |")
   print("|---" * (3 + len(data.tasks)) + "|")
   found = []

@@ -38,6 +38,11 @@ def ariadne_gates(x, centroids):
   return np.eye(len(s))[s.index(max(s))]
 
 
+def classifier_gates(x, weights, bias):
+  x = x / math.sqrt(x @ x)
+  return softmax([w @ x + b for w, b in zip(weights, bias, strict=True)])
+
+
 def lorauter_gates(x, tasks):
   s = np.array([max(cosine(x, t), 1e-6) for t in tasks])
   return shaped(s / sum(s), top_k=3)
@@ -70,6 +75,10 @@ def make(name, width, encoder, experts, adapters=None):
     numpy_gates = lambda x: hilora_gates(x, one, spread)  # noqa: E731
   elif name == "lorauter":
     tables, numpy_gates = {"tasks": one}, lambda x: lorauter_gates(x, one)
+  elif name == "classifier":
+    weights, bias = 20 * one, rng.normal(size=experts).astype(np.float32)
+    tables = {"weights": weights, "bias": bias}
+    numpy_gates = lambda x: classifier_gates(x, weights, bias)  # noqa: E731
   else:
     tables = {"centroids": several}
     formula = {
@@ -80,5 +89,5 @@ def make(name, width, encoder, experts, adapters=None):
 
 
 # Those that compare vectors.
-NAMES = ("centroid", "cbtm", "ariadne", "lorauter", "hilora")
+NAMES = ("centroid", "cbtm", "classifier", "ariadne", "lorauter", "hilora")
 NO_ADAPTERS = Adapters(("a", "b", "c", "d", "e"), ())

@@ -26,7 +26,7 @@ ARROWS = {
   "processes": "config",
   "checkpoint": "config sharding",
   "training": "model sharding mixing config",
-  "fitting": "training model sharding mixing config",
+  "fitting": "training model sharding mixing data config",
   "loop": "training checkpoint metrics model config",
   "scoring": "tasks config",
   "evaluation": "decoding mixing model data tasks text config",

@@ -314,7 +314,7 @@ def test_routers_of_a_bank(bank):
   assert hidden.needs == "hidden"
   assert float(hidden.sharpen) == 3
   table = bank.centroids["hidden"]
-  np.testing.assert_array_equal(hidden.centroids, table)
+  np.testing.assert_array_equal(hidden.table, table)
   assert hidden.gates(1, (), table[1:2]).argmax() == 1
 
   @register_router("second-of-three")

@@ -94,7 +94,7 @@ def make_work(adapters, rows, steps=20, mesh=None, console=None, **settings):
     adapters,
     mesh,
     batches(rows, Tokenizer(), config.data, mesh),
-    [[row.prompt for row in rows[task]] for task in adapters.names],
+    [rows[task] for task in adapters.names],
     lambda: None,
     console or Console(file=io.StringIO()),
   )
@@ -230,7 +230,13 @@ def test_embeddings_are_fitted_by_a_function_of_vectors(adapters, rows):
   )
   settings, arrays = fit(work)
   assert settings == {"encoder": "hidden"}
-  assert arrays["means"][:, 0].tolist() == [PROMPT, PROMPT]
+  whole = PROMPT + ANSWER
+  assert arrays["means"][:, 0].tolist() == [whole, whole]
+  fit = fit_embeddings(
+    lambda vectors, _: {"lengths": np.stack([v[:2, 0] for v in vectors])},
+    lambda row: [row.prompt, row.text],
+  )
+  assert fit(work)[1]["lengths"].tolist() == [[PROMPT, whole]] * 2
 
 
 def test_a_name_without_a_fit_is_told_in_one_line():

@@ -108,7 +108,7 @@ def test_two_routers_of_one_shape_share_a_trace():
     observation = router.observe(["aba", "zo"])
     seen.append(gates(router, observation))
     expected = numpy_gates(
-      router.encoder.embed(["aba", "zo"]), router.centroids, 4.0 + seed
+      router.encoder.embed(["aba", "zo"]), router.table, 4.0 + seed
     )
     np.testing.assert_allclose(seen[-1], expected, atol=1e-5)
   assert np.abs(seen[0] - seen[1]).max() > 1e-3

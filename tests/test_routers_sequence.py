@@ -11,6 +11,7 @@ from tokenlora_jax.config import InputError
 from tokenlora_jax.mixing.routers import (
   fit_ariadne,
   fit_centroids,
+  fit_classifier,
   fit_hilora,
   fit_lorauter,
   kmeans,
@@ -138,10 +139,36 @@ def test_fits_match_numpy():
     ("ariadne", fit_ariadne(embeddings)),
     ("lorauter", fit_lorauter(embeddings)),
     ("hilora", {**fit_hilora(embeddings), "adapters": three}),
+    ("classifier", fit_classifier(embeddings)),
   ):
     router = make_router(name, encoder="hidden", **arrays)
     gates = router.gates(3, (), jnp.array(averages))
     assert np.argmax(gates, axis=1).tolist() == [0, 1, 2]
+
+
+def test_a_classifier_is_where_the_penalised_loss_is_least():
+  """Its gradient is 0, and the loss is convex: there is no other such place."""
+  rng = np.random.default_rng(0)
+  embeddings = [rng.normal(i / 3, 1, (n, 5)) for i, n in enumerate((9, 30, 4))]
+  embeddings[0][:, 2] *= 1e-2  # Features of other sizes weigh alike.
+  for e in embeddings:
+    e[:, 4] = 0.5  # And one tells nothing.
+  fit = fit_classifier(embeddings)
+  x = np.concatenate(embeddings)
+  mean, spread = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)
+  weights = fit["weights"] * spread
+  bias = fit["bias"] + fit["weights"] @ mean
+  slope, shift = weights.copy(), np.zeros(3)
+  for owner, own in enumerate(embeddings):
+    for vector in own:
+      z = (vector - mean) / spread
+      miss = softmax(weights @ z + bias) - np.eye(3)[owner]
+      slope += np.outer(miss, z)
+      shift += miss
+  np.testing.assert_allclose(slope, 0, atol=1e-4)
+  np.testing.assert_allclose(shift, 0, atol=1e-4)
+  np.testing.assert_allclose(fit["weights"][:, 4], 0, atol=1e-6)
+  assert abs(weights).max() > 0.1
 
 
 # -----------------------------------------------------------------------------
@@ -183,6 +210,11 @@ HIDDEN = {"encoder": "hidden"}
     ),
     ("lorauter", {"tasks": np.ones((2, 2, 8)), **HIDDEN}, r"router\.tasks: "),
     ("lorauter", HIDDEN, "router lorauter: needs tasks"),
+    (
+      "classifier",
+      {"weights": np.ones((3, 8)), "bias": np.ones(2), **HIDDEN},
+      r"router\.bias: .*\[2\] .* here \[3\]",
+    ),
     ("lorauter", {"task": 1}, r"'task' is not .*did you mean 'tasks'\?"),
     ("logo", {"adapters": NO_ADAPTERS}, "router logo: the adapters adapt noth"),
     ("logo", {"adapters": 0, "measure": "nrom"}, r"did you mean 'norm'\?"),
@@ -215,7 +247,9 @@ def test_errors_are_one_line(name, settings, told):
 
 
 def test_errors_of_fits_are_one_line():
-  for fit in (fit_centroids, fit_ariadne, fit_lorauter, fit_hilora):
+  for fit in (
+    fit_centroids, fit_ariadne, fit_lorauter, fit_hilora, fit_classifier
+  ):  # fmt: skip
     with pytest.raises(InputError, match="expert 1 has no texts"):
       fit([np.ones((2, 3)), np.ones((0, 3))])
   with pytest.raises(InputError, match=r"router\.clusters: 0 is not allowed"):

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tokenlora_jax import cli
 from tokenlora_jax.config import Config, InputError
-from tokenlora_jax.data import load_rows, sample_texts
+from tokenlora_jax.data import load_rows, sample_rows
 from tokenlora_jax.interop.bank import Bank, check_base, figures, load_bank
 from tokenlora_jax.interop.bank_edit import add_expert, drop_expert
 from tokenlora_jax.interop.bank_record import read_record
@@ -162,7 +162,7 @@ def _texts(args: Add) -> list[str]:
   if args.task not in TASKS:
     return []
   rows = load_rows(args.data, args.task, "train")
-  return sample_texts(rows, args.router.centroid_rows)
+  return [row.text for row in sample_rows(rows, args.router.centroid_rows)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Row:
 
   Attributes:
     prompt: what the model is given.
-    answer: what it is to say; `prompt + answer` is the training text.
+    answer: what it is to say.
     origin: where the row came from: "FILE:LINE" or "SOURCE:SPLIT:INDEX".
     fields: the row itself, in its task's schema, for scorers; None of rows to
       train on, which nobody scores.
@@ -54,6 +54,11 @@ class Row:
   answer: str
   origin: str
   fields: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+  @property
+  def text(self) -> str:
+    """The training text."""
+    return self.prompt + self.answer
 
 
 class Example(NamedTuple):
@@ -285,10 +290,10 @@ def held_out(
   return {i: tokenize(rows[i], tokenizer, config) for i in found}
 
 
-def sample_texts(rows: Sequence[Row], count: int) -> list[str]:
-  """Returns the texts of at most `count` rows that lie evenly over all of them.
+def sample_rows(rows: Sequence[Row], count: int) -> list[Row]:
+  """Returns at most `count` rows that lie evenly over all of them.
 
-  Text n is that of row floor(n len(rows) / count). Files of rows are sorted: the
+  Number n is row floor(n len(rows) / count). Files of rows are sorted: the
   first of SQuAD's are of one article, and what is made of them alone knows no
   other.
 
@@ -298,12 +303,13 @@ def sample_texts(rows: Sequence[Row], count: int) -> list[str]:
 
   Example:
     >>> rows = [Row(letter, "", "") for letter in "abcde"]
-    >>> sample_texts(rows, 3), sample_texts(rows[:2], 3)
-    (['a', 'b', 'd'], ['a', 'b'])
+    >>> [row.text for row in sample_rows(rows, 3)]
+    ['a', 'b', 'd']
+    >>> sample_rows(rows[:2], 3) == rows[:2]
+    True
   """
   count = min(count, len(rows))
-  chosen = (rows[n * len(rows) // count] for n in range(count))
-  return [row.prompt + row.answer for row in chosen]
+  return [rows[n * len(rows) // count] for n in range(count)]
 
 
 def fitting(

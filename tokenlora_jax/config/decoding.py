@@ -17,15 +17,15 @@ class RouterConfig:
 
   Attributes:
     name: for whole sequences: base, one-hot, uniform, sum, fixed, centroid (the
-      paper's), cbtm, posterior, ariadne, lorauter, logo, hilora; for each
-      position inside the layers: arrow, spectr, phatgoose, lora-flow, x-lora,
-      switch.
+      paper's), cbtm, classifier, posterior, ariadne, lorauter, logo, hilora; for
+      each position inside the layers: arrow, spectr, phatgoose, lora-flow,
+      x-lora, switch.
     top_k: keep the k largest gates, scaled to the same sum; 0 is all.
     temperature: gates^(1 / temperature), scaled to the same sum: below 1 is
       sharper, above 1 flatter.
     threshold: where no gate reaches this, all are 0: the base alone.
     smoothing: share of the last gates that stays at a refresh.
-    encoder: of centroid, cbtm, ariadne, lorauter and hilora: `minilm`
+    encoder: of centroid, cbtm, classifier, ariadne, lorauter and hilora: `minilm`
       (all-MiniLM-L6-v2, the paper's) or `hidden` (the base's own mean-pooled
       last hidden state, inside the graph).
     minilm: where all-MiniLM-L6-v2 is: a folder, a hub id or `package:NAME`.
@@ -47,7 +47,8 @@ class RouterConfig:
       inverse of its `entropy`.
     rank_share: of hilora: the share of an adapter's rank-one parts that stays
       at a token.
-    centroid_rows: training texts a task averaged into a centroid.
+    centroid_rows: training rows a task whose texts are averaged into a
+      centroid, or fitted to.
   """
 
   name: str = "centroid"

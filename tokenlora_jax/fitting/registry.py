@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from tokenlora_jax.config import Config, check_choice
+from tokenlora_jax.data import Row
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
 
@@ -33,7 +34,7 @@ class Work:
     adapters: the experts.
     mesh: the devices.
     batches: endless, as `batches.batches` gives them.
-    texts: training texts of each expert, answers included.
+    rows: training rows of each expert, for vectors of their texts.
     encoder: makes what embeds texts, of the kind `config.router.encoder`.
     console: where progress is shown.
   """
@@ -43,7 +44,7 @@ class Work:
   adapters: Adapters
   mesh: Mesh
   batches: Iterable[Mapping[str, Any]]
-  texts: Sequence[Sequence[str]]
+  rows: Sequence[Sequence[Row]]
   encoder: Callable[[], Embeds]
   console: Console
 

@@ -8,6 +8,10 @@ from tokenlora_jax.mixing.routers.centroid import (
   centroids,
   sharpened_softmax,
 )
+from tokenlora_jax.mixing.routers.classifier import (
+  ClassifierRouter,
+  fit_classifier,
+)
 from tokenlora_jax.mixing.routers.clusters import fit_centroids, kmeans
 from tokenlora_jax.mixing.routers.constant import ConstantRouter
 from tokenlora_jax.mixing.routers.hilora import HiloraRouter, fit_hilora
@@ -47,6 +51,7 @@ __all__ = [
   "ArrowRouter",
   "CbtmRouter",
   "CentroidRouter",
+  "ClassifierRouter",
   "ConstantRouter",
   "HiloraRouter",
   "LogoRouter",
@@ -65,6 +70,7 @@ __all__ = [
   "classify",
   "fit_ariadne",
   "fit_centroids",
+  "fit_classifier",
   "fit_hilora",
   "fit_lorauter",
   "flat_table",

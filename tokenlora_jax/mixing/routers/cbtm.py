@@ -38,7 +38,7 @@ class CbtmRouter(EmbeddingRouter):
     del batch
     with jax.named_scope("cbtm_router"):
       x = self.vector(observation, seen)
-      table = self.centroids.reshape(self.experts, -1, x.shape[-1])
+      table = self.table.reshape(self.experts, -1, x.shape[-1])
       squares = jnp.sum((x[:, None, None] - table) ** 2, axis=-1)
       return jax.nn.softmax(-squares.min(axis=-1), axis=-1)
 

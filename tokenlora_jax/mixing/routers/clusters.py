@@ -12,6 +12,7 @@ import numpy as np
 from scipy.cluster.vq import kmeans2
 
 from tokenlora_jax.config import InputError, check
+from tokenlora_jax.mixing.routers.embedding import check_embeddings
 
 
 def kmeans(embeddings: np.ndarray, clusters: int, seed: int = 0) -> np.ndarray:
@@ -80,7 +81,5 @@ def fit_centroids(
     >>> fit_centroids([np.eye(4), np.ones((1, 4))], clusters=2).shape
     (2, 2, 4)
   """
-  for index, embeddings in enumerate(embeddings_by_expert):
-    if len(embeddings) == 0:
-      raise InputError(f"centroids: expert {index} has no texts to average")
-  return np.stack([kmeans(e, clusters, seed) for e in embeddings_by_expert])
+  vectors = check_embeddings("centroids", embeddings_by_expert)
+  return np.stack([kmeans(e, clusters, seed) for e in vectors])

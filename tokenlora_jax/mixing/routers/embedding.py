@@ -6,6 +6,7 @@ embedding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Literal
 
@@ -32,11 +33,11 @@ class EmbeddingRouter(Router):
   """A router that looks at x, the running text's vector.
 
   Attributes:
-    centroids: float32[E, D_enc] or [E, C, D_enc], what x is compared with.
+    table: float32[E, D_enc] or [E, C, D_enc], what x is compared with.
     encoder: gives x from the text; None: x is the base's mean hidden state.
   """
 
-  centroids: jax.Array
+  table: jax.Array
   encoder: TextEncoder | None
 
   @property
@@ -45,7 +46,7 @@ class EmbeddingRouter(Router):
 
   @property
   def experts(self) -> int:
-    return self.centroids.shape[0]
+    return self.table.shape[0]
 
   def observe(self, texts):
     return () if self.encoder is None else self.encoder.prepare(texts)
@@ -58,7 +59,7 @@ class EmbeddingRouter(Router):
       seen: the base's mean hidden states, where there is no encoder.
     """
     x = seen if self.encoder is None else self.encoder.module(*observation)
-    width = self.centroids.shape[-1]
+    width = self.table.shape[-1]
     if x.shape[-1] != width:
       raise InputError(
         f"router: made for vectors of width {width}, but those of this base"
@@ -69,7 +70,7 @@ class EmbeddingRouter(Router):
   def cosines(self, observation, seen) -> jax.Array:
     """Returns the largest cosine over an expert's centroids: float32[B, E]."""
     x = self.vector(observation, seen)
-    table = self.centroids.reshape(self.experts, -1, x.shape[-1])
+    table = self.table.reshape(self.experts, -1, x.shape[-1])
     cosines = jnp.einsum("bd,ecd->bec", x, unit(table), precision="highest")
     return cosines.max(axis=-1)
 
@@ -128,3 +129,28 @@ def check_encoder(
       f"{encoder.width}"
     )
   return encoder
+
+
+def check_embeddings(
+  what: str, embeddings_by_expert: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+  """Returns the vectors of each expert's texts, as a fit wants them.
+
+  Args:
+    what: is fitted.
+    embeddings_by_expert: E arrays [N_e, D_enc].
+
+  Returns:
+    E arrays float64[N_e, D_enc].
+
+  Raises:
+    InputError: an expert has no texts.
+
+  Example:
+    >>> check_embeddings("centroids", [np.eye(2, dtype=np.float32)])[0].dtype
+    dtype('float64')
+  """
+  for index, embeddings in enumerate(embeddings_by_expert):
+    if len(embeddings) == 0:
+      raise InputError(f"{what}: expert {index} has no texts")
+  return [np.asarray(e, np.float64) for e in embeddings_by_expert]

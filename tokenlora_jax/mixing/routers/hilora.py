@@ -20,6 +20,7 @@ from tokenlora_jax.config import InputError, check
 from tokenlora_jax.mixing.routers.embedding import (
   EmbeddingRouter,
   Encoder,
+  check_embeddings,
   check_encoder,
   check_table,
 )
@@ -41,7 +42,7 @@ class HiloraRouter(EmbeddingRouter):
   others get gates of 0.
 
   Attributes:
-    centroids: float32[E, D_enc], the means.
+    table: float32[E, D_enc], the means.
     variances: float32[E, D_enc].
     rank_share: how many of R parts stay, rounded up.
     maps: the adapted maps of each layer.
@@ -61,7 +62,7 @@ class HiloraRouter(EmbeddingRouter):
   def gates(self, batch, observation, seen):
     del batch
     with jax.named_scope("hilora_router"):
-      away = self.vector(observation, seen)[:, None] - self.centroids
+      away = self.vector(observation, seen)[:, None] - self.table
       spread = self.variances
       logs = -0.5 * (away**2 / spread + jnp.log(2 * math.pi * spread))
       return jax.nn.softmax(logs.mean(axis=-1), axis=-1)
@@ -154,10 +155,7 @@ def fit_hilora(
     >>> fit["means"].tolist(), fit["variances"].tolist()
     ([[1.0], [3.0]], [[0.75], [0.25]])
   """
-  for index, embeddings in enumerate(embeddings_by_expert):
-    if len(embeddings) == 0:
-      raise InputError(f"hilora: expert {index} has no texts")
-  vectors = [np.asarray(e, np.float64) for e in embeddings_by_expert]
+  vectors = check_embeddings("hilora", embeddings_by_expert)
   own = np.stack([e.var(axis=0) for e in vectors])
   variances = (1 - shrinkage) * own + shrinkage * own.mean()
   return {

@@ -1,0 +1,146 @@
+"""A linear classifier: which expert's task does the running text belong to?
+
+Multinomial logistic regression (Cox, "Some procedures connected with the logistic
+qualitative response curve", 1966) on the vectors of an encoder.
+
+Axis letters: B batch, E experts, D_enc width of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+import scipy.special
+
+from tokenlora_jax.config import InputError
+from tokenlora_jax.mixing.routers.embedding import (
+  EmbeddingRouter,
+  Encoder,
+  check_embeddings,
+  check_encoder,
+  check_table,
+)
+from tokenlora_jax.mixing.routers.registry import register_router
+
+# The least spread of a feature, where all vectors have the same.
+_LEAST = 1e-6
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ClassifierRouter(EmbeddingRouter):
+  """gates = softmax(W x + b); x is the running text's vector, `table` is W.
+
+  Attributes:
+    bias: float32[E], b.
+  """
+
+  bias: jax.Array
+
+  def gates(self, batch, observation, seen):
+    del batch
+    with jax.named_scope("classifier_router"):
+      x = self.vector(observation, seen)
+      logits = jnp.einsum("bd,ed->be", x, self.table, precision="highest")
+      return jax.nn.softmax(logits + self.bias, axis=-1)
+
+
+@register_router("classifier")
+def classifier(
+  weights: np.ndarray | jax.Array,
+  bias: np.ndarray | jax.Array,
+  encoder: Encoder,
+) -> ClassifierRouter:
+  """A linear classifier of the running text: gates = softmax(W x + b).
+
+  Its gates are probabilities that the text is of an expert's task: near one-hot
+  where that is plain, a mixture where it is not.
+
+  Args:
+    weights: float32[E, D_enc], see `fit_classifier`.
+    bias: float32[E].
+    encoder: what turns the running text into a vector, or `hidden` for the
+      base's own mean last hidden state.
+
+  Raises:
+    InputError: a setting is not allowed, or widths differ.
+
+  Example:
+    >>> router = classifier(2 * np.eye(2), [0.0, 0.0], encoder="hidden")
+    >>> print(np.asarray(router.gates(1, (), jnp.array([[5.0, 0.0]]))).round(3))
+    [[0.881 0.119]]
+  """
+  table, added = check_table("weights", weights), np.asarray(bias, np.float32)
+  if added.shape != table.shape[:1] or not np.isfinite(added).all():
+    raise InputError(
+      f"router.bias: an array of shape {list(added.shape)} is not allowed; want"
+      f" finite numbers [experts], here [{len(table)}]"
+    )
+  return ClassifierRouter(
+    jnp.asarray(table),
+    check_encoder(encoder, "weights", table),
+    jnp.asarray(added),
+  )
+
+
+def fit_classifier(
+  embeddings_by_expert: Sequence[np.ndarray],
+) -> dict[str, np.ndarray]:
+  """Returns what `classifier` is made of, by multinomial logistic regression.
+
+  W, b = argmin  sum_i -log softmax(W z_i + b)_e(i) + |W|^2 / 2
+
+  z_i is vector i with each feature shifted and scaled to mean 0 and variance 1;
+  e(i) is its expert. That is the most probable classifier where weights are
+  drawn from a standard normal distribution. What is returned takes the vectors
+  as they are.
+
+  Args:
+    embeddings_by_expert: E arrays float32[N_e, D_enc], of texts of each
+      expert's task.
+
+  Returns:
+    {"weights": float32[E, D_enc], "bias": float32[E]}.
+
+  Raises:
+    InputError: an expert has no texts.
+
+  Example:
+    >>> print(fit_classifier([np.eye(2)[:1], np.eye(2)[1:]])["weights"].round(2))
+    [[ 0.74 -0.74]
+     [-0.74  0.74]]
+  """
+  vectors = check_embeddings("classifier", embeddings_by_expert)
+  sizes = [len(own) for own in vectors]
+  owners = np.eye(len(sizes)).repeat(sizes, axis=0)
+  x = np.concatenate(vectors)
+  mean, spread = x.mean(axis=0), np.maximum(x.std(axis=0), _LEAST)
+  # The last weight is that of a feature which is always 1: the bias.
+  z = np.column_stack([(x - mean) / spread, np.ones(len(x))])
+  shape = len(sizes), z.shape[1]
+  penalty = np.ones(z.shape[1])
+  penalty[-1] = 0
+
+  def objective(flat):
+    weights = flat.reshape(shape)
+    logits = z @ weights.T
+    log_gates = logits - scipy.special.logsumexp(logits, axis=1, keepdims=True)
+    loss = -(owners * log_gates).sum() + 0.5 * (penalty * weights**2).sum()
+    gradient = (np.exp(log_gates) - owners).T @ z + penalty * weights
+    return loss, gradient.ravel()
+
+  found = scipy.optimize.minimize(
+    objective, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B",
+    options={"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-6},
+  )  # fmt: skip
+  *_, bias = (fitted := found.x.reshape(shape)).T
+  weights = fitted[:, :-1] / spread
+  return {
+    "weights": weights.astype(np.float32),
+    "bias": (bias - weights @ mean).astype(np.float32),
+  }
