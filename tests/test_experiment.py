@@ -260,6 +260,15 @@ def test_a_run_that_was_stopped_goes_on(
     assert run(tests, routers, evaluator, log) == ""
 
 
+def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path):
+  told = "^stopped; the same command goes on where it stopped$"
+  with (
+    pytest.raises(KeyboardInterrupt, match=told),
+    open_rows(tmp_path, ABOUT),
+  ):
+    raise KeyboardInterrupt
+
+
 def refused(folder, about, told):
   with pytest.raises(InputError, match=told), open_rows(folder, about):
     pass

@@ -54,6 +54,7 @@ def config(**settings):
     ("centroid", "text", 0, "reuse"),
     ("hilora", "text", 2, "recompute"),
     ("cbtm", "hidden", 2, "reuse"),
+    ("classifier", "hidden", 1, "reuse"),
     ("lorauter", "hidden", 2, "recompute"),
     ("hilora", "hidden", 2, "reuse"),
   ],

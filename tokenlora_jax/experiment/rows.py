@@ -20,7 +20,7 @@ from tokenlora_jax.workdir import locked, write_atomically, writing
 
 FORMAT = 1
 
-# What follows, in an error, when a disk is well again.
+# What follows, in an error, when a disk is well again, or after Ctrl-C.
 AGAIN = "the same command goes on where it stopped"
 
 # What a row must have; `scores` and `gates` may be empty. Where answers were
@@ -98,6 +98,7 @@ def open_rows(folder: Path, about: Mapping[str, Any]) -> Iterator[RowLog]:
   Raises:
     InputError: another process works in it, or it holds an experiment with
       other settings, another bank or other rows, or something else.
+    KeyboardInterrupt: with Ctrl-C; says that the same command goes on.
   """
   file = folder / "experiment.json"
   with writing(folder, AGAIN):
@@ -116,7 +117,10 @@ def open_rows(folder: Path, about: Mapping[str, Any]) -> Iterator[RowLog]:
       write_atomically(file, json.dumps(about, indent=2) + "\n")
     rows = read_rows(folder / "rows.jsonl", drop_torn=True)
     with (folder / "rows.jsonl").open("a") as lines:
-      yield RowLog(rows, lines)
+      try:
+        yield RowLog(rows, lines)
+      except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; {AGAIN}") from None
 
 
 def _same(file: Path, about: dict[str, Any]) -> dict[str, Any]:
