@@ -1,6 +1,14 @@
 """Speed and accuracy, measured; never a test."""
 
 import argparse
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from rich import progress
+
+from tokenlora_jax import cli
+
+T = TypeVar("T")
 
 
 def make_parser(name: str, about: str) -> argparse.ArgumentParser:
@@ -40,3 +48,19 @@ def add_bank(parser: argparse.ArgumentParser) -> None:
   """
   parser.add_argument("--bank", required=True)
   add_texts(parser)
+
+
+def track(parts: Sequence[T], about: str) -> Iterable[T]:
+  """Yields parts of long work behind a progress bar on stderr.
+
+  What a benchmark finds goes to stdout, alone.
+
+  Args:
+    parts: of the work.
+    about: says what they are.
+
+  Example:
+    >>> list(track([1, 2], "turns"))
+    [1, 2]
+  """
+  return progress.track(parts, about, console=cli.console(stderr=True))

@@ -24,9 +24,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import track
 
-from benchmarks import add_bank, make_parser
+from benchmarks import add_bank, make_parser, track
 from tokenlora_jax import cli, load_bank, load_base, load_tokenizer
 from tokenlora_jax.config import DataConfig, RouterConfig
 from tokenlora_jax.data import held_out, load_rows

@@ -15,9 +15,8 @@ import os
 
 import jax
 import numpy as np
-from rich.progress import track
 
-from benchmarks import make_parser
+from benchmarks import make_parser, track
 from tokenlora_jax import (
   DecodeConfig,
   cli,
@@ -69,7 +68,7 @@ def steps(args, base) -> dict[str, dict[str, float]]:
 
   chosen = cases(base)
   times = {name: [] for name in chosen}
-  for turn in track(range(args.turns + 1), "turns", disable=None):
+  for turn in track(range(args.turns + 1), "turns"):
     for name, case in chosen.items():
       pair = step(), step(*case)
       if turn:  # The first turn compiles.

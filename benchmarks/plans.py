@@ -11,8 +11,7 @@ import subprocess
 import sys
 import tempfile
 
-from rich.progress import track
-
+from benchmarks import track
 from tokenlora_jax import cli
 from tokenlora_jax.config import InputError
 from tokenlora_jax.plan.report import gib
@@ -107,10 +106,9 @@ def main(argv: Sequence[str]) -> None:
   """Prints the page."""
   if argv:
     raise InputError(f"{argv[0]}: takes no arguments")
-  console = cli.console(stderr=True)
   work = [("train.py", *row) for row in TRAINING]
   work += [("infer.py", *row) for row in DECODING]
-  found = [plan(*row) for row in track(work, "plans", console=console)]
+  found = [plan(*row) for row in track(work, "plans")]
   print(HEAD)
   print(
     "## Training\n\n| config | topology | base | adapters, optimizer | activations,"

@@ -15,9 +15,8 @@ import dataclasses
 import math
 
 import numpy as np
-from rich.progress import track
 
-from benchmarks import add_bank, make_parser
+from benchmarks import add_bank, make_parser, track
 from tokenlora_jax import cli, load_bank, load_base, load_tokenizer, make_router
 from tokenlora_jax.config import DataConfig, RouterConfig
 from tokenlora_jax.data import Example, held_out, load_rows
@@ -78,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     tokens = sum(len(row.tokens) - row.prompt_length for row in rows)
     sums = dict.fromkeys(table, 0.0)
     parts = range(0, len(rows), BATCH)
-    for start in track(parts, task, disable=None):
+    for start in track(parts, task):
       part = rows[start : start + BATCH]
       texts = [row._replace(prompt_length=1) for row in part]
       for what, some in (("text", texts), ("answer", part)):

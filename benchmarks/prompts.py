@@ -14,9 +14,8 @@ from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import track
 
-from benchmarks import add_texts, make_parser
+from benchmarks import add_texts, make_parser, track
 from tokenlora_jax import cli, load_base, load_tokenizer, make_router
 from tokenlora_jax.config import DataConfig
 from tokenlora_jax.data import load_rows, sample_rows
@@ -81,10 +80,7 @@ def main(argv: Sequence[str]) -> None:
   found = []
   for name, encoder in encoders.items():
     texts, prompts, others = (
-      [
-        encoder.embed(some)
-        for some in track(every, f"{name} vectors", disable=None)
-      ]
+      [encoder.embed(some) for some in track(every, f"{name} vectors")]
       for every in (
         [[row.text for row in rows] for rows in known],
         [[row.prompt for row in rows] for rows in known],
