@@ -25,20 +25,22 @@ from rich.table import Table
 from rich.text import Text
 import tyro
 
-from tokenlora_jax import bank_cli, cli, report
+from tokenlora_jax import report
+from tokenlora_jax.bank.bank import Bank, load_bank
+from tokenlora_jax.commands import bank as bank_cli
+from tokenlora_jax.commands import cli
+from tokenlora_jax.commands.evaluate import Evaluation, evaluate
 from tokenlora_jax.config import Config, InputError, nearest
-from tokenlora_jax.data import load_rows
+from tokenlora_jax.data.rows import load_rows
 from tokenlora_jax.decoding import Decoder, Generation
-from tokenlora_jax.experiment.command import Evaluation, evaluate
-from tokenlora_jax.interop.bank import Bank, load_bank
-from tokenlora_jax.interop.load import base_shape, load_base
-from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.files import check_new_file, read_lines, write_atomically
+from tokenlora_jax.formats.load import base_shape, load_base
+from tokenlora_jax.formats.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import make_router
+from tokenlora_jax.parallel.sharding import decoding_mesh
 from tokenlora_jax.plan.decoding import plan_decoding
 from tokenlora_jax.plan.report import show_plans
-from tokenlora_jax.sharding import decoding_mesh
-from tokenlora_jax.telemetry import GateTrace
-from tokenlora_jax.workdir import write_atomically
+from tokenlora_jax.report.trace import GateTrace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +86,13 @@ def read_prompts(args: Arguments) -> list[str]:
   prompts = list(args.prompt)
   if args.prompts_file:
     file = Path(args.prompts_file)
-    prompts += cli.read_lines(file, f"--prompts-file {file}", "prompt")
+    prompts += read_lines(file, f"--prompts-file {file}", "prompt")
   for task in args.data.tasks if args.examples else ():
     rows = load_rows(args.data, task, "test")[: args.examples]
     prompts += [row.prompt for row in rows]
   if not prompts and sys.stdin.isatty():
     raise InputError("--prompt: there is none; give one, or --examples 1")
-  return prompts or cli.read_lines(sys.stdin, "standard input", "prompt")
+  return prompts or read_lines(sys.stdin, "standard input", "prompt")
 
 
 def generate(args: Arguments, console: Console) -> None:
@@ -156,7 +158,7 @@ def check_files(args: Arguments, taken: Sequence[str], why: str = "") -> None:
     path = getattr(args, name)
     if path and name not in taken:
       raise InputError(f"--{name}: {why}")
-    cli.check_new_file(f"--{name}", path)
+    check_new_file(f"--{name}", path)
 
 
 def facts(args: Arguments) -> dict[str, str]:

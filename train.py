@@ -23,28 +23,28 @@ import jax
 from rich.console import Console
 from rich.pretty import pprint
 
-from tokenlora_jax import cli
-from tokenlora_jax.batches import batches, held_out_batches
+from tokenlora_jax.bank.arrays import Fitted
+from tokenlora_jax.bank.bank import Bank, Expert, load_bank, save_bank
+from tokenlora_jax.bank.edit import save_fitted
+from tokenlora_jax.commands import cli
 from tokenlora_jax.config import Config, InputError
-from tokenlora_jax.data import Row, load_rows, sample_rows
-from tokenlora_jax.fitting import Work, get_fit
-from tokenlora_jax.interop.bank import Bank, Expert, load_bank, save_bank
-from tokenlora_jax.interop.bank_arrays import Fitted
-from tokenlora_jax.interop.bank_edit import save_fitted
-from tokenlora_jax.interop.load import base_shape, load_base
-from tokenlora_jax.interop.minilm import load_minilm
-from tokenlora_jax.interop.tokenizers import load_tokenizer
-from tokenlora_jax.loop import train, trained_adapters
-from tokenlora_jax.mixing.encoders import HiddenEncoder
+from tokenlora_jax.data.batches import batches, held_out_batches
+from tokenlora_jax.data.rows import Row, load_rows, sample_rows
+from tokenlora_jax.data.tasks import get_task
+from tokenlora_jax.encoders import HiddenEncoder
+from tokenlora_jax.formats.load import base_shape, load_base
+from tokenlora_jax.formats.minilm import load_minilm
+from tokenlora_jax.formats.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import centroids
-from tokenlora_jax.model.kernels import choose_kernel
-from tokenlora_jax.plan.plan import plan_training
+from tokenlora_jax.model.fused_attention import choose_kernel
+from tokenlora_jax.parallel.processes import start_processes
+from tokenlora_jax.parallel.sharding import make_mesh
 from tokenlora_jax.plan.report import show_plans
-from tokenlora_jax.processes import start_processes
-from tokenlora_jax.sharding import make_mesh
-from tokenlora_jax.tasks import get_task
-from tokenlora_jax.training import put_batch
-from tokenlora_jax.workdir import claim_workdir
+from tokenlora_jax.plan.training import plan_training
+from tokenlora_jax.training.loop import train, trained_adapters
+from tokenlora_jax.training.routers import Work, get_fit
+from tokenlora_jax.training.step import put_batch
+from tokenlora_jax.training.workdir import claim_workdir
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from rich import progress
 
-from tokenlora_jax import cli
+from tokenlora_jax.commands import cli
 
 T = TypeVar("T")
 

@@ -37,8 +37,8 @@ from tokenlora_jax import (
 )
 from tokenlora_jax.config import Config, DataConfig, LoraConfig
 from tokenlora_jax.model.config import PRESETS
-from tokenlora_jax.sharding import make_mesh
-from tokenlora_jax.training import init_state, make_step, put_batch
+from tokenlora_jax.parallel.sharding import make_mesh
+from tokenlora_jax.training.step import init_state, make_step, put_batch
 
 
 def nbytes(tree) -> int:

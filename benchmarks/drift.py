@@ -26,10 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import add_bank, make_parser, track
-from tokenlora_jax import cli, load_bank, load_base, load_tokenizer
+from tokenlora_jax import load_bank, load_base, load_tokenizer
+from tokenlora_jax.commands import cli
 from tokenlora_jax.config import DataConfig, RouterConfig
-from tokenlora_jax.data import held_out, load_rows
-from tokenlora_jax.evaluation import Evaluator
+from tokenlora_jax.data.examples import held_out
+from tokenlora_jax.data.rows import load_rows
+from tokenlora_jax.evaluation.evaluator import Evaluator
 from tokenlora_jax.mixing.mixture import Mixture
 from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.attention import causal_mask

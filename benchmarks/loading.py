@@ -32,7 +32,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks import make_parser
-from tokenlora_jax.interop.reader import parameter_shapes
+from tokenlora_jax.formats.reader import parameter_shapes
 from tokenlora_jax.model.config import PRESETS, LlamaConfig
 
 BOUND = 1.2
@@ -133,7 +133,7 @@ def load(folder: str, settings: dict, devices: int) -> dict[str, float]:
 
   from tokenlora_jax import load_base
   from tokenlora_jax.config import MeshConfig
-  from tokenlora_jax.sharding import make_mesh
+  from tokenlora_jax.parallel.sharding import make_mesh
 
   mesh = make_mesh(MeshConfig(fsdp=4, tensor=2)) if devices == 8 else None
   jax.block_until_ready(jax.numpy.zeros(1))

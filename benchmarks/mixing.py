@@ -19,14 +19,14 @@ import numpy as np
 from benchmarks import make_parser, track
 from tokenlora_jax import (
   DecodeConfig,
-  cli,
   generate,
   load_base,
   load_tokenizer,
   make_router,
   random_adapters,
 )
-from tokenlora_jax.interop.minilm import load_minilm
+from tokenlora_jax.commands import cli
+from tokenlora_jax.formats.minilm import load_minilm
 from tokenlora_jax.model.config import PRESETS
 
 

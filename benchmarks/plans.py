@@ -12,7 +12,7 @@ import sys
 import tempfile
 
 from benchmarks import track
-from tokenlora_jax import cli
+from tokenlora_jax.commands import cli
 from tokenlora_jax.config import InputError
 from tokenlora_jax.plan.report import gib
 

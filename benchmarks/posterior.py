@@ -17,10 +17,12 @@ import math
 import numpy as np
 
 from benchmarks import add_bank, make_parser, track
-from tokenlora_jax import cli, load_bank, load_base, load_tokenizer, make_router
+from tokenlora_jax import load_bank, load_base, load_tokenizer, make_router
+from tokenlora_jax.commands import cli
 from tokenlora_jax.config import DataConfig, RouterConfig
-from tokenlora_jax.data import Example, held_out, load_rows
-from tokenlora_jax.evaluation import BATCH, Evaluator, Variant
+from tokenlora_jax.data.examples import Example, held_out
+from tokenlora_jax.data.rows import load_rows
+from tokenlora_jax.evaluation.evaluator import BATCH, Evaluator, Variant
 
 # Two sums of float32 in another order.
 ROUNDING = 1e-3

@@ -16,16 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import add_texts, make_parser, track
-from tokenlora_jax import cli, load_base, load_tokenizer, make_router
+from tokenlora_jax import load_base, load_tokenizer, make_router
+from tokenlora_jax.commands import cli
 from tokenlora_jax.config import DataConfig
-from tokenlora_jax.data import load_rows, sample_rows
-from tokenlora_jax.interop.minilm import load_minilm
-from tokenlora_jax.mixing.encoders import HiddenEncoder
-from tokenlora_jax.mixing.routers import (
-  Router,
-  fit_centroids,
-  fit_classifier,
-)
+from tokenlora_jax.data.rows import load_rows, sample_rows
+from tokenlora_jax.encoders import HiddenEncoder
+from tokenlora_jax.formats.minilm import load_minilm
+from tokenlora_jax.mixing.router import Router
+from tokenlora_jax.mixing.routers import fit_centroids, fit_classifier
 
 
 def routers(args, texts, prompts) -> Iterator[tuple[str, Router]]:

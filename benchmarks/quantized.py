@@ -24,14 +24,16 @@ import numpy as np
 
 from benchmarks import make_parser
 from benchmarks.loading import measure
-from tokenlora_jax import cli, load_base, load_tokenizer
-from tokenlora_jax.batches import batches
+from tokenlora_jax import load_base, load_tokenizer
+from tokenlora_jax.commands import cli
 from tokenlora_jax.config import BaseConfig, Config, DataConfig, OptimConfig
-from tokenlora_jax.data import held_out, load_rows
+from tokenlora_jax.data.batches import batches
+from tokenlora_jax.data.examples import held_out
+from tokenlora_jax.data.rows import load_rows
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.llama import Llama
-from tokenlora_jax.sharding import make_mesh
-from tokenlora_jax.training import init_state, make_step, put_batch
+from tokenlora_jax.parallel.sharding import make_mesh
+from tokenlora_jax.training.step import init_state, make_step, put_batch
 
 KINDS = ("int8", "nf4")
 # The largest mean divergence that is good enough, nats.

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import make_parser
-from tokenlora_jax import Adapters, cli, load_bank
+from tokenlora_jax import Adapters, load_bank
+from tokenlora_jax.commands import cli
 from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.lora import Lora
 

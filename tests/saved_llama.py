@@ -7,10 +7,10 @@ import peft
 import torch
 import transformers
 
-from tokenlora_jax.interop.bank import Bank, save_bank
-from tokenlora_jax.interop.load import load_base
-from tokenlora_jax.interop.peft import load_adapters
-from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.bank.bank import Bank, save_bank
+from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.peft import load_adapters
+from tokenlora_jax.formats.tokenizers import load_tokenizer
 
 EXPERTS = ("alpha", "beta")
 # Positions of the base; a token is a byte.

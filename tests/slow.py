@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import by_projection, draw
 
-from tokenlora_jax.mixing.encoders import MiniLM, MiniLMConfig, TextEncoder
+from tokenlora_jax.encoders import MiniLM, MiniLMConfig, TextEncoder
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.config import PRESETS
 from tokenlora_jax.model.llama import Llama

@@ -14,17 +14,13 @@ import jax
 import numpy as np
 import pytest
 
+from tokenlora_jax.bank.arrays import Fitted
+from tokenlora_jax.bank.bank import Expert, load_bank, save_bank
+from tokenlora_jax.bank.edit import add_expert, drop_expert, save_fitted
+from tokenlora_jax.bank.folder import drafting
 from tokenlora_jax.config import InputError
-from tokenlora_jax.interop.bank import Expert, load_bank, save_bank
-from tokenlora_jax.interop.bank_arrays import Fitted
-from tokenlora_jax.interop.bank_edit import (
-  add_expert,
-  drop_expert,
-  save_fitted,
-)
-from tokenlora_jax.interop.bank_files import drafting
-from tokenlora_jax.interop.load import BaseIdentity
-from tokenlora_jax.interop.peft import save_adapter
+from tokenlora_jax.formats.load import BaseIdentity
+from tokenlora_jax.formats.peft import save_adapter
 from tokenlora_jax.model.config import PRESETS
 from tokenlora_jax.model.lora import Adapters, random_adapters
 
@@ -283,7 +279,9 @@ sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
 warnings.simplefilter("ignore")
 import conftest
 import numpy as np
-from tokenlora_jax.interop import bank, bank_arrays, bank_edit
+from tokenlora_jax.bank import arrays as bank_arrays
+from tokenlora_jax.bank import bank
+from tokenlora_jax.bank import edit as bank_edit
 from tokenlora_jax.model.lora import Adapters, Lora
 
 root, new = map(pathlib.Path, sys.argv[1:])

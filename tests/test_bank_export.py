@@ -11,10 +11,10 @@ import torch
 import transformers
 
 from tokenlora_jax import forward
+from tokenlora_jax.bank.export import export_mixture
 from tokenlora_jax.config import InputError
-from tokenlora_jax.interop.export import export_mixture
-from tokenlora_jax.interop.load import load_base
-from tokenlora_jax.interop.peft import load_adapters
+from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.peft import load_adapters
 from tokenlora_jax.model.lora import Adapters, Lora
 
 TOKENS = np.random.default_rng(0).integers(0, 60, (2, 11))

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tokenlora_jax.bank.arrays import Fitted
+from tokenlora_jax.bank.bank import Bank, Expert, load_bank, save_bank
 from tokenlora_jax.config import InputError, RouterConfig
-from tokenlora_jax.interop.bank import Bank, Expert, load_bank, save_bank
-from tokenlora_jax.interop.bank_arrays import Fitted
 from tokenlora_jax.mixing.routers import ConstantRouter, register_router
 from tokenlora_jax.model.lora import Adapters, random_adapters
 

@@ -17,14 +17,15 @@ from tiny import (
   random_state,
 )
 
-from tokenlora_jax import batches as module
-from tokenlora_jax import data
-from tokenlora_jax.batches import batches, held_out_batches, pack
 from tokenlora_jax.config import DataConfig, InputError
-from tokenlora_jax.data import Row, fitting, load_rows, tokenize
-from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.data import batches as module
+from tokenlora_jax.data import examples
+from tokenlora_jax.data.batches import batches, held_out_batches, pack
+from tokenlora_jax.data.examples import fitting, tokenize
+from tokenlora_jax.data.rows import Row, load_rows
+from tokenlora_jax.formats.tokenizers import load_tokenizer
 from tokenlora_jax.model.lora import Lora
-from tokenlora_jax.training import expert_losses
+from tokenlora_jax.training.step import expert_losses
 
 PAIR = ("gsm8k", "squad")
 ARRAYS = ("tokens", "positions", "segment_ids", "loss_mask")
@@ -357,7 +358,7 @@ def second_of_three(monkeypatch):
 
   monkeypatch.setattr(jax, "process_count", lambda: 3)
   monkeypatch.setattr(jax, "process_index", lambda: 1)
-  monkeypatch.setattr(data.multihost_utils, "process_allgather", gather)
+  monkeypatch.setattr(examples.multihost_utils, "process_allgather", gather)
   return others
 
 

@@ -31,9 +31,9 @@ from tiny import (
   train,
 )
 
-from tokenlora_jax.checkpoint import Checkpoints, checksum
 from tokenlora_jax.config import InputError, MeshConfig
-from tokenlora_jax.sharding import make_mesh
+from tokenlora_jax.parallel.sharding import make_mesh
+from tokenlora_jax.training.checkpoint import Checkpoints, checksum
 
 # Dropout shows that the random numbers go on where they stood, too.
 CONFIG = make_config(
@@ -162,7 +162,7 @@ from pathlib import Path
 sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
 import conftest
 import test_checkpoint
-from tokenlora_jax import checkpoint
+from tokenlora_jax.training import checkpoint
 
 save = checkpoint.Checkpoints.save
 def dies(self, step, *args):
@@ -354,7 +354,7 @@ def three(tmp_path_factory):
 
 def warnings(caplog) -> list[str]:
   """Ours; Orbax's are silenced by the programs."""
-  names = ("tokenlora_jax.checkpoint",)
+  names = ("tokenlora_jax.training.checkpoint",)
   return [r.getMessage() for r in caplog.records if r.name in names]
 
 

@@ -12,7 +12,7 @@ import jax
 import pytest
 import tyro
 
-from tokenlora_jax import cli
+from tokenlora_jax.commands import cli
 from tokenlora_jax.config import Config, InputError
 
 FILE = """
@@ -207,7 +207,7 @@ def test_programs_stop_with_one_line_and_status_2(program, tmp_path):
 def test_what_a_failed_save_leaves_behind_is_not_heard():
   """Coroutines, some of which Python collects only as it ends."""
   code = """
-from tokenlora_jax import cli
+from tokenlora_jax.commands import cli
 left = []
 
 async def save():

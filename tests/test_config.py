@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenlora_jax import cli
+from tokenlora_jax.commands import cli
 from tokenlora_jax.config import (
   BaseConfig,
   Config,

@@ -9,8 +9,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from tokenlora_jax.config import DataConfig, InputError
-from tokenlora_jax.data import Row, held_out, tokenize
-from tokenlora_jax.text import encode_prompt
+from tokenlora_jax.data.examples import held_out, tokenize
+from tokenlora_jax.data.rows import Row
+from tokenlora_jax.data.tokens import encode_prompt
 
 BOS, EOS = 0, 1
 

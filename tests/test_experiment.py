@@ -9,19 +9,24 @@ import pytest
 from rich.console import Console
 
 from tokenlora_jax.config import DataConfig, InputError, RouterConfig
-from tokenlora_jax.data import Row, tokenize
-from tokenlora_jax.evaluation import Evaluator
-from tokenlora_jax.experiment.arms import (
+from tokenlora_jax.data.examples import tokenize
+from tokenlora_jax.data.rows import Row
+from tokenlora_jax.evaluation.evaluator import Evaluator
+from tokenlora_jax.evaluation.experiment.arms import (
   Arm,
   Routers,
   make_arms,
   router_config,
 )
-from tokenlora_jax.experiment.questions import Question
-from tokenlora_jax.experiment.rows import RowLog, open_rows, read_rows
-from tokenlora_jax.experiment.run import run_cells
-from tokenlora_jax.interop.load import load_base
-from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.evaluation.experiment.questions import Question
+from tokenlora_jax.evaluation.experiment.rows import (
+  RowLog,
+  open_rows,
+  read_rows,
+)
+from tokenlora_jax.evaluation.experiment.run import run_cells
+from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.model.lora import random_adapters
 

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from tokenlora_jax.config import DataConfig, DecodeConfig, InputError
-from tokenlora_jax.data import load_rows
+from tokenlora_jax.data.rows import load_rows
 from tokenlora_jax.decoding import generate
-from tokenlora_jax.evaluation import Evaluator, Variant
-from tokenlora_jax.experiment.answers import Judge
-from tokenlora_jax.experiment.questions import Question, questions
-from tokenlora_jax.interop.load import load_base
-from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.evaluation.evaluator import Evaluator, Variant
+from tokenlora_jax.evaluation.experiment.answers import Judge
+from tokenlora_jax.evaluation.experiment.questions import Question, questions
+from tokenlora_jax.evaluation.scoring import get_scorers
+from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.mixture import forward
 from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.model.lora import random_adapters
-from tokenlora_jax.scoring import get_scorers
 
 DECODE = DecodeConfig(max_new_tokens=6, refresh_every=1)
 GATES = [0.75, 0.25]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tokenlora_jax.experiment import plots
-from tokenlora_jax.experiment.arms import Arm
-from tokenlora_jax.experiment.results import summarise
-from tokenlora_jax.experiment.tables import (
+from tokenlora_jax.evaluation.experiment import plots
+from tokenlora_jax.evaluation.experiment.arms import Arm
+from tokenlora_jax.evaluation.experiment.results import summarise
+from tokenlora_jax.evaluation.experiment.tables import (
   markdown,
   records,
   terminal_tables,

@@ -13,24 +13,22 @@ from rich.console import Console
 import tiny
 from tiny import TWO, Tokenizer, make_base, make_config, one_device
 
-from tokenlora_jax.batches import batches
-from tokenlora_jax.config import (
-  InputError,
-  MeshConfig,
-  RouterConfig,
-)
-from tokenlora_jax.data import Row, tokenize
-from tokenlora_jax.fitting import Work, get_fit
-from tokenlora_jax.fitting.descent import descend
-from tokenlora_jax.fitting.embeddings import fit_embeddings
-from tokenlora_jax.fitting.switch import balance_loss, with_cost
-from tokenlora_jax.interop.bank import Bank, load_bank, save_bank
-from tokenlora_jax.interop.load import load_base
+from tokenlora_jax.bank.bank import Bank, load_bank, save_bank
+from tokenlora_jax.config import InputError, MeshConfig, RouterConfig
+from tokenlora_jax.data.batches import batches
+from tokenlora_jax.data.examples import tokenize
+from tokenlora_jax.data.rows import Row
+from tokenlora_jax.formats.load import load_base
 from tokenlora_jax.mixing.mixture import forward
-from tokenlora_jax.mixing.routers import keep_top, make_router
+from tokenlora_jax.mixing.routers import make_router
+from tokenlora_jax.mixing.shaping import keep_top
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters, random_adapters
-from tokenlora_jax.sharding import make_mesh
+from tokenlora_jax.parallel.sharding import make_mesh
+from tokenlora_jax.training.routers import Work, get_fit
+from tokenlora_jax.training.routers.descent import descend
+from tokenlora_jax.training.routers.embeddings import fit_embeddings
+from tokenlora_jax.training.routers.switch import balance_loss, with_cost
 import train
 
 ROWS, PROMPT, ANSWER = 12, 6, 6

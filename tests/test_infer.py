@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import infer
+from tokenlora_jax.bank.bank import load_bank, save_bank
 from tokenlora_jax.config import (
   BaseConfig,
   DecodeConfig,
@@ -19,12 +20,11 @@ from tokenlora_jax.config import (
   RouterConfig,
 )
 from tokenlora_jax.decoding import generate
-from tokenlora_jax.experiment.results import summarise
-from tokenlora_jax.interop.bank import load_bank, save_bank
-from tokenlora_jax.interop.load import load_base
-from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.evaluation.experiment.results import summarise
+from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.tokenizers import load_tokenizer
 from tokenlora_jax.model.lora import Adapters
-from tokenlora_jax.telemetry import GateTrace
+from tokenlora_jax.report.trace import GateTrace
 import train
 
 TASKS = ("gsm8k", "codealpaca")

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers.models.llama import modeling_llama as theirs
 
-from tokenlora_jax.interop.load import load_base
+from tokenlora_jax.formats.load import load_base
 from tokenlora_jax.mixing.mixture import Mixture, forward
 from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.attention import causal_mask

@@ -19,16 +19,17 @@ from saved_llama import (
   save_llama,
 )
 
-from tokenlora_jax import likelihood
+from tokenlora_jax.bank.bank import load_bank
+from tokenlora_jax.commands.lm_eval import TokenLoraLM
 from tokenlora_jax.config import DecodeConfig, InputError
-from tokenlora_jax.data import Example
+from tokenlora_jax.data.examples import Example
 from tokenlora_jax.decoding import generate
-from tokenlora_jax.evaluation import Evaluator, Variant
-from tokenlora_jax.interop.bank import load_bank
-from tokenlora_jax.interop.lm_eval import TokenLoraLM
-from tokenlora_jax.interop.load import load_base
-from tokenlora_jax.interop.tokenizers import load_tokenizer
-from tokenlora_jax.mixing.routers import Router, make_router, register_router
+from tokenlora_jax.evaluation import likelihood
+from tokenlora_jax.evaluation.evaluator import Evaluator, Variant
+from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.tokenizers import load_tokenizer
+from tokenlora_jax.mixing.router import Router
+from tokenlora_jax.mixing.routers import make_router, register_router
 
 # Contexts of several lengths, some with spaces at the end, cut or empty; some
 # answers differ from another's in their last token alone.

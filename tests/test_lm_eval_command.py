@@ -15,15 +15,15 @@ import pytest
 from saved_llama import EXPERTS, save_adapters, save_bank_of, save_llama
 import yaml
 
-from tokenlora_jax import cli
 from tokenlora_jax import lm_eval as command
-from tokenlora_jax.config import InputError, RouterConfig
-from tokenlora_jax.interop.lm_eval import TokenLoraLM
-from tokenlora_jax.interop.lm_eval_args import (
+from tokenlora_jax.commands import cli
+from tokenlora_jax.commands.lm_eval import TokenLoraLM
+from tokenlora_jax.commands.lm_eval_args import (
   parse_gen_kwargs,
   parse_model_args,
 )
-from tokenlora_jax.interop.load import load_base
+from tokenlora_jax.config import InputError, RouterConfig
+from tokenlora_jax.formats.load import load_base
 
 ROWS = [
   {"question": f"Is {n} a {word}?", "choices": choices, "answer": n % 2}

@@ -11,14 +11,14 @@ import pytest
 
 from benchmarks.loading import BOUND, write_checkpoint
 from tokenlora_jax.config import InputError, MeshConfig
-from tokenlora_jax.interop.base import open_base
-from tokenlora_jax.interop.hf import HfReader
-from tokenlora_jax.interop.load import load_base
-from tokenlora_jax.interop.reader import parameter_shapes
+from tokenlora_jax.formats.hf import HfReader
+from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.locate import open_base
+from tokenlora_jax.formats.reader import parameter_shapes
 from tokenlora_jax.mixing.mixture import forward
 from tokenlora_jax.model.config import PRESETS, LlamaConfig
 from tokenlora_jax.model.quantize import QUANTIZERS
-from tokenlora_jax.sharding import make_mesh, tree_shardings
+from tokenlora_jax.parallel.sharding import make_mesh, tree_shardings
 
 # Four blocks of inputs everywhere, and heads that a mesh can split.
 SHAPE = LlamaConfig(
@@ -168,7 +168,7 @@ MEASURE = """
 import json, sys
 from benchmarks.loading import load
 from tokenlora_jax import load_base
-from tokenlora_jax.interop.reader import BaseReader
+from tokenlora_jax.formats.reader import BaseReader
 
 folder, settings, hoard = json.loads(sys.argv[1])
 # The compiler's own memory is not the question: it is the same at any size.

@@ -13,7 +13,8 @@ from tokenlora_jax import register_rule
 from tokenlora_jax.config import DecodeConfig, InputError
 from tokenlora_jax.decoding import Decoder, generate
 from tokenlora_jax.mixing.mixture import Mixture, forward
-from tokenlora_jax.mixing.routers import Router, make_router, register_router
+from tokenlora_jax.mixing.router import Router
+from tokenlora_jax.mixing.routers import make_router, register_router
 from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.config import LlamaConfig

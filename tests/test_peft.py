@@ -13,8 +13,8 @@ import torch
 import transformers
 
 from tokenlora_jax.config import InputError
-from tokenlora_jax.interop.load import load_base
-from tokenlora_jax.interop.peft import load_adapters, save_adapter
+from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.peft import load_adapters, save_adapter
 from tokenlora_jax.mixing.mixture import forward
 from tokenlora_jax.model.lora import Adapters, Lora, random_adapters
 

@@ -9,7 +9,6 @@ import jax
 import pytest
 
 import infer
-from tokenlora_jax.chips import CHIPS
 from tokenlora_jax.config import (
   BaseConfig,
   Config,
@@ -20,9 +19,10 @@ from tokenlora_jax.config import (
   MeshConfig,
 )
 from tokenlora_jax.model.config import LlamaConfig
+from tokenlora_jax.parallel.chips import CHIPS
 from tokenlora_jax.plan.decoding import plan_decoding
-from tokenlora_jax.plan.plan import describe_base, plan_training
 from tokenlora_jax.plan.topology import Topology, get_topology
+from tokenlora_jax.plan.training import describe_base, plan_training
 import train
 
 SHAPE = LlamaConfig(

@@ -17,12 +17,12 @@ from jax.sharding import AxisType, Mesh
 import numpy as np
 import pytest
 
-from tokenlora_jax import processes
+from tokenlora_jax.bank.bank import load_bank
 from tokenlora_jax.config import InputError, MeshConfig
-from tokenlora_jax.interop.bank import load_bank
-from tokenlora_jax.interop.load import load_base
-from tokenlora_jax.processes import start_processes, tpu_hosts
-from tokenlora_jax.sharding import MESH_AXES, make_mesh, process_block
+from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.parallel import processes
+from tokenlora_jax.parallel.processes import start_processes, tpu_hosts
+from tokenlora_jax.parallel.sharding import MESH_AXES, make_mesh, process_block
 import train
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +62,7 @@ def audit(event, args):
 
 sys.addaudithook(audit)
 
-from tokenlora_jax import batches, data
+from tokenlora_jax.data import batches, examples as data
 
 tokenize = data.tokenize
 

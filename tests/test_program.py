@@ -6,8 +6,8 @@ from jax.sharding import PartitionSpec as P
 import pytest
 
 from tokenlora_jax.config import MeshConfig
+from tokenlora_jax.parallel.sharding import MANUAL_AXES, make_mesh
 from tokenlora_jax.plan.program import Program, crosses, replica_groups
-from tokenlora_jax.sharding import MANUAL_AXES, make_mesh
 
 
 def compile(function, *shapes):

@@ -34,7 +34,7 @@ from tokenlora_jax.model.quantize import (
   quantize_int8,
   quantize_nf4,
 )
-from tokenlora_jax.training import expert_losses
+from tokenlora_jax.training.step import expert_losses
 
 KINDS = ("int8", "nf4")
 NAME = "layers.0.o.kernel"

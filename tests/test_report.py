@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from tokenlora_jax import report
-from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.formats.tokenizers import load_tokenizer
 
 
 @pytest.fixture(scope="module")

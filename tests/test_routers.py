@@ -11,8 +11,8 @@ import pytest
 from slow import make_encoder
 
 from tokenlora_jax.config import InputError
+from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers import (
-  Router,
   centroids,
   make_router,
   register_router,

@@ -11,11 +11,11 @@ import pytest
 from slow import follow, make_base, make_encoder, shaped, softmax
 
 from tokenlora_jax.config import DecodeConfig, InputError
-from tokenlora_jax.data import Example
+from tokenlora_jax.data.examples import Example
 from tokenlora_jax.decoding import generate, graph
-from tokenlora_jax.evaluation import Evaluator, Variant
-from tokenlora_jax.interop.tokenizers import load_tokenizer
-from tokenlora_jax.mixing.encoders import TextEncoder
+from tokenlora_jax.encoders import TextEncoder
+from tokenlora_jax.evaluation.evaluator import Evaluator, Variant
+from tokenlora_jax.formats.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.lora import Adapters, Lora, random_adapters

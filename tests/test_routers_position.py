@@ -11,8 +11,8 @@ from tiny import SHAPE, by_projection, draw
 from tokenlora_jax.config import DecodeConfig, InputError
 from tokenlora_jax.decoding import generate
 from tokenlora_jax.mixing.mixture import Mixture, forward, route_layers
+from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers import (
-  Router,
   arrow_vectors,
   flat_table,
   make_router,

@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 
 from tokenlora_jax.config import InputError
-from tokenlora_jax.scoring import ChoiceScorer, TextScorer, get_scorers
-from tokenlora_jax.scoring.scorer import cut
-from tokenlora_jax.tasks import EVALUATION_TASKS, TASKS, get_task
+from tokenlora_jax.data.tasks import EVALUATION_TASKS, TASKS, get_task
+from tokenlora_jax.evaluation.scoring import (
+  ChoiceScorer,
+  TextScorer,
+  get_scorers,
+)
+from tokenlora_jax.evaluation.scoring.scorer import cut
 
 # -----------------------------------------------------------------------------
 # The registry.

@@ -8,8 +8,8 @@ from harness import harness_task, harness_texts
 import numpy as np
 import pytest
 
-from tokenlora_jax.scoring import get_scorers
-from tokenlora_jax.tasks import get_task
+from tokenlora_jax.data.tasks import get_task
+from tokenlora_jax.evaluation.scoring import get_scorers
 
 
 def arc(texts: list[str], key: str, labels: str = "ABCDE") -> dict:

@@ -16,9 +16,18 @@ from lm_eval.utils import apply_template
 import pytest
 
 from tokenlora_jax.config import InputError
-from tokenlora_jax.scoring import Limits, get_scorers, pass_at_k, sandbox
-from tokenlora_jax.scoring.code import HumanEvalTests, MbppTests, code
-from tokenlora_jax.tasks import get_task
+from tokenlora_jax.data.tasks import get_task
+from tokenlora_jax.evaluation.scoring import (
+  Limits,
+  get_scorers,
+  pass_at_k,
+  sandbox,
+)
+from tokenlora_jax.evaluation.scoring.code import (
+  HumanEvalTests,
+  MbppTests,
+  code,
+)
 
 # -----------------------------------------------------------------------------
 # The reference.

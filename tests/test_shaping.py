@@ -11,17 +11,13 @@ import pytest
 from slow import follow, make_base, shaped, softmax
 
 from tokenlora_jax.config import DecodeConfig, InputError
-from tokenlora_jax.data import Example
+from tokenlora_jax.data.examples import Example
 from tokenlora_jax.decoding import generate
-from tokenlora_jax.evaluation import Evaluator
-from tokenlora_jax.interop.tokenizers import load_tokenizer
-from tokenlora_jax.mixing.routers import (
-  Router,
-  make_router,
-  register_router,
-  shape_gates,
-)
-from tokenlora_jax.mixing.routers.shaping import ShapedRouter
+from tokenlora_jax.evaluation.evaluator import Evaluator
+from tokenlora_jax.formats.tokenizers import load_tokenizer
+from tokenlora_jax.mixing.router import Router
+from tokenlora_jax.mixing.routers import make_router, register_router
+from tokenlora_jax.mixing.shaping import ShapedRouter, shape_gates
 from tokenlora_jax.model.lora import random_adapters
 
 PROMPTS = [[1, 104, 50, 120, 88], [1, 99]]

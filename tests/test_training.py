@@ -23,11 +23,11 @@ from tiny import (
   run_steps,
 )
 
-from tokenlora_jax import training
 from tokenlora_jax.config import OptimConfig
-from tokenlora_jax.loop import held_out_losses, trained_adapters
 from tokenlora_jax.model.lora import Lora
-from tokenlora_jax.training import expert_losses, make_optimizer, put_batch
+from tokenlora_jax.training import step as training
+from tokenlora_jax.training.loop import held_out_losses, trained_adapters
+from tokenlora_jax.training.step import expert_losses, make_optimizer, put_batch
 
 
 @pytest.fixture(scope="module")

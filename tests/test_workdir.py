@@ -12,14 +12,15 @@ import pytest
 from safetensors import SafetensorError
 from tiny import make_config
 
-from tokenlora_jax import workdir
+from tokenlora_jax import files
 from tokenlora_jax.config import (
   InputError,
   MeshConfig,
   OptimConfig,
   RouterConfig,
 )
-from tokenlora_jax.workdir import claim_workdir, writing
+from tokenlora_jax.files import writing
+from tokenlora_jax.training.workdir import claim_workdir
 
 CONFIG = make_config(("squad",), steps=12, save_every=3, keep=2)
 
@@ -100,14 +101,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, name):
 
 def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
   file = tmp_path / "config.json"
-  workdir.write_atomically(file, "old")
+  files.write_atomically(file, "old")
 
   def fails(self, target):
     raise OSError("no space left")
 
   monkeypatch.setattr(Path, "replace", fails)
   with pytest.raises(OSError, match="no space left"):
-    workdir.write_atomically(file, "new")
+    files.write_atomically(file, "new")
   assert file.read_text() == "old"
   assert list(tmp_path.iterdir()) == [file]
 
@@ -141,7 +142,7 @@ def test_a_run_that_fails_lets_go_of_the_folder(tmp_path):
   claim(in_folder(tmp_path))
 
 
-@pytest.mark.parametrize("number", workdir.NO_LOCKS)
+@pytest.mark.parametrize("number", files.NO_LOCKS)
 def test_a_disk_without_locks_gets_a_warning(
   number, tmp_path, monkeypatch, caplog
 ):

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from tokenlora_jax import loop, training
-from tokenlora_jax.batches import batches, held_out_batches
 from tokenlora_jax.config import (
   Config,
   DataConfig,
@@ -21,10 +19,13 @@ from tokenlora_jax.config import (
   MeshConfig,
   OptimConfig,
 )
-from tokenlora_jax.data import Row
+from tokenlora_jax.data.batches import batches, held_out_batches
+from tokenlora_jax.data.rows import Row
 from tokenlora_jax.model.config import LlamaConfig
 from tokenlora_jax.model.llama import Llama, join_heads
-from tokenlora_jax.sharding import make_mesh
+from tokenlora_jax.parallel.sharding import make_mesh
+from tokenlora_jax.training import loop
+from tokenlora_jax.training import step as training
 
 # Every axis that a mesh may split divides by 8, or by 2 for tensor.
 SHAPE = LlamaConfig(

@@ -1,24 +1,20 @@
 """Token-level mixing of LoRA adapters at decode time, in JAX."""
 
+from tokenlora_jax.bank.arrays import Fitted
+from tokenlora_jax.bank.bank import Bank, Expert, load_bank, save_bank
+from tokenlora_jax.bank.edit import add_expert, drop_expert, save_fitted
+from tokenlora_jax.bank.export import export_mixture
 from tokenlora_jax.config import DecodeConfig, InputError
 from tokenlora_jax.decoding import Generation, generate
-from tokenlora_jax.interop.bank import Bank, Expert, load_bank, save_bank
-from tokenlora_jax.interop.bank_arrays import Fitted
-from tokenlora_jax.interop.bank_edit import (
-  add_expert,
-  drop_expert,
-  save_fitted,
-)
-from tokenlora_jax.interop.export import export_mixture
-from tokenlora_jax.interop.load import load_base
-from tokenlora_jax.interop.minilm import load_minilm
-from tokenlora_jax.interop.peft import load_adapters, save_adapter
-from tokenlora_jax.interop.tokenizers import load_tokenizer
+from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.minilm import load_minilm
+from tokenlora_jax.formats.peft import load_adapters, save_adapter
+from tokenlora_jax.formats.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.mixture import forward
 from tokenlora_jax.mixing.routers import make_router, register_router
 from tokenlora_jax.mixing.rules import register_rule
 from tokenlora_jax.model.lora import Adapters, random_adapters
-from tokenlora_jax.telemetry import GateTrace
+from tokenlora_jax.report.trace import GateTrace
 
 __all__ = [
   "Adapters",

@@ -9,7 +9,7 @@ that its plain command does not know ours.
 
 from collections.abc import Sequence
 
-from tokenlora_jax import cli
+from tokenlora_jax.commands import cli
 from tokenlora_jax.config import InputError
 
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
     from lm_eval.__main__ import cli_evaluate
 
     # Makes the model known.
-    import tokenlora_jax.interop.lm_eval  # noqa: F401
+    import tokenlora_jax.commands.lm_eval  # noqa: F401
   except ModuleNotFoundError as error:
     if error.name.partition(".")[0] != "lm_eval":
       raise

@@ -34,14 +34,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenlora_jax.config import DecodeConfig, InputError
+from tokenlora_jax.data.tokens import encode_prompt
 from tokenlora_jax.decoding import graph
 from tokenlora_jax.decoding.sampling import Sampler
 from tokenlora_jax.mixing.mixture import check_mixable
-from tokenlora_jax.mixing.routers import Router
+from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
-from tokenlora_jax.text import encode_prompt
 
 # Steps of a chunk where the gates are decided once, at the prompt.
 UNREFRESHED_CHUNK = 16

@@ -1,2 +1,1 @@
-"""Mixing: what gates mean (rules), who decides them (routers), what routers
-look at (encoders)."""
+"""Mixing: what gates mean (rules), who decides them (routers)."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from tokenlora_jax.config import InputError
-from tokenlora_jax.mixing.routers.router import Router
+from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.rules import Rule, get_rule, mix_probabilities
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.llama import Llama

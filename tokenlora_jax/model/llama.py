@@ -25,11 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from tokenlora_jax.config import PROJECTIONS
-from tokenlora_jax.model.attention import (
-  ATTENTION,
-  attention,
-  joint_attention,
-)
+from tokenlora_jax.model.attention import ATTENTION, attention, joint_attention
 from tokenlora_jax.model.cache import KV, Cache
 from tokenlora_jax.model.config import LlamaConfig, RopeScaling
 from tokenlora_jax.model.lora import LayerLoras, Lora

@@ -16,10 +16,10 @@ from tokenlora_jax.decoding.sampling import Sampler
 from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.config import LlamaConfig
 from tokenlora_jax.model.lora import Adapters, init_stacked
-from tokenlora_jax.plan.plan import Plan, describe_base, plan_program
+from tokenlora_jax.parallel.sharding import decoding_mesh, described
 from tokenlora_jax.plan.program import Program
 from tokenlora_jax.plan.topology import Topology
-from tokenlora_jax.sharding import decoding_mesh, described
+from tokenlora_jax.plan.training import Plan, describe_base, plan_program
 
 
 def plan_decoding(

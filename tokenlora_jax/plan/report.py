@@ -10,12 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tokenlora_jax.cli import check_new_file
+from tokenlora_jax.files import check_new_file, write_atomically
 from tokenlora_jax.model.config import LlamaConfig
-from tokenlora_jax.plan.plan import Plan
 from tokenlora_jax.plan.program import Program
 from tokenlora_jax.plan.topology import Topology, get_topology
-from tokenlora_jax.workdir import write_atomically
+from tokenlora_jax.plan.training import Plan
 
 
 def show_plans(

@@ -16,8 +16,8 @@ import re
 import jax
 from jax.experimental import topologies
 
-from tokenlora_jax.chips import CHIPS, Chip
 from tokenlora_jax.config import InputError, check_choice, first_line
+from tokenlora_jax.parallel.chips import CHIPS, Chip
 
 
 @dataclasses.dataclass(frozen=True)

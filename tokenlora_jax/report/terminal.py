@@ -13,7 +13,7 @@ import numpy as np
 from rich.text import Text
 
 from tokenlora_jax.report.colours import COLOURS
-from tokenlora_jax.telemetry import GateTrace, leaders
+from tokenlora_jax.report.trace import GateTrace, leaders
 
 
 def legend(names: Sequence[str]) -> Text:

@@ -1,5 +1,6 @@
 """Routers: who decides the gates, by name; one file a family."""
 
+from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers.ariadne import AriadneRouter, fit_ariadne
 from tokenlora_jax.mixing.routers.arrow import ArrowRouter, arrow_vectors
 from tokenlora_jax.mixing.routers.cbtm import CbtmRouter
@@ -31,12 +32,6 @@ from tokenlora_jax.mixing.routers.registry import (
   register_router,
   router_settings,
 )
-from tokenlora_jax.mixing.routers.router import Router
-from tokenlora_jax.mixing.routers.shaping import (
-  SHAPING,
-  keep_top,
-  shape_gates,
-)
 from tokenlora_jax.mixing.routers.spectr import SpectrRouter, output_factors
 from tokenlora_jax.mixing.routers.switch import SwitchRouter
 from tokenlora_jax.mixing.routers.x_lora import (
@@ -44,6 +39,7 @@ from tokenlora_jax.mixing.routers.x_lora import (
   XLoraRouter,
   classify,
 )
+from tokenlora_jax.mixing.shaping import SHAPING, keep_top, shape_gates
 
 __all__ = [
   "SHAPING",

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenlora_jax.config import InputError, check_choice
+from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers.registry import register_router
-from tokenlora_jax.mixing.routers.router import Router
 
 _UNBOUND = (
   "router: how many experts? give experts= or names=, or bind it to a bank"

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenlora_jax.config import InputError
-from tokenlora_jax.mixing.encoders.text import TextEncoder
-from tokenlora_jax.mixing.routers.router import Router
+from tokenlora_jax.encoders.text import TextEncoder
+from tokenlora_jax.mixing.router import Router
 
 # What turns a text into a vector: an encoder, or the base itself.
 Encoder = TextEncoder | Literal["hidden"]

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from tokenlora_jax.config import PROJECTIONS, InputError, check_choice
+from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers.registry import register_router
-from tokenlora_jax.mixing.routers.router import Router
 from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.lora import Adapters, LayerLoras, Lora

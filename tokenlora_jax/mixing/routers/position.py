@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenlora_jax.config import InputError
-from tokenlora_jax.mixing.routers.router import Router
+from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.model.lora import Adapters, Lora
 
 # The shape of each field of a prototype; None is any size.

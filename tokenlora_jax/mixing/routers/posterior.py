@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from tokenlora_jax.config import check, check_choice
+from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers.registry import make_router, register_router
-from tokenlora_jax.mixing.routers.router import Router
 
 
 @jax.tree_util.register_dataclass

@@ -7,8 +7,8 @@ import inspect
 from typing import Any, TypeVar
 
 from tokenlora_jax.config import InputError, check_choice, nearest
-from tokenlora_jax.mixing.routers.router import Router
-from tokenlora_jax.mixing.routers.shaping import SHAPING, shape_gates
+from tokenlora_jax.mixing.router import Router
+from tokenlora_jax.mixing.shaping import SHAPING, shape_gates
 
 MakeRouter = TypeVar("MakeRouter", bound=Callable[..., Router])
 

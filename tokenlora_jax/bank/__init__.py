@@ -1,0 +1,1 @@
+"""Our own folder of adapters: read, written, edited, exported."""

@@ -1,0 +1,193 @@
+"""The arrays of a bank: centroids, and what was fitted for routers.
+
+Axis letters: E experts, D_enc width of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from tokenlora_jax.bank.record import (
+  CENTROIDS,
+  JSON,
+  ROUTERS,
+  BankRecord,
+  FittedRecord,
+  check_file,
+  check_name,
+  fitted_file,
+  sha256,
+)
+from tokenlora_jax.config import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+  """What was fitted, to a bank's experts, for a router.
+
+  Attributes:
+    settings: the router's settings that the arrays go with.
+    arrays: by the name of the router's setting; those that are per expert have
+      a leading E.
+    experts: the experts' names, in the order of that axis.
+  """
+
+  settings: Mapping[str, JSON]
+  arrays: Mapping[str, np.ndarray]
+  experts: tuple[str, ...]
+
+
+def write_centroids(
+  folder: Path, centroids: Mapping[str, np.ndarray], names: Sequence[str]
+) -> tuple[dict[str, tuple[str, ...]], str]:
+  """Writes the centroids that there are.
+
+  Args:
+    folder: where.
+    centroids: float[E, D_enc] by encoder; rows that are NaN are left out.
+    names: of the E experts.
+
+  Returns:
+    The experts that have one, by encoder, and the file's SHA-256.
+
+  Raises:
+    InputError: a table has another shape, or holds no numbers.
+  """
+  having, tables = {}, {}
+  for encoder, table in sorted(centroids.items()):
+    table = np.asarray(table)
+    if table.dtype.kind != "f" or table.ndim != 2 or len(table) != len(names):
+      raise InputError(
+        f"centroids: {encoder}: {table.dtype}{list(table.shape)} is not allowed;"
+        f" want floats [{len(names)}, D_enc]"
+      )
+    there = ~np.isnan(table).all(axis=1)
+    if not np.isfinite(table[there]).all():
+      raise InputError(f"centroids: {encoder}: not all are finite numbers")
+    having[encoder] = tuple(np.array(names, object)[there])
+    tables[encoder] = table[there].astype(np.float32)
+  return having, _save(folder / CENTROIDS, tables)
+
+
+def read_centroids(folder: Path, record: BankRecord) -> dict[str, np.ndarray]:
+  """Returns float32[E, D_enc] by encoder; rows of experts without one are NaN.
+
+  Args:
+    folder: the bank's.
+    record: its bank.json.
+
+  Raises:
+    InputError: the file is missing, damaged or exchanged.
+  """
+  file = record.place(folder, CENTROIDS)
+  arrays = _read(file, record.centroids_sha256)
+  tables = {}
+  for encoder, having in record.centroids.items():
+    rows = arrays.get(encoder)
+    if (
+      rows is None
+      or rows.ndim != 2
+      or len(rows) != len(having)
+      or not np.isfinite(rows).all()
+    ):
+      raise InputError(
+        f"{file}: {encoder}: want a table of {len(having)} centroids, of finite"
+        " numbers"
+      )
+    table = np.full((len(record.experts), rows.shape[1]), np.nan, np.float32)
+    table[[record.names.index(name) for name in having]] = rows
+    tables[encoder] = table
+  return tables
+
+
+def write_fitted(folder: Path, name: str, fitted: Fitted) -> FittedRecord:
+  """Writes what was fitted for a router, and returns what bank.json says of it.
+
+  Args:
+    folder: the bank's, or a draft's.
+    name: the router's.
+    fitted: what.
+
+  Raises:
+    InputError: the name cannot be a file's, a setting is no JSON, or an array
+      has no name or holds no finite numbers.
+  """
+  check_name("fitted", name)
+  arrays = {key: np.asarray(x) for key, x in fitted.arrays.items()}
+  _check_arrays(f"fitted {name}", arrays)
+  try:
+    settings = json.loads(json.dumps(dict(fitted.settings), allow_nan=False))
+  except (TypeError, ValueError) as error:
+    raise InputError(f"fitted {name}: settings are no JSON ({error})") from None
+  (folder / ROUTERS).mkdir(exist_ok=True)
+  digest = _save(folder / fitted_file(name), arrays)
+  shapes = {key: x.shape for key, x in arrays.items()}
+  return FittedRecord(settings, tuple(fitted.experts), shapes, digest)
+
+
+def read_fitted(folder: Path, record: BankRecord, name: str) -> Fitted:
+  """Returns what was fitted for a router.
+
+  Args:
+    folder: the bank's.
+    record: its bank.json.
+    name: the router's.
+
+  Raises:
+    InputError: the file is missing, damaged or exchanged, or holds other arrays
+      than bank.json says.
+  """
+  entry = record.fitted[name]
+  file = record.place(folder, fitted_file(name))
+  arrays = _read(file, entry.sha256)
+  found = {key: x.shape for key, x in arrays.items()}
+  if found != entry.shapes:
+    shown = [
+      {key: list(shape) for key, shape in sorted(shapes.items())}
+      for shapes in (found, entry.shapes)
+    ]
+    raise InputError(f"{file}: holds {shown[0]}, but bank.json says {shown[1]}")
+  _check_arrays(str(file), arrays)
+  return Fitted(entry.settings, arrays, entry.experts)
+
+
+def _check_arrays(place: str, arrays: Mapping[str, np.ndarray]) -> None:
+  for name, array in arrays.items():
+    # A setting's name, or a map's and its own, such as layers.3.q.weights.
+    parts = name.split(".")
+    if not all(part.isidentifier() or part.isdecimal() for part in parts):
+      raise InputError(
+        f"{place}: an array named {name!r}; want a name such as 'means' or"
+        " 'layers.3.q.weights'"
+      )
+    if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+      raise InputError(
+        f"{place}: {name} ({array.dtype}{list(array.shape)}) holds something"
+        " other than finite numbers"
+      )
+
+
+def _save(file: Path, arrays: Mapping[str, np.ndarray]) -> str:
+  from safetensors.numpy import save_file
+
+  save_file(
+    {name: np.asarray(x, order="C") for name, x in arrays.items()}, file
+  )
+  return sha256(file)
+
+
+def _read(file: Path, digest: str) -> dict[str, np.ndarray]:
+  from safetensors import SafetensorError
+  from safetensors.numpy import load_file
+
+  check_file(file, digest)
+  try:
+    return load_file(file)
+  # The numpy loader lets KeyError through for types that numpy lacks.
+  except (OSError, SafetensorError, KeyError) as error:
+    raise InputError(f"{file}: cannot be read ({error})") from None

@@ -1,0 +1,396 @@
+"""The bank: adapters of one base and what routers need of them, in a folder.
+
+Axis letters: E experts, D_enc width of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenlora_jax.bank.arrays import (
+  Fitted,
+  read_centroids,
+  read_fitted,
+  write_centroids,
+  write_fitted,
+)
+from tokenlora_jax.bank.folder import drafting, publish
+from tokenlora_jax.bank.record import (
+  ADAPTER_FILES,
+  BANK,
+  BankRecord,
+  ExpertRecord,
+  check_file,
+  check_name,
+  fitted_file,
+  read_record,
+  sha256,
+)
+from tokenlora_jax.config import PROJECTIONS, InputError, RouterConfig, nearest
+from tokenlora_jax.formats.minilm import load_minilm
+from tokenlora_jax.formats.peft import expert_maps, load_adapters, save_adapter
+from tokenlora_jax.mixing.router import Router
+from tokenlora_jax.mixing.routers import make_router, router_settings
+from tokenlora_jax.mixing.shaping import SHAPING
+from tokenlora_jax.model.llama import Llama
+from tokenlora_jax.model.lora import Adapters
+
+
+@dataclasses.dataclass(frozen=True)
+class Expert:
+  """What is known of an expert beside its numbers.
+
+  Attributes:
+    task: whose rows it was trained on; may be unknown.
+    template: the form of that task's prompts, its fields in braces.
+  """
+
+  task: str = ""
+  template: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bank:
+  """Adapters trained on one base, with their centroids.
+
+  Attributes:
+    adapters: the experts.
+    base: the path of the base, as it was given.
+    fingerprint: of the base's weights.
+    centroids: float32[E, D_enc] by encoder, `minilm` or `hidden`; the row of an
+      expert that has none is NaN.
+    experts: what is known of each expert, by name.
+    fitted: what was fitted for routers, by their names.
+    folder: where it was read from; "" if from nowhere, or from several.
+  """
+
+  adapters: Adapters
+  base: str
+  fingerprint: str
+  centroids: Mapping[str, np.ndarray]
+  experts: Mapping[str, Expert] = dataclasses.field(default_factory=dict)
+  fitted: Mapping[str, Fitted] = dataclasses.field(default_factory=dict)
+  folder: str = ""
+
+  def lacking(self, encoder: str) -> tuple[str, ...]:
+    """Returns the experts that have no centroid of this encoder."""
+    rows = zip(self.adapters.names, self.centroids[encoder], strict=True)
+    return tuple(name for name, row in rows if np.isnan(row).all())
+
+  def fitted_for(self, router: str) -> Fitted:
+    """Returns what was fitted for a router and this bank's very experts.
+
+    Args:
+      router: its name.
+
+    Raises:
+      InputError: nothing was fitted for it, or for other experts.
+    """
+    names = self.adapters.names
+    remedy = (
+      f"`python train.py --fit-router {router} --bank {self.folder or 'DIR'}`"
+      " fits it"
+    )
+    if router not in self.fitted:
+      raise InputError(
+        f"router.name: the bank has nothing fitted for {router!r}"
+        f"{nearest(router, self.fitted)}; {remedy}"
+      )
+    fitted = self.fitted[router]
+    if tuple(fitted.experts) != names:
+      raise InputError(
+        f"router.name: {router!r} was fitted for {', '.join(fitted.experts)},"
+        f" but the bank has {', '.join(names)}; {remedy} again"
+      )
+    return fitted
+
+  def router(self, config: RouterConfig) -> Router:
+    """Returns the router of these settings, for this bank's experts.
+
+    A router that something was fitted for is made with those arrays and
+    settings.
+
+    Raises:
+      InputError: the router does not exist, or the bank lacks its centroids or
+        what was fitted for it.
+    """
+    taken = router_settings(config.name)
+    fitted = self.fitted.get(config.name)
+    settings: dict[str, Any] = {
+      name: getattr(config, name) for name in taken if hasattr(config, name)
+    }
+    if fitted is not None:
+      fitted = self.fitted_for(config.name)
+      # Its vectors are compared with those of its own encoder alone.
+      settings.pop("encoder", None)
+      settings |= fitted.settings
+    if "arrays" in taken:
+      settings["arrays"] = self.fitted_for(config.name).arrays
+    elif fitted is not None:
+      settings |= fitted.arrays
+    elif "centroids" in taken:
+      settings["centroids"] = self._table(config.encoder)
+    elif "encoder" in taken:
+      # What it compares vectors with can only have been fitted.
+      self.fitted_for(config.name)
+    if "encoder" in settings:
+      settings["encoder"] = _encoder(settings["encoder"], config)
+    if "adapters" in taken:
+      settings["adapters"] = self.adapters
+    if "prior" in taken:
+      prior = dataclasses.replace(
+        config, name=config.prior, prior="uniform", top_k=None,
+        temperature=None, threshold=0.0, smoothing=0.0,
+      )  # fmt: skip
+      settings["prior"] = self.router(prior)
+    shaping = {name: getattr(config, name) for name in SHAPING}
+    # What is 0 is left to the router's own.
+    shaping = {k: v for k, v in shaping.items() if v or k == "top_k"}
+    router = make_router(config.name, **settings, **shaping)
+    return router.bind(self.adapters.names)
+
+  def _table(self, encoder: str) -> np.ndarray:
+    if encoder not in self.centroids:
+      raise InputError(
+        f"router.encoder: the bank has no centroids of {encoder!r},"
+        f" only of {', '.join(sorted(self.centroids))}"
+      )
+    if lacking := self.lacking(encoder):
+      raise InputError(
+        f"router.encoder: {', '.join(lacking)} has no centroid of {encoder!r};"
+        " drop it from the bank and add it again with its texts"
+      )
+    return self.centroids[encoder]
+
+
+def _encoder(name: Any, config: RouterConfig) -> Any:
+  if name != "minilm":
+    return name
+  return dataclasses.replace(load_minilm(config.minilm), window=config.window)
+
+
+# -----------------------------------------------------------------------------
+# Writing.
+
+
+def save_bank(folder: str | Path, bank: Bank) -> None:
+  """Writes a bank; an older bank there is replaced in one step.
+
+  Args:
+    folder: where; made if need be.
+    bank: what.
+
+  Raises:
+    InputError: the folder holds something that is not a bank, an expert's or
+      router's name cannot be a folder's, or an array holds no finite numbers.
+  """
+  folder = Path(folder)
+  names = bank.adapters.names
+  for name in names:
+    check_name("experts", name)
+  with drafting(folder) as scratch:
+    for name in names:
+      save_adapter(bank.adapters, name, scratch / name, base_name=bank.base)
+    having, digest = write_centroids(scratch, bank.centroids, names)
+    record = BankRecord(
+      bank.base,
+      bank.fingerprint,
+      tuple(
+        describe_expert(
+          bank.adapters, name, scratch / name, bank.experts.get(name, Expert())
+        )
+        for name in names
+      ),
+      having,
+      digest,
+      {
+        name: write_fitted(scratch, name, fitted)
+        for name, fitted in bank.fitted.items()
+      },
+    )
+    publish(folder, scratch, record, _gone(folder, record))
+
+
+def _gone(folder: Path, record: BankRecord) -> list[str]:
+  """What the bank that is there has, and the new one has not."""
+  try:
+    old = read_record(folder)
+  except InputError:  # There is none, or it is damaged.
+    return []
+  routers = sorted(old.fitted.keys() - record.fitted.keys())
+  return [
+    *(name for name in old.names if name not in record.names),
+    *map(fitted_file, routers),
+  ]
+
+
+def describe_expert(
+  adapters: Adapters, name: str, folder: Path, about: Expert
+) -> ExpertRecord:
+  """Returns what bank.json says of an expert.
+
+  Args:
+    adapters: that hold the expert.
+    name: its name.
+    folder: with its files.
+    about: its task.
+  """
+  digests = {file: sha256(folder / file) for file in ADAPTER_FILES}
+  return ExpertRecord(
+    name, about.task, about.template, *figures(adapters, name), digests
+  )
+
+
+def figures(
+  adapters: Adapters, name: str
+) -> tuple[tuple[int, ...], tuple[float, ...], tuple[str, ...]]:
+  """Returns an expert's ranks, scalings and projections, each value once."""
+  maps = expert_maps(adapters, name)
+  return (
+    tuple(sorted({len(a) for a, _, _ in maps.values()})),
+    tuple(sorted({scaling for *_, scaling in maps.values()})),
+    tuple(p for p in PROJECTIONS if any(p == name for _, name in maps)),
+  )
+
+
+# -----------------------------------------------------------------------------
+# Reading.
+
+
+def load_bank(
+  folder: str | Path | Sequence[str | Path], base: Llama | None = None
+) -> Bank:
+  """Reads a bank, or several of one base as one.
+
+  The experts of several banks follow each other in the order of the folders. A
+  name that two of them have becomes FOLDER/NAME for both, FOLDER as it was
+  given. Centroids are joined for the encoders that all banks have; what was
+  fitted for the experts of one bank is left out.
+
+  Args:
+    folder: what `save_bank` wrote, or a list of such.
+    base: checked to be the base the bank was trained on.
+
+  Returns:
+    The bank, in the decoding layout.
+
+  Raises:
+    InputError: no bank there, a part of it missing, damaged or exchanged,
+      another base, or banks that do not go together.
+  """
+  several = [folder] if isinstance(folder, (str, Path)) else list(folder)
+  records = _read_records(several, base)
+  experts = _locate(records)
+  for place, expert in experts.values():
+    for file, digest in expert.sha256.items():
+      check_file(place / file, digest)
+  adapters = load_adapters(
+    [place for place, _ in experts.values()], list(experts)
+  )
+  if base is not None:
+    adapters.check(base.config)
+  for name, (place, expert) in experts.items():
+    _check_described(adapters, name, place, expert)
+  centroids = _join(
+    {one: read_centroids(one, record) for one, record in records.items()}
+  )
+  fitted = {}
+  first, about = next(iter(records.items()))
+  if len(records) == 1:
+    fitted = {name: read_fitted(first, about, name) for name in about.fitted}
+  return Bank(
+    adapters,
+    about.base,
+    about.fingerprint,
+    centroids,
+    {name: Expert(x.task, x.template) for name, (_, x) in experts.items()},
+    fitted,
+    str(first) if len(records) == 1 else "",
+  )
+
+
+def _read_records(
+  folders: Sequence[str | Path], base: Llama | None
+) -> dict[Path, BankRecord]:
+  """Reads each folder's bank.json, and checks that all have one base."""
+  if not folders:
+    raise InputError("--bank: no folder is given; want at least one")
+  records: dict[Path, BankRecord] = {}
+  for folder in map(Path, folders):
+    if folder in records:
+      raise InputError(f"--bank {folder}: is given twice; want it once")
+    record = records[folder] = read_record(folder)
+    check_base(folder, record, base)
+    first = next(iter(records.values()))
+    if record.fingerprint != first.fingerprint:
+      raise InputError(
+        f"--bank {folder}: was trained on {record.base} (fingerprint"
+        f" {record.fingerprint[:12]}), but {folders[0]} on {first.base}"
+        f" ({first.fingerprint[:12]}); want banks of one base"
+      )
+  return records
+
+
+def _locate(
+  records: Mapping[Path, BankRecord],
+) -> dict[str, tuple[Path, ExpertRecord]]:
+  """Returns all banks' experts by name, and each one's folder."""
+  counts = Counter(name for record in records.values() for name in record.names)
+  experts = {}
+  for folder, record in records.items():
+    for expert in record.experts:
+      name = expert.name
+      name = f"{folder}/{name}" if counts[name] > 1 else name
+      experts[name] = record.place(folder, expert.name), expert
+  return experts
+
+
+def check_base(folder: Path, record: BankRecord, base: Any) -> None:
+  """Raises `InputError` if a bank was trained on another base.
+
+  Args:
+    folder: the bank's.
+    record: its bank.json.
+    base: what has a `fingerprint`; None is not checked.
+  """
+  if base is not None and record.fingerprint != base.fingerprint:
+    raise InputError(
+      f"{folder / BANK}: the bank was trained on {record.base}"
+      f" (fingerprint {record.fingerprint[:12]}), not on this base"
+      f" ({base.fingerprint[:12]}); give --base that one"
+    )
+
+
+def _check_described(
+  adapters: Adapters, name: str, place: Path, expert: ExpertRecord
+) -> None:
+  """Raises `InputError` unless an adapter is what bank.json says it is."""
+  if not expert.sha256:  # Format 1 said nothing.
+    return
+  said = expert.ranks, expert.scalings, expert.targets
+  found = figures(adapters, name)
+  if found != said:
+    raise InputError(
+      f"{place}: has ranks, scalings and targets {found}, but {BANK} says"
+      f" {said}"
+    )
+
+
+def _join(
+  tables: Mapping[Path, Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+  """Joins the centroids of the encoders that all banks have."""
+  joined = {}
+  for encoder in sorted(set.intersection(*map(set, tables.values()))):
+    rows = {folder: table[encoder] for folder, table in tables.items()}
+    if len({table.shape[1] for table in rows.values()}) > 1:
+      shown = ", ".join(f"{x.shape[1]} in {f}" for f, x in rows.items())
+      raise InputError(f"centroids: {encoder} has different widths: {shown}")
+    joined[encoder] = np.concatenate(list(rows.values()))
+  return joined

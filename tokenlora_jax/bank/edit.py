@@ -1,0 +1,270 @@
+"""Changes one part of a bank, and leaves the files of all others as they are.
+
+Axis letters: E experts, D_enc width of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from tokenlora_jax.bank.arrays import (
+  Fitted,
+  read_centroids,
+  write_centroids,
+  write_fitted,
+)
+from tokenlora_jax.bank.bank import Expert, check_base, describe_expert
+from tokenlora_jax.bank.folder import drafting, publish
+from tokenlora_jax.bank.record import (
+  CENTROIDS,
+  BankRecord,
+  check_name,
+  fitted_file,
+  read_record,
+  sha256,
+)
+from tokenlora_jax.config import InputError, check_choice
+from tokenlora_jax.encoders import HiddenEncoder, TextEncoder
+from tokenlora_jax.formats.load import BaseIdentity
+from tokenlora_jax.formats.peft import (
+  adapter_base,
+  adapter_shapes,
+  load_adapters,
+  save_adapter,
+)
+from tokenlora_jax.mixing.routers import centroids
+from tokenlora_jax.model.llama import Llama
+from tokenlora_jax.model.lora import Adapters
+
+
+def add_expert(
+  folder: str | Path,
+  adapter: str | Path | Adapters,
+  name: str,
+  *,
+  task: str = "",
+  template: str = "",
+  texts: Sequence[str] = (),
+  encoders: Mapping[str, TextEncoder | HiddenEncoder] | None = None,
+  base: Llama | BaseIdentity | None = None,
+  same_base: bool = False,
+) -> tuple[str, ...]:
+  """Adds an expert to a bank, after the others, in one step.
+
+  What was fitted for routers stays in the bank and is refused when used, since
+  it was fitted for other experts; what names an earlier expert of this name is
+  removed.
+
+  Args:
+    folder: the bank.
+    adapter: a PEFT folder, or `Adapters` of one expert.
+    name: of the expert.
+    task: whose rows it was trained on, if known.
+    template: the form of that task's prompts.
+    texts: its training texts, answers included, for its centroids.
+    encoders: what embeds them, by the bank's names of encoders.
+    base: the bank's, which the adapter's shapes are compared with; otherwise
+      they are compared with those of the other experts alone.
+    same_base: whether the base that the adapter's config names is the bank's,
+      under another name.
+
+  Returns:
+    The encoders of which the expert has no centroid.
+
+  Raises:
+    InputError: no bank there, a name it has already, an adapter of another base
+      or shape, or texts without an encoder.
+
+  Example:
+    >>> import tempfile
+    >>> from tokenlora_jax import Bank, load_base, random_adapters, save_bank
+    >>> base = load_base("random:tiny")
+    >>> two, three = (random_adapters(base, experts=n, rank=4) for n in (2, 3))
+    >>> with tempfile.TemporaryDirectory() as bank:
+    ...   save_bank(bank, Bank(two, "random:tiny", base.fingerprint, {}))
+    ...   add_expert(bank, three.select("e2"), "e2", base=base)
+    ...   read_record(bank).names
+    ()
+    ('e0', 'e1', 'e2')
+  """
+  folder, encoders = Path(folder), encoders or {}
+  read_record(folder)  # There is one.
+  check_name("name", name)
+  if bool(texts) != bool(encoders):
+    raise InputError(
+      f"texts: {len(texts)} with {len(encoders)} encoders; want both, or neither"
+    )
+  with drafting(folder) as scratch:
+    record = _completed(folder, read_record(folder))
+    check_base(folder, record, base)
+    _check_new(folder, record, name)
+    for encoder in encoders:
+      check_choice("encoders", encoder, tuple(record.centroids))
+    adapters = _read_adapter(record, adapter, name, same_base)
+    if base is not None:
+      adapters.check(base.config)
+    save_adapter(adapters, name, scratch / name, base_name=record.base)
+    _check_shapes(folder, record, scratch / name, adapter)
+    tables = {}
+    for encoder, table in read_centroids(folder, record).items():
+      row = np.full(table.shape[1], np.nan, np.float32)
+      if encoder in encoders:
+        row = centroids(encoders[encoder], [texts])[0]
+      if row.shape != table.shape[1:]:
+        raise InputError(
+          f"encoders: {encoder} gives {len(row)} numbers, but the bank's"
+          f" centroids have {table.shape[1]}"
+        )
+      tables[encoder] = np.vstack([table, row])
+    names = (*record.names, name)
+    having, digest = write_centroids(scratch, tables, names)
+    expert = describe_expert(
+      adapters, name, scratch / name, Expert(task, template)
+    )
+    stale = [r for r, fitted in record.fitted.items() if name in fitted.experts]
+    record = dataclasses.replace(
+      record,
+      experts=(*record.experts, expert),
+      centroids=having,
+      centroids_sha256=digest,
+      fitted={r: x for r, x in record.fitted.items() if r not in stale},
+    )
+    publish(folder, scratch, record, list(map(fitted_file, stale)))
+  return tuple(sorted(record.centroids.keys() - encoders.keys()))
+
+
+def drop_expert(folder: str | Path, name: str) -> None:
+  """Removes an expert from a bank in one step.
+
+  Args:
+    folder: the bank.
+    name: of the expert.
+
+  Raises:
+    InputError: no bank there, no such expert, or it is the only one.
+  """
+  folder = Path(folder)
+  read_record(folder)  # There is one.
+  with drafting(folder) as scratch:
+    record = _completed(folder, read_record(folder))
+    check_choice("name", name, record.names)
+    if len(record.names) == 1:
+      raise InputError(
+        f"name: {name!r} is the bank's only expert; remove {folder} instead"
+      )
+    others = [i for i, other in enumerate(record.names) if other != name]
+    tables = {
+      encoder: table[others]
+      for encoder, table in read_centroids(folder, record).items()
+    }
+    names = [record.names[i] for i in others]
+    having, digest = write_centroids(scratch, tables, names)
+    record = dataclasses.replace(
+      record,
+      experts=tuple(record.experts[i] for i in others),
+      centroids=having,
+      centroids_sha256=digest,
+    )
+    publish(folder, scratch, record, [name])
+
+
+def save_fitted(folder: str | Path, router: str, fitted: Fitted) -> None:
+  """Puts what was fitted for a router into a bank, in one step.
+
+  Args:
+    folder: the bank.
+    router: the router's name; what was fitted for it before is replaced.
+    fitted: what.
+
+  Raises:
+    InputError: no bank there, or one of other experts; a name, setting or array
+      that cannot be saved.
+  """
+  folder = Path(folder)
+  read_record(folder)  # There is one.
+  with drafting(folder) as scratch:
+    record = _completed(folder, read_record(folder))
+    if tuple(fitted.experts) != record.names:
+      raise InputError(
+        f"fitted {router}: for {', '.join(fitted.experts)}, but the bank has"
+        f" {', '.join(record.names)}"
+      )
+    entry = write_fitted(scratch, router, fitted)
+    record = dataclasses.replace(
+      record, fitted={**record.fitted, router: entry}
+    )
+    publish(folder, scratch, record)
+
+
+def _completed(folder: Path, record: BankRecord) -> BankRecord:
+  """Returns a record of format 2 for a bank of format 1."""
+  if record.centroids_sha256:
+    return record
+  read_centroids(folder, record)  # Whole, or one line.
+  return dataclasses.replace(
+    record,
+    experts=tuple(
+      describe_expert(
+        load_adapters([folder / name], [name]), name, folder / name, Expert()
+      )
+      for name in record.names
+    ),
+    centroids_sha256=sha256(folder / CENTROIDS),
+  )
+
+
+def _check_new(folder: Path, record: BankRecord, name: str) -> None:
+  if name in record.names:
+    raise InputError(
+      f"name: the bank has an expert {name!r} already; choose another, or drop"
+      " that one first"
+    )
+  if (folder / name).exists():
+    raise InputError(
+      f"name: {folder / name} exists, and is no expert of the bank; move it away"
+      " or choose another name"
+    )
+
+
+def _read_adapter(
+  record: BankRecord, adapter: str | Path | Adapters, name: str, same_base: bool
+) -> Adapters:
+  if isinstance(adapter, Adapters):
+    if len(adapter.names) != 1:
+      raise InputError(
+        f"adapter: {len(adapter.names)} experts ({', '.join(adapter.names)});"
+        " want one, as Adapters.select gives it"
+      )
+    return Adapters((name,), adapter.layers)
+  adapters = load_adapters([adapter], [name])
+  said = adapter_base(adapter)
+  if said not in ("", record.base) and not same_base:
+    raise InputError(
+      f"{adapter}: says that its base is {said}, but the bank's is"
+      f" {record.base}; where both are the same weights, say --same-base"
+    )
+  return adapters
+
+
+def _check_shapes(
+  folder: Path,
+  record: BankRecord,
+  new: Path,
+  adapter: str | Path | Adapters,
+) -> None:
+  """Raises `InputError` unless the experts' maps have the same [in, out]."""
+  shapes = adapter_shapes(new)
+  source = new.name if isinstance(adapter, Adapters) else adapter
+  for other in record.names:
+    for place, theirs in adapter_shapes(folder / other).items():
+      ours = shapes.get(place, theirs)
+      if ours != theirs:
+        raise InputError(
+          f"{source}: layer {place[0]} {place[1]} is made for [in, out] ="
+          f" {list(ours)}, but the bank's {other!r} for {list(theirs)}; was it"
+          " trained on another base?"
+        )

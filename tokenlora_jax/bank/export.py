@@ -1,0 +1,150 @@
+"""A frozen mixture as one PEFT adapter, for servers that know nothing of gates.
+
+Axis letters: E experts, R rank of one, K = the sum of their ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+import numbers
+from pathlib import Path
+
+import numpy as np
+
+from tokenlora_jax.config import InputError, check
+from tokenlora_jax.formats.peft import Factors, expert_maps, write_adapter
+from tokenlora_jax.model.lora import Adapters
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+  """What an export came to.
+
+  Attributes:
+    rank: of the adapter.
+    errors: by layer and projection, |M' - M| / |M| (Frobenius), M the map that
+      the exact mixture adds and M' the one that the adapter adds.
+    error: the same over all maps together.
+  """
+
+  rank: int
+  errors: Mapping[tuple[int, str], float]
+  error: float
+
+
+def export_mixture(
+  adapters: Adapters,
+  gates: Sequence[float] | np.ndarray,
+  folder: str | Path,
+  rank: int | None = None,
+  base_name: str = "",
+) -> Exported:
+  """Writes the mixture under fixed gates as one PEFT folder.
+
+  A map of the mixture is M = sum_e g_e s_e A_e^T B_e. Of full rank K it is
+  written as it stands: the rows of all A_e, and of all g_e s_e B_e (PEFT's
+  "cat"). Of a smaller rank it is the nearest there is (Eckart and Young, 1936),
+  from the singular values of M = (Q1 R1)(Q2 R2)^T, which are those of R1 R2^T:
+  no [in, out] is made.
+
+  All maps get one rank, and alpha / r is 1: vLLM reads neither `rank_pattern`
+  nor `alpha_pattern`. Experts whose gate is 0 take no rank.
+
+  Args:
+    adapters: E experts.
+    gates: float[E]; may be negative.
+    folder: where to, made if need be; a PEFT adapter there is replaced.
+    rank: the most rank it may have; None is K, exactly.
+    base_name: the base's path or hub id.
+
+  Returns:
+    The rank, and how far the adapter is from the exact mixture.
+
+  Raises:
+    InputError: gates of another number or not finite, all that they leave is
+      zero, a rank below 1, or the folder holds something else.
+
+  Example:
+    >>> import tempfile
+    >>> from tokenlora_jax import load_base, random_adapters
+    >>> adapters = random_adapters(load_base("random:tiny"), experts=2, rank=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   exact = export_mixture(adapters, [0.5, -0.25], folder)
+    ...   small = export_mixture(adapters, [0.5, -0.25], folder, rank=2)
+    >>> exact.rank, exact.error, small.rank, 0 < small.error < 1
+    (8, 0.0, 2, True)
+  """
+  gates = np.asarray(gates, np.float64)
+  names = adapters.names
+  if gates.shape != (len(names),):
+    raise InputError(
+      f"gates: {gates.size} numbers for {len(names)} experts"
+      f" ({', '.join(names)})"
+    )
+  check(bool(np.isfinite(gates).all()), "gates", gates.tolist(), "finite ones")
+  whole = isinstance(rank, numbers.Integral) and rank >= 1
+  check(rank is None or whole, "rank", rank, "a whole number of at least 1")
+  mixed = _concatenated(adapters, gates)
+  if not mixed:
+    raise InputError(
+      f"gates: {gates.tolist()} leave nothing of {', '.join(names)} to export"
+    )
+  lost = dict.fromkeys(mixed, 0.0)
+  norms = {place: 1.0 for place in mixed}
+  if rank is not None:
+    for place, (a, b, _) in mixed.items():
+      mixed[place], lost[place], norms[place] = _truncated(a, b, rank)
+  widest = max(len(a) for a, _, _ in mixed.values())
+  write_adapter(
+    folder, {p: _padded(x, widest) for p, x in mixed.items()}, base_name
+  )
+  return Exported(
+    widest,
+    {place: _ratio(lost[place], norms[place]) for place in mixed},
+    _ratio(math.hypot(*lost.values()), math.hypot(*norms.values())),
+  )
+
+
+def _concatenated(
+  adapters: Adapters, gates: np.ndarray
+) -> dict[tuple[int, str], Factors]:
+  """The exact mixture's maps: a [K, in], b [K, out], scaling 1."""
+  parts: dict[tuple[int, str], list[Factors]] = {}
+  for name, gate in zip(adapters.names, gates, strict=True):
+    for place, (a, b, scaling) in expert_maps(adapters, name).items():
+      if gate * scaling:
+        part = Factors(a, gate * scaling * b.astype(np.float64), 1.0)
+        parts.setdefault(place, []).append(part)
+  return {
+    place: Factors(
+      np.concatenate([a for a, _, _ in found]),
+      np.concatenate([b for _, b, _ in found]),
+      1.0,
+    )
+    for place, found in sorted(parts.items())
+  }
+
+
+def _truncated(
+  a: np.ndarray, b: np.ndarray, rank: int
+) -> tuple[Factors, float, float]:
+  """Returns a^T b to at most this rank, |what is lost| and |a^T b|."""
+  q1, r1 = np.linalg.qr(a.T.astype(np.float64))
+  q2, r2 = np.linalg.qr(b.T.astype(np.float64))
+  u, s, vt = np.linalg.svd(r1 @ r2.T, full_matrices=False)
+  root = np.sqrt(s[:rank, None])  # Half on each side: neither gets large.
+  near = Factors(root * (q1 @ u[:, :rank]).T, root * (q2 @ vt[:rank].T).T, 1.0)
+  return near, float(np.linalg.norm(s[rank:])), float(np.linalg.norm(s))
+
+
+def _padded(factors: Factors, rank: int) -> Factors:
+  """In float32, with zero rows up to a rank."""
+  rows = ((0, rank - len(factors.a)), (0, 0))
+  a, b = (np.pad(x, rows).astype(np.float32) for x in factors[:2])
+  return Factors(a, b, factors.scaling)
+
+
+def _ratio(part: float, whole: float) -> float:
+  return part / whole if whole else 0.0

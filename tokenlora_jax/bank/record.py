@@ -1,0 +1,338 @@
+"""bank.json, formats 1 and 2, and the files of a bank that it vouches for.
+
+bank/
+  bank.json                 the base, the experts, and what is known of them
+  centroids.safetensors     float32[n, D_enc] an encoder, of the experts it lists
+  routers/NAME.safetensors  the arrays fitted for a router
+  EXPERT/                   a PEFT folder each
+
+Format 1 had no hashes, tasks or fitted routers. Nothing in a bank is trusted.
+
+Axis letters: n experts that have a centroid, D_enc width of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+import re
+from typing import Any
+
+from tokenlora_jax.config import InputError, nearest
+
+FORMAT = 2
+
+BANK = "bank.json"
+CENTROIDS = "centroids.safetensors"
+ROUTERS = "routers"
+# Of an expert's folder, what is hashed.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+# Where an edit's new files wait; see folder.py.
+SCRATCH = ".new-"
+
+JSON = None | bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertRecord:
+  """What bank.json says of one expert.
+
+  Attributes:
+    name: its own, and its folder's.
+    task: whose rows it was trained on; may be unknown, "".
+    template: the form of that task's prompts; may be unknown, "".
+    ranks: of its maps, each value once.
+    scalings: likewise.
+    targets: the projections that it adapts.
+    sha256: of its files, by name; none in format 1.
+  """
+
+  name: str
+  task: str = ""
+  template: str = ""
+  ranks: tuple[int, ...] = ()
+  scalings: tuple[float, ...] = ()
+  targets: tuple[str, ...] = ()
+  sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedRecord:
+  """What bank.json says of the arrays fitted for one router.
+
+  Attributes:
+    settings: the router's others.
+    experts: those that it was fitted for, in order.
+    shapes: of the arrays, by name.
+    sha256: of their file.
+  """
+
+  settings: Mapping[str, JSON]
+  experts: tuple[str, ...]
+  shapes: Mapping[str, tuple[int, ...]]
+  sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Moving:
+  """An edit that was decided and not yet done; see folder.py.
+
+  Attributes:
+    scratch: the folder in the bank whose contents take their places.
+    gone: what is removed: experts' folders and routers' files.
+  """
+
+  scratch: str
+  gone: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class BankRecord:
+  """A bank.json.
+
+  Attributes:
+    base: the base's path, as it was given.
+    fingerprint: of the base's weights.
+    experts: in the bank's order.
+    centroids: by encoder, the experts that have one, in the table's order.
+    centroids_sha256: of their file; "" in format 1.
+    fitted: by the router's name.
+    moving: an edit to be finished, if any.
+  """
+
+  base: str
+  fingerprint: str
+  experts: tuple[ExpertRecord, ...]
+  centroids: Mapping[str, tuple[str, ...]]
+  centroids_sha256: str = ""
+  fitted: Mapping[str, FittedRecord] = dataclasses.field(default_factory=dict)
+  moving: Moving | None = None
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """The experts' names."""
+    return tuple(expert.name for expert in self.experts)
+
+  def place(self, folder: Path, file: str) -> Path:
+    """Returns where a file or folder of the bank lies just now.
+
+    Args:
+      folder: the bank's.
+      file: its path in the bank.
+    """
+    if self.moving is not None:
+      waiting = folder / self.moving.scratch / file
+      if waiting.exists():
+        return waiting
+    return folder / file
+
+  def to_json(self) -> str:
+    """Returns the text of bank.json."""
+    about = {
+      "format": FORMAT,
+      "base": {"path": self.base, "fingerprint": self.fingerprint},
+      "experts": [dataclasses.asdict(expert) for expert in self.experts],
+      "centroids": {
+        "file": CENTROIDS,
+        "sha256": self.centroids_sha256,
+        "experts": self.centroids,
+      },
+      "fitted": {
+        name: {"file": fitted_file(name), **dataclasses.asdict(fitted)}
+        for name, fitted in self.fitted.items()
+      },
+    }
+    if self.moving is not None:
+      about["moving"] = dataclasses.asdict(self.moving)
+    return json.dumps(about, indent=2, allow_nan=False) + "\n"
+
+
+def fitted_file(name: str) -> str:
+  """Returns the path in the bank of a router's arrays."""
+  return f"{ROUTERS}/{name}.safetensors"
+
+
+def check_name(field: str, name: str) -> None:
+  """Raises `InputError` unless a folder or file in the bank may be named so.
+
+  Args:
+    field: names it in errors.
+    name: of an expert or a router.
+
+  Example:
+    >>> check_name("experts", "gsm8k")
+  """
+  is_one = Path(name).name == name and name.isprintable()
+  taken = name in (BANK, CENTROIDS, ROUTERS)
+  if not is_one or taken or name.startswith(".") or not name.strip():
+    why = ", but one that the bank itself needs" if taken else ""
+    raise InputError(f"{field}: {name!r} is no folder's name{why}")
+
+
+def sha256(file: Path) -> str:
+  """Returns the SHA-256 of a file, in hex."""
+  with file.open("rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_file(file: Path, wanted: str) -> None:
+  """Raises `InputError` if a file is not the one that bank.json was made for.
+
+  A file that is not there is left to its reader.
+
+  Args:
+    file: its path.
+    wanted: its SHA-256; "" is not known.
+  """
+  if wanted and file.is_file() and (found := sha256(file)) != wanted:
+    raise InputError(
+      f"{file}: was damaged or exchanged: its sha256 begins with {found[:12]},"
+      f" but {BANK} has {wanted[:12]}; put the right file back, or drop what it"
+      " belongs to from the bank"
+    )
+
+
+def read_record(folder: str | Path) -> BankRecord:
+  """Reads and checks a bank.json.
+
+  Args:
+    folder: the bank's.
+
+  Raises:
+    InputError: there is none, it is damaged, or of an unknown format.
+  """
+  folder = Path(folder)
+  file = folder / BANK
+  if not file.is_file():
+    names = []
+    if folder.parent.is_dir():
+      names = [str(p) for p in folder.parent.iterdir() if p.is_dir()]
+    raise InputError(
+      f"--bank {folder}: holds no {BANK}{nearest(str(folder), names)};"
+      " train.py writes a bank at the end of a run"
+    )
+  try:
+    about = json.loads(file.read_text("utf-8"))
+    version = about["format"]
+    record = _READERS[version](about) if version in _READERS else None
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    if isinstance(error, InputError):
+      raise InputError(f"{file}: {error}") from None
+    raise InputError(f"{file}: is not a bank's ({error!r})") from None
+  if record is None:
+    raise InputError(
+      f"{file}: format {version!r}; this version reads"
+      f" {' and '.join(map(str, _READERS))}"
+    )
+  return record
+
+
+def _read_1(about: Any) -> BankRecord:
+  experts = _texts(about["experts"])
+  for name in experts:
+    check_name("experts", name)
+  return BankRecord(
+    *_base(about),
+    tuple(map(ExpertRecord, experts)),
+    dict.fromkeys(_texts(about["encoders"]), experts),
+  )
+
+
+def _read_2(about: Any) -> BankRecord:
+  experts = tuple(map(_expert, _of(list, about["experts"])))
+  names = {expert.name for expert in experts}
+  if len(names) < len(experts):
+    raise TypeError("experts of one name")
+  centroids = _of(dict, about["centroids"])
+  having = {
+    encoder: _texts(listed)
+    for encoder, listed in _of(dict, centroids["experts"]).items()
+  }
+  for listed in having.values():
+    if not names.issuperset(listed) or len(set(listed)) < len(listed):
+      raise TypeError("centroids of experts that the bank has not")
+  fitted = {
+    name: _fitted(name, entry)
+    for name, entry in _of(dict, about["fitted"]).items()
+  }
+  moving = None
+  if about.get("moving") is not None:
+    moving = _moving(about["moving"])
+    if names & set(moving.gone):
+      raise TypeError("experts that are gone")
+  return BankRecord(
+    *_base(about),
+    experts,
+    having,
+    _hash(centroids["sha256"]),
+    fitted,
+    moving,
+  )
+
+
+_READERS = {1: _read_1, 2: _read_2}
+
+
+def _base(about: Any) -> tuple[str, str]:
+  base = about["base"]
+  return _of(str, base["path"]), _of(str, base["fingerprint"])
+
+
+def _expert(entry: Any) -> ExpertRecord:
+  name = _of(str, entry["name"])
+  check_name("experts", name)
+  return ExpertRecord(
+    name,
+    _of(str, entry["task"]),
+    _of(str, entry["template"]),
+    tuple(_of(int, rank) for rank in _of(list, entry["ranks"])),
+    tuple(float(scaling) for scaling in _of(list, entry["scalings"])),
+    _texts(entry["targets"]),
+    {file: _hash(entry["sha256"][file]) for file in ADAPTER_FILES},
+  )
+
+
+def _fitted(name: str, entry: Any) -> FittedRecord:
+  check_name("fitted", name)
+  if entry["file"] != fitted_file(name):
+    raise TypeError(f"fitted {name}: file {entry['file']!r}")
+  return FittedRecord(
+    _of(dict, entry["settings"]),
+    _texts(entry["experts"]),
+    {
+      array: tuple(_of(int, size) for size in _of(list, shape))
+      for array, shape in _of(dict, entry["shapes"]).items()
+    },
+    _hash(entry["sha256"]),
+  )
+
+
+def _moving(entry: Any) -> Moving:
+  """What is named here gets removed: nothing outside the bank may be."""
+  scratch, gone = _of(str, entry["scratch"]), _texts(entry["gone"])
+  if not re.fullmatch(rf"{re.escape(SCRATCH)}\w+", scratch):
+    raise TypeError(f"moving: {scratch!r}")
+  for path in gone:
+    name = path.removeprefix(f"{ROUTERS}/").removesuffix(".safetensors")
+    check_name("moving", name if path == fitted_file(name) else path)
+  return Moving(scratch, gone)
+
+
+def _of(kind: type, value: Any) -> Any:
+  if not isinstance(value, kind) or isinstance(value, bool):
+    raise TypeError(f"{str(value)[:40]!r} is no {kind.__name__}")
+  return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+  return tuple(_of(str, text) for text in _of(list, value))
+
+
+def _hash(value: Any) -> str:
+  if not re.fullmatch("[0-9a-f]{64}", _of(str, value)):
+    raise TypeError(f"{value[:40]!r} is no sha256")
+  return value

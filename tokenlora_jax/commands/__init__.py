@@ -1,0 +1,1 @@
+"""What a person types: command lines, and what they run."""

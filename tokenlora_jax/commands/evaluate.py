@@ -1,0 +1,177 @@
+"""`infer.py evaluate`: from its settings to rows, tables and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tokenlora_jax.config import Config, RouterConfig, check
+from tokenlora_jax.data.rows import load_rows
+from tokenlora_jax.evaluation.evaluator import Evaluator
+from tokenlora_jax.evaluation.experiment.answers import Judge
+from tokenlora_jax.evaluation.experiment.arms import (
+  Routers,
+  make_arms,
+  router_config,
+)
+from tokenlora_jax.evaluation.experiment.plots import write_plots
+from tokenlora_jax.evaluation.experiment.questions import (
+  digest_questions,
+  questions,
+)
+from tokenlora_jax.evaluation.experiment.results import summarise
+from tokenlora_jax.evaluation.experiment.rows import (
+  AGAIN,
+  RowLog,
+  digest_bank,
+  open_rows,
+)
+from tokenlora_jax.evaluation.experiment.run import run_cells
+from tokenlora_jax.evaluation.experiment.tables import (
+  NOTE,
+  terminal_tables,
+  write_tables,
+)
+from tokenlora_jax.files import writing
+from tokenlora_jax.mixing.router import Router
+from tokenlora_jax.model.llama import Llama
+from tokenlora_jax.model.lora import Adapters
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation(Config):
+  """What `infer.py evaluate` takes besides the config.
+
+  Attributes:
+    bank: the folder that train.py wrote; WORKDIR/bank by default.
+    tasks: whose held-out rows are scored; those of the config by default.
+    rows: how many rows a task; 0 is data.eval-rows.
+    variants: what is compared: `base`; `own`, the adapter of a row's own task
+      (the oracle); `single`, each adapter on all tasks, or `adapter:NAME`;
+      `uniform`; `sum`; and of each router `top1` (its best adapter alone),
+      `prompt` (its gates at the prompt) and `token:K` (anew every K tokens).
+    routers: by name, perhaps with settings of their own, as in
+      `centroid:encoder=hidden,sharpen=8`; the config's by default.
+    rules: what gates mean: exact, peft_linear, peft040, probabilities.
+    caches: of `token:K`: reuse, recompute, remix.
+    generate: answer the questions too, and have the answers scored: GSM8K's
+      number, ARC's choice, SQuAD's words, CodeAlpaca's ROUGE-L. See --decode for
+      how; --decode.max-new-tokens should hold an answer.
+    run_code: that programs which the model wrote may be run (humaneval, mbpp).
+    output: keep each row in this folder as it comes. The same command goes on
+      where it stopped, and more tasks, variants, routers, rules or caches may be
+      added later.
+  """
+
+  bank: str = ""
+  tasks: tuple[str, ...] = ()
+  rows: int = 0
+  variants: tuple[str, ...] = (
+    "base", "own", "uniform", "prompt", "token:1", "token:2", "token:4",
+  )  # fmt: skip
+  routers: tuple[str, ...] = ()
+  rules: tuple[str, ...] = ("exact",)
+  caches: tuple[str, ...] = ("reuse",)
+  generate: bool = False
+  run_code: bool = False
+  output: str = ""
+
+  def __post_init__(self):
+    super().__post_init__()
+    check(self.rows >= 0, "rows", self.rows, "0 (data.eval-rows) or more")
+
+
+def evaluate(
+  args: Evaluation,
+  base: Llama,
+  tokenizer: Any,
+  adapters: Adapters,
+  make_router: Callable[[RouterConfig], Router],
+  bank: Path,
+  console: Console,
+) -> None:
+  """Compares ways to mix on held-out rows.
+
+  Args:
+    args: what is compared, on what.
+    base: with its layers in a list.
+    tokenizer: the base's.
+    adapters: the experts.
+    make_router: makes a router for them.
+    bank: the folder that they come from.
+    console: where to print.
+
+  Raises:
+    InputError: something of these does not fit together, or the folder of the
+      rows holds another experiment.
+  """
+  data = dataclasses.replace(
+    args.data,
+    tasks=args.tasks or args.data.tasks,
+    eval_rows=args.rows or args.data.eval_rows,
+  )
+  if "own" in args.variants:
+    for task in data.tasks:
+      adapters.index(task)
+  routers = Routers(
+    {
+      name: make_router(router_config(name, args.router))
+      for name in args.routers or (args.router.name,)
+    }
+  )
+  arms, skipped = make_arms(
+    args.variants, routers, args.rules, args.caches, adapters
+  )
+  for line in skipped:
+    console.print(line, style="dim", markup=False, soft_wrap=True)
+  tests = {
+    task: questions(load_rows(data, task, "test"), tokenizer, data)
+    for task in data.tasks
+  }
+  evaluator, judge = Evaluator(base, adapters, tokenizer), None
+  if args.generate:
+    judge = Judge(
+      base, adapters, tokenizer, evaluator, args.decode, args.run_code
+    )
+    for task in tests:
+      judge.check(task, tests[task])
+  with contextlib.ExitStack() as stack:
+    log = RowLog()
+    if args.output:
+      about = {
+        "base": dataclasses.asdict(args.base),
+        "router": dataclasses.asdict(args.router),
+        "bank": digest_bank(bank),
+        "rows": {task: digest_questions(tests[task]) for task in tests},
+      }
+      if judge is not None:
+        # What an arm does not say itself.
+        once = dataclasses.replace(
+          args.decode, refresh_every=0, rule="", cache="reuse"
+        )
+        about["generate"] = dataclasses.asdict(once)
+      log = stack.enter_context(open_rows(Path(args.output), about))
+    run_cells(
+      arms,
+      tests,
+      routers,
+      evaluator,
+      adapters.names,
+      judge,
+      log,
+      console,
+    )
+    results = summarise(log.rows)
+    if args.output:
+      folder = Path(args.output)
+      with writing(folder, AGAIN):
+        write_tables(results, folder)
+        write_plots(log.rows, results, folder)
+  for table in terminal_tables(results):
+    console.print(table)
+  console.print(NOTE, style="dim")

@@ -1,0 +1,1 @@
+"""Rows of tasks become tokens, and tokens batches."""

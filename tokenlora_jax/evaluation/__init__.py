@@ -1,0 +1,1 @@
+"""How good a way to mix is, on held-out rows."""

@@ -1,0 +1,258 @@
+"""The arms of an experiment: which ways to mix are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import itertools
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from tokenlora_jax.config import InputError, RouterConfig, check_choice, nearest
+from tokenlora_jax.evaluation.evaluator import Variant
+from tokenlora_jax.mixing.mixture import check_mixable
+from tokenlora_jax.mixing.router import Router
+from tokenlora_jax.mixing.routers import make_router
+from tokenlora_jax.mixing.rules import get_rule
+from tokenlora_jax.mixing.shaping import shape_gates
+from tokenlora_jax.model.lora import Adapters
+
+CACHES = ("reuse", "recompute", "remix")
+
+# What a variant may be; NAME is an expert, K a number of tokens.
+VARIANTS = (
+  "base", "own", "single", "adapter:NAME", "top1", "uniform", "sum", "prompt",
+  "token:K",
+)  # fmt: skip
+
+# Rules that leave an adapter as it is where its gate is 1 and the others' are 0.
+_SAME_ALONE = ("exact", "peft_linear", "probabilities")
+
+
+class Arm(NamedTuple):
+  """One way to mix: a line of the experiment's table.
+
+  Attributes:
+    variant: `base`; `own`, the adapter of the row's own task, which no router
+      can know: the oracle; `adapter:NAME`, one adapter on all tasks; `top1`, the
+      router's best adapter alone, decided at the prompt; `uniform`; `sum`;
+      `prompt`, the router's gates at the prompt; `token:K`, decided anew every
+      K tokens.
+    router: its name; "" where none is asked.
+    rule: what gates mean; "" where there are none.
+    cache: what becomes of what was read under older gates; "" where gates do
+      not move.
+  """
+
+  variant: str
+  router: str = ""
+  rule: str = ""
+  cache: str = ""
+
+  @property
+  def label(self) -> str:
+    """What a person calls it.
+
+    Example:
+      >>> Arm("token:2", "centroid", "exact", "reuse").label
+      'token:2 centroid exact reuse'
+    """
+    return " ".join(part for part in self if part)
+
+  @property
+  def pace(self) -> int:
+    """Tokens between two router calls; 0 is none after the prompt."""
+    kind, _, number = self.variant.partition(":")
+    return int(number) if kind == "token" else 0
+
+
+class Routers:
+  """Who decides in each arm; each router is made once.
+
+  An `Evaluator` remembers what the very router said that it is given.
+
+  Attributes:
+    named: the routers that arms may have, by name.
+  """
+
+  def __init__(self, named: Mapping[str, Router]):
+    self.named = named
+    self._made: dict[tuple[str, str], Router] = {}
+
+  def variant(self, arm: Arm, task: str) -> Variant:
+    """Returns what an `Evaluator` is given for a cell.
+
+    Args:
+      arm: the arm.
+      task: of the rows, for `own`.
+    """
+    kind, _, name = arm.variant.partition(":")
+    who = {"own": task, "adapter": name}.get(kind, arm.router)
+    router = None
+    if kind in ("prompt", "token"):
+      router = self.named[arm.router]
+    elif kind != "base":
+      kind = "one-hot" if kind in ("own", "adapter") else kind
+      if (kind, who) not in self._made:
+        self._made[kind, who] = self._make(kind, who)
+      router = self._made[kind, who]
+    return Variant(router, arm.pace, arm.rule or "exact", arm.cache or "reuse")
+
+  def _make(self, kind: str, who: str) -> Router:
+    if kind == "top1":
+      return shape_gates(self.named[who], top_k=1)
+    return make_router(kind, **({"expert": who} if kind == "one-hot" else {}))
+
+
+def router_config(text: str, default: RouterConfig) -> RouterConfig:
+  """Returns the settings of a router as `--routers` names it.
+
+  Args:
+    text: a router's name, and perhaps settings that differ from the config's:
+      `NAME:SETTING=VALUE,SETTING=VALUE`.
+    default: the config's.
+
+  Raises:
+    InputError: there is no such setting, or its value is not allowed.
+
+  Example:
+    >>> made = router_config("centroid:encoder=hidden,top-k=2", RouterConfig())
+    >>> made.name, made.encoder, made.top_k
+    ('centroid', 'hidden', 2)
+  """
+  name, _, rest = text.partition(":")
+  hints = get_type_hints(RouterConfig)
+  # A comma parts settings, so none is a list.
+  known = {
+    field: get_args(hint) or (hint,)
+    for field, hint in hints.items()
+    if get_origin(hint) is not tuple and field != "name"
+  }
+  changes: dict[str, Any] = {"name": name}
+  for part in filter(None, rest.split(",")):
+    key, _, value = part.partition("=")
+    field = key.replace("-", "_")
+    check_choice(f"--routers {text}", field, list(known))
+    number = next((x for x in (float, int) if x in known[field]), str)
+    try:
+      changes[field] = number(value)
+    except ValueError:
+      raise InputError(
+        f"--routers {text}: {field} {value!r} is not allowed; want a number"
+      ) from None
+  return dataclasses.replace(default, **changes)
+
+
+def make_arms(
+  variants: Sequence[str],
+  routers: Routers,
+  rules: Sequence[str],
+  caches: Sequence[str],
+  adapters: Adapters,
+) -> tuple[list[Arm], list[str]]:
+  """Returns the arms that make sense, and a line for each that does not.
+
+  Args:
+    variants: of `VARIANTS`; `single` is each adapter alone.
+    routers: of these adapters.
+    rules: what gates may mean.
+    caches: cache policies.
+    adapters: the experts.
+
+  Returns:
+    (arms, each once, in the order of the variants; why others were left out).
+
+  Raises:
+    InputError: a variant, rule or policy that does not exist.
+
+  Example:
+    >>> from tokenlora_jax import load_base, random_adapters
+    >>> adapters = random_adapters(load_base("random:tiny"), experts=2, rank=4)
+    >>> wanted = ["base", "single"]
+    >>> arms, _ = make_arms(wanted, Routers({}), ["exact"], [], adapters)
+    >>> [arm.label for arm in arms]
+    ['base', 'adapter:e0 exact', 'adapter:e1 exact']
+  """
+  for rule in rules:
+    get_rule(rule)
+  for cache in caches:
+    check_choice("--caches", cache, CACHES)
+  wanted: list[Arm] = []
+  skipped: list[str] = []
+  for variant in _spelled_out(variants, adapters.names):
+    for arm, why in _arms_of(variant, routers.named, rules, caches):
+      if arm in wanted:
+        continue
+      router = routers.variant(arm, adapters.names[0]).router
+      if not why and router is not None:
+        try:
+          rule, bound = get_rule(arm.rule), router.bind(adapters.names)
+          check_mixable(rule, arm.cache, bound, adapters)
+        except InputError as error:
+          why = str(error)
+      if why:
+        skipped.append(f"{arm.label} is left out: {why}")
+      else:
+        wanted.append(arm)
+  return wanted, list(dict.fromkeys(skipped))
+
+
+def _spelled_out(
+  variants: Sequence[str], experts: Sequence[str]
+) -> Iterator[str]:
+  """Yields variants with `single` as each adapter, or raises `InputError`."""
+  for variant in variants:
+    kind, colon, what = variant.partition(":")
+    if variant == "single":
+      yield from (f"adapter:{name}" for name in experts)
+    elif kind == "adapter" and colon:
+      check_choice("--variants adapter", what, experts)
+      yield variant
+    elif kind == "token" and colon:
+      if not what.isdecimal() or int(what) < 1:
+        raise InputError(
+          f"--variants: {variant!r} is not allowed; want token:K, K tokens"
+          " between two router calls, at least 1"
+        )
+      yield f"token:{int(what)}"
+    elif variant in VARIANTS and not variant.endswith(("NAME", "K")):
+      yield variant
+    else:
+      raise InputError(
+        f"--variants: {variant!r} is not one of {', '.join(VARIANTS)}"
+        f"{nearest(variant, VARIANTS)}"
+      )
+
+
+def _arms_of(
+  variant: str,
+  routers: Mapping[str, Router],
+  rules: Sequence[str],
+  caches: Sequence[str],
+) -> Iterator[tuple[Arm, str]]:
+  """Yields the arms of a variant, and why one makes no sense, or ""."""
+  kind = variant.partition(":")[0]
+  if kind == "base":
+    yield Arm(variant), ""
+  elif kind in ("own", "adapter"):
+    alike = [rule for rule in rules if rule in _SAME_ALONE]
+    for rule in rules:
+      same = rule in alike[1:]
+      why = f"the same as under {alike[0]}, an adapter alone" if same else ""
+      yield Arm(variant, "", rule), why
+  elif kind in ("uniform", "sum"):
+    for rule in rules:
+      same = kind == "sum" and get_rule(rule).of_outputs
+      why = "weights of predictions have the sum 1: uniform" if same else ""
+      yield Arm(variant, "", rule), why
+  elif kind in ("top1", "prompt"):
+    for router, rule in itertools.product(routers, rules):
+      yield Arm(variant, router, rule), ""
+  else:
+    for name, rule, cache in itertools.product(routers, rules, caches):
+      router, why = routers[name], ""
+      if router.at_prompt_only or router.needs in ("nothing", "prompt"):
+        when = "at each token" if router.prototypes else "at the prompt"
+        why = f"this router decides {when} whatever K is, the same as prompt"
+      elif get_rule(rule).of_outputs and cache != caches[0]:
+        why = f"each expert reads alone, the same as {caches[0]}"
+      yield Arm(variant, name, rule, cache), why

@@ -1,0 +1,232 @@
+"""What the rows of an experiment say: a pure function of them.
+
+Axis letters: Q questions, A figures, S resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any
+import zlib
+
+import numpy as np
+
+from tokenlora_jax.evaluation.experiment.arms import Arm
+from tokenlora_jax.evaluation.experiment.rows import arm_of
+from tokenlora_jax.evaluation.statistics import (
+  RESAMPLES,
+  Estimate,
+  estimate,
+  ratios,
+)
+
+# What is less where it is better; all else is more.
+LOSS = "loss"
+# The mean of a row's scores, which tasks with other scores can be averaged over.
+SCORE = "score"
+AVERAGE = "average"
+
+_ORDER = (
+  "base", "own", "adapter", "uniform", "sum", "top1", "prompt", "token",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """One figure of one arm.
+
+  Attributes:
+    arm: the way to mix.
+    metric: `loss`, nats an answer token; `score`, the mean of a row's scores; or
+      the name of one score.
+    task: a task, or `average`, where every task counts the same.
+    questions: how many rows it rests on.
+    own: the figure.
+    over_base: what it is more than the base's; None where that is not known.
+    over_single: what it is more than that of the best single adapter, which has
+      the best average in this metric on these very rows.
+  """
+
+  arm: Arm
+  metric: str
+  task: str
+  questions: int
+  own: Estimate
+  over_base: Estimate | None = None
+  over_single: Estimate | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+  """What an arm took, over all its rows.
+
+  Attributes:
+    seconds: of scoring and generation, compilation and the router included; a
+      router's answers to texts that another arm asked about before are not asked
+      for again.
+    tokens_per_second: answer tokens scored a second.
+    made_per_second: tokens generated a second; 0 where none were.
+  """
+
+  seconds: float
+  tokens_per_second: float
+  made_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+  """All figures of an experiment.
+
+  Attributes:
+    tasks: {task: questions}.
+    figures: by (arm, metric, task), of the cells whose rows are all there.
+    singles: the best single adapter by metric; none where there are no arms of
+      single adapters on all tasks.
+    paces: by arm.
+  """
+
+  tasks: dict[str, int]
+  figures: dict[tuple[Arm, str, str], Figure]
+  singles: dict[str, Arm]
+  paces: dict[Arm, Pace]
+
+  @functools.cached_property
+  def arms(self) -> list[Arm]:
+    """The arms that have a figure, in the order of tables."""
+    return sorted({arm for arm, *_ in self.figures}, key=_place)
+
+  @functools.cached_property
+  def metrics(self) -> list[str]:
+    """The metrics that any arm has: loss and score, then single scores."""
+    return list(dict.fromkeys(metric for _, metric, _ in self.figures))
+
+
+def _place(arm: Arm) -> tuple:
+  kind = arm.variant.partition(":")[0]
+  place = _ORDER.index(kind) if kind in _ORDER else len(_ORDER)
+  return place, arm.pace, arm
+
+
+def summarise(
+  rows: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES
+) -> Results:
+  """Returns what rows say.
+
+  A task's questions are those that any arm has; a cell that lacks some has no
+  figure. Losses are over all answer tokens of all rows, scores over rows. The
+  same resamples of a task's questions serve all arms, so differences are paired;
+  an average resamples each task for itself.
+
+  Args:
+    rows: of an experiment.
+    resamples: S.
+  """
+  tasks: dict[str, dict[str, int]] = {}  # task -> row -> its place
+  for row in rows:
+    places = tasks.setdefault(row["task"], {})
+    places.setdefault(row["row"], len(places))
+  samples: dict[tuple[Arm, str, str], np.ndarray] = {}
+  for task, places in tasks.items():
+    mine = [row for row in rows if row["task"] == task]
+    samples |= _samples(task, places, mine, resamples)
+  metrics = list(dict.fromkeys(metric for _, metric, _ in samples))
+  metrics.sort(key=lambda m: (m != LOSS, m != SCORE))
+  arms = sorted({arm for arm, *_ in samples}, key=_place)
+  for arm in arms:
+    for metric in metrics:
+      each = [samples.get((arm, metric, task)) for task in tasks]
+      if all(x is not None for x in each):
+        samples[arm, metric, AVERAGE] = np.mean(each, axis=0)
+  counts = {task: len(places) for task, places in tasks.items()}
+  singles = dict(_singles(arms, metrics, samples))
+  figures = {}
+  for metric in metrics:
+    for task in (*tasks, AVERAGE):
+      base = samples.get((Arm("base"), metric, task))
+      single = samples.get((singles.get(metric), metric, task))
+      least = counts[task] if task != AVERAGE else min(counts.values())
+      total = counts[task] if task != AVERAGE else sum(counts.values())
+      for arm in arms:
+        if (sample := samples.get((arm, metric, task))) is None:
+          continue
+        over_base, over_single = (
+          None if other is None else estimate(sample - other, least)
+          for other in (base, single)
+        )
+        figures[arm, metric, task] = Figure(
+          arm, metric, task, total, estimate(sample, least),
+          over_base, over_single,
+        )  # fmt: skip
+  return Results(counts, figures, singles, dict(_paces(rows)))
+
+
+def _samples(
+  task: str,
+  places: Mapping[str, int],
+  rows: Sequence[Mapping[str, Any]],
+  resamples: int,
+) -> dict[tuple[Arm, str, str], np.ndarray]:
+  """Returns float[1 + S] by (arm, metric, task), of one task's whole cells."""
+  count = len(places)
+  found: dict[tuple[Arm, str], np.ndarray] = {}  # float[Q, (sum, weight)]
+  for row in rows:
+    values = {LOSS: (row["loss"], row["tokens"])}
+    if scores := row["scores"]:
+      values[SCORE] = float(np.mean(list(scores.values()))), 1
+      values |= {name: (value, 1) for name, value in scores.items()}
+    for metric, value in values.items():
+      key = arm_of(row), metric
+      if key not in found:
+        found[key] = np.full((count, 2), np.nan)
+      found[key][places[row["row"]]] = value
+  whole = {key: x for key, x in found.items() if not np.isnan(x).any()}
+  if not whole:
+    return {}
+  # [Q, A, (sum, weight)]
+  table = np.stack(list(whole.values()), axis=1)
+  seed = [zlib.crc32(task.encode()), count]
+  drawn = ratios(table[..., 0], table[..., 1], seed, resamples)
+  return {
+    (arm, metric, task): column
+    for (arm, metric), column in zip(whole, drawn.T, strict=True)
+  }
+
+
+def _singles(
+  arms: Sequence[Arm],
+  metrics: Sequence[str],
+  samples: Mapping[tuple[Arm, str, str], np.ndarray],
+) -> Iterator[tuple[str, Arm]]:
+  """Yields the best single adapter on average of each metric that has one."""
+  for metric in metrics:
+    averages = {
+      arm: samples[arm, metric, AVERAGE][0]
+      for arm in arms
+      if arm.variant.startswith("adapter:")
+      and (arm, metric, AVERAGE) in samples
+    }
+    if averages:
+      best = min if metric == LOSS else max
+      yield metric, best(averages, key=averages.get)
+
+
+def _paces(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Arm, Pace]]:
+  """Yields what each arm took."""
+  totals: dict[Arm, np.ndarray] = {}
+  for row in rows:
+    of_row = (
+      row["seconds"], row["tokens"],
+      row.get("made_seconds", 0.0), row.get("made", 0),
+    )  # fmt: skip
+    totals.setdefault(arm_of(row), np.zeros(4))[:] += of_row
+  for arm, (seconds, tokens, made_seconds, made) in totals.items():
+    yield (
+      arm,
+      Pace(
+        float(seconds + made_seconds),
+        float(tokens / seconds) if seconds else 0.0,
+        float(made / made_seconds) if made_seconds else 0.0,
+      ),
+    )

@@ -1,0 +1,1 @@
+"""Other people's files, and the only imports of the libraries that read them."""

@@ -1,0 +1,307 @@
+"""llama.cpp's GGUF files: metadata, and tensors in blocks of few bits.
+
+Blocks stay in the file until a tensor is read, and only the rows that are asked
+for are read and dequantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tokenlora_jax.config import InputError, nearest
+from tokenlora_jax.formats.reader import (
+  END,
+  BaseReader,
+  Fields,
+  Stored,
+  one_line,
+  part_of_file,
+)
+from tokenlora_jax.model.config import LlamaConfig, RopeScaling
+
+if TYPE_CHECKING:
+  from gguf import GGUFReader
+
+# Our modules and theirs; {} is the layer's number.
+_MODULES = {
+  "embedding": "token_embd",
+  "norm": "output_norm",
+  "head": "output",
+  "attention_norm": "blk.{}.attn_norm",
+  "mlp_norm": "blk.{}.ffn_norm",
+  "q": "blk.{}.attn_q",
+  "k": "blk.{}.attn_k",
+  "v": "blk.{}.attn_v",
+  "o": "blk.{}.attn_output",
+  "gate": "blk.{}.ffn_gate",
+  "up": "blk.{}.ffn_up",
+  "down": "blk.{}.ffn_down",
+}
+_MODELS = ("llama", "qwen2")
+# Llama-3's stretched rotary frequencies, as divisors of the plain ones.
+_ROPE_FREQS = "rope_freqs.weight"
+
+
+def open_gguf(path: Path) -> GGUFReader:
+  """Maps a GGUF file and reads its header.
+
+  Args:
+    path: the file.
+
+  Raises:
+    InputError: it is not a whole GGUF file of this machine's byte order.
+  """
+  import gguf
+
+  class Bounded(gguf.GGUFReader):
+    """Fails at the file's end, where the library would go on with nothing."""
+
+    def _get(self, offset, dtype, count=1, *args, **kwargs):
+      end = int(offset) + int(count) * np.dtype(dtype).itemsize
+      if end > len(self.data):
+        raise ValueError(f"ends at byte {len(self.data)}, before byte {end}")
+      return super()._get(offset, dtype, count, *args, **kwargs)
+
+  try:
+    with np.errstate(over="raise"):
+      file = Bounded(path)
+  # A damaged header can trip the library anywhere.
+  except (
+    ArithmeticError, LookupError, OSError, RecursionError, TypeError, ValueError,
+  ) as error:  # fmt: skip
+    raise InputError(
+      f"{path}: not a whole GGUF file ({one_line(error)})"
+    ) from error
+  if file.byte_order != "I":
+    raise InputError(f"{path}: is in the other byte order; want little-endian")
+  return file
+
+
+def metadata(file: GGUFReader, name: str, default: Any = None) -> Any:
+  """Returns a metadata value of an open file, or `default` if it has none.
+
+  Args:
+    file: what `open_gguf` gives.
+    name: of the value.
+    default: if there is none.
+
+  Raises:
+    InputError: a text is no UTF-8.
+  """
+  field = file.fields.get(name)
+  try:
+    return default if field is None else field.contents()
+  except UnicodeDecodeError as error:
+    raise InputError(f"GGUF {name}: no UTF-8 ({one_line(error)})") from error
+
+
+def parse_metadata(
+  file: GGUFReader, stored: Mapping[str, Stored], where: str
+) -> LlamaConfig:
+  """Reads the shape of the Llama from GGUF metadata.
+
+  Args:
+    file: what `open_gguf` gives.
+    stored: the file's tensors, which tell whether there are ties and biases.
+    where: the file, for errors.
+
+  Raises:
+    InputError: naming the value that is missing, out of range, or would change
+      the calculation.
+  """
+  model = metadata(file, "general.architecture")
+  if model not in _MODELS:
+    raise InputError(
+      f"{where}: general.architecture {model!r} is not one of"
+      f" {', '.join(_MODELS)}{nearest(str(model), _MODELS)}"
+    )
+  general = Fields(
+    {
+      name: metadata(file, name)
+      for name in ("general.type", "split.count")
+      if name in file.fields
+    },
+    where,
+  )
+  general.only("general.type", "model")
+  # Parts are put together by llama.cpp's `llama-gguf-split --merge`.
+  general.only("split.count", 0, 1)
+
+  start = f"{model}."
+  values = {
+    name.removeprefix(start): metadata(file, name)
+    for name in file.fields
+    if name.startswith(start)
+  }
+  fields = Fields(values, where, start)
+  width = fields.integer("embedding_length")
+  heads = fields.integer("attention.head_count")
+  head_width = fields.integer("attention.key_length", width // heads or None)
+  fields.only("attention.value_length", head_width)
+  # Less is a rotation of part of each head.
+  fields.only("rope.dimension_count", head_width)
+  theta = fields.real("rope.freq_base", 10_000.0)
+  embedding = stored.get("token_embd.weight")
+  vocab = embedding.shape[0] if embedding and embedding.shape else None
+  shape = {
+    "vocab": fields.integer("vocab_size", vocab),
+    "width": width,
+    "mlp_width": fields.integer("feed_forward_length"),
+    "layers": fields.integer("block_count"),
+    "heads": heads,
+    "kv_heads": fields.integer("attention.head_count_kv", heads),
+    "head_width": head_width,
+    "norm_eps": fields.real("attention.layer_norm_rms_epsilon"),
+    "rope_theta": theta,
+    "rope_scaling": _parse_rope(fields),
+    "tied": "output.weight" not in stored,
+    "qkv_bias": model == "qwen2" or "blk.0.attn_q.bias" in stored,
+    "o_bias": "blk.0.attn_output.bias" in stored,
+    "mlp_bias": "blk.0.ffn_gate.bias" in stored,
+    "max_length": fields.integer("context_length"),
+  }
+  fields.only("attention.causal", True)
+  fields.only("attention.sliding_window", 0)
+  fields.only("expert_count", 0)
+  fields.only("expert_used_count", 0)
+  fields.finish()
+  try:
+    return LlamaConfig(**shape)
+  except InputError as error:
+    raise InputError(f"{where}: {error}") from error
+
+
+def _parse_rope(fields: Fields) -> RopeScaling:
+  """Takes how rotary frequencies are stretched, but for Llama-3's tensor."""
+  # Without a type, llama.cpp takes a factor for a linear one; 0 is none.
+  kind = fields.take("rope.scaling.type", "linear")
+  if kind not in ("none", "linear"):
+    raise fields.error("rope.scaling.type", kind, "none or linear")
+  # Only other types read these.
+  fields.take("rope.scaling.original_context_length")
+  fields.take("rope.scaling.finetuned")
+  fields.only("rope.scaling.attn_factor", 1)
+  old = fields.take("rope.scale_linear", 0) or 1.0
+  factor = fields.take("rope.scaling.factor", 0) or old
+  if not isinstance(factor, float) or not 0 < factor < 1e38:
+    raise fields.error("rope.scaling.factor", factor, "a number above 0")
+  if kind == "none" or factor == 1:
+    return RopeScaling()
+  return RopeScaling("linear", factor)
+
+
+def _llama3_scaling(
+  divisors: np.ndarray, config: LlamaConfig, where: str
+) -> RopeScaling:
+  """Finds the settings of which converters only store the result.
+
+  All models of the family share the two frequency factors and the original
+  length, which are our defaults; so the largest divisor must be the factor,
+  and the rest must follow.
+  """
+  scaling = RopeScaling("llama3", float(divisors.max(initial=1)))
+  powers = np.arange(0, config.head_width, 2) / config.head_width
+  waves = 2 * np.pi * config.rope_theta**powers
+  low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+  kept = (scaling.original_length / waves - low) / (high - low)
+  kept = np.clip(kept, 0, 1)
+  expected = 1 / ((1 - kept) / scaling.factor + kept)
+  if divisors.shape != expected.shape or not np.allclose(
+    divisors, expected, rtol=1e-4
+  ):
+    raise InputError(
+      f"{where}: {_ROPE_FREQS} holds rotary frequencies other than Llama-3's"
+      f" ({low:g}, {high:g}, {scaling.original_length}); use the model's Hugging"
+      " Face folder"
+    )
+  return scaling if scaling.factor > 1 else RopeScaling()
+
+
+class GgufReader(BaseReader):
+  """A GGUF file; of a tensor, only the rows that are asked for are dequantised.
+
+  Args:
+    path: the file.
+
+  Raises:
+    InputError: the file is damaged, its metadata asks for what is not
+      calculated here, or tensors and metadata disagree.
+  """
+
+  def __init__(self, path: Path):
+    where = str(path)
+    file = open_gguf(path)
+    self._path = path
+    self._tensors = {t.name: t for t in file.tensors}
+    stored = {
+      name: Stored(tuple(reversed(t.shape.tolist())), t.tensor_type.name)
+      for name, t in self._tensors.items()
+    }
+    config = parse_metadata(file, stored, where)
+    # Converters turn q and k into the order of llama.cpp's rotary
+    # embedding, which rotates neighbours; for Qwen2 it rotates halves.
+    self._interleaved = metadata(file, "general.architecture") == "llama"
+    types = {t.tensor_type for t in file.tensors}
+    readable = {t.name for t in types if _is_readable(t)}
+    if _ROPE_FREQS in stored and stored[_ROPE_FREQS].dtype == "F32":
+      scaling = _llama3_scaling(self._tensors[_ROPE_FREQS].data, config, where)
+      config = dataclasses.replace(config, rope_scaling=scaling)
+    super().__init__(
+      where, config, _MODULES, stored, readable, lambda key: key == _ROPE_FREQS
+    )
+
+  def _read(self, key, index):
+    tensor = self._tensors[key]
+    rows = index[0]
+    if self._interleaved and key.split(".")[2:3] in (["attn_q"], ["attn_k"]):
+      rows = _half_order(tensor.data.shape[0], self.config.head_width)[rows]
+    values = _dequantize(self._blocks(tensor, rows), tensor.tensor_type)
+    return values[:, index[1]] if len(index) > 1 else values
+
+  def _blocks(self, tensor, rows):
+    data = tensor.data
+    return part_of_file(
+      self._path, data.dtype, tensor.data_offset, data.shape, rows
+    )
+
+  def _ends(self, key):
+    data, offset = self._tensors[key].data, self._tensors[key].data_offset
+    size = (data.nbytes,)
+    ends = slice(END), slice(-END, None)
+    head, tail = (
+      part_of_file(self._path, np.uint8, offset, size, end) for end in ends
+    )
+    return head.tobytes(), tail.tobytes()
+
+
+def _half_order(rows: int, head_width: int) -> np.ndarray:
+  """Where each row of the halves' order is in the neighbours' order.
+
+  Example:
+    >>> _half_order(8, 4).tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+  """
+  pairs = np.arange(rows).reshape(-1, head_width // 2, 2)
+  return pairs.swapaxes(1, 2).reshape(-1)
+
+
+def _is_readable(tensor_type: Any) -> bool:
+  from gguf import GGML_QUANT_SIZES
+
+  _, block_bytes = GGML_QUANT_SIZES[tensor_type]
+  try:
+    _dequantize(np.zeros((1, block_bytes), np.uint8), tensor_type)
+  except NotImplementedError:
+    return False
+  return True
+
+
+def _dequantize(data: np.ndarray, tensor_type: Any) -> np.ndarray:
+  from gguf import quants
+
+  return quants.dequantize(np.ascontiguousarray(data), tensor_type)

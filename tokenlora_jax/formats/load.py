@@ -1,0 +1,309 @@
+"""A base from any path: a folder, a .gguf file, a hub id or `random:PRESET`.
+
+Parameters are made one by one, and those of stacked layers layer by layer, each
+put in its place on the devices before the next is read. So the host holds, of
+all that is not yet on a device, one device's part of one layer's parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import ctypes
+import dataclasses
+import functools
+import math
+from pathlib import Path
+import re
+import zlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+import numpy as np
+
+from tokenlora_jax.config import check_choice
+from tokenlora_jax.formats.locate import BaseReader, open_base
+from tokenlora_jax.model.config import HUB_PRESETS, PRESETS, LlamaConfig
+from tokenlora_jax.model.llama import Llama, join_heads
+from tokenlora_jax.model.quantize import (
+  QUANTIZERS,
+  Kernel,
+  check_blocks,
+  get_quantizer,
+)
+from tokenlora_jax.parallel.sharding import check_heads, tree_shardings
+
+# A host array that starts at a multiple of it becomes a CPU device's own
+# without a copy.
+_ALIGNMENT = 64
+
+
+def load_base(
+  path: str,
+  dtype: str = "bfloat16",
+  mesh: Mesh | None = None,
+  stacked: bool = False,
+  quantize: str = "none",
+) -> Llama:
+  """Loads a frozen Llama, tensor by tensor, straight onto its devices.
+
+  A device reads only its own part of each tensor; host memory never holds a
+  second copy of the model, nor devices one that is not quantised.
+
+  Args:
+    path: a Hugging Face folder, a .gguf file, a hub id, `package:NAME` or
+      `random:PRESET` (seeded random weights).
+    dtype: float32 or bfloat16.
+    mesh: where the weights go; one device by default.
+    stacked: the layout: stacked layers for training, a list for decoding.
+    quantize: what the layers' kernels are kept in: `none` (dtype), `int8` or
+      `nf4`. The fingerprint is that of the weights in the file all the same.
+
+  Returns:
+    A `Llama`.
+
+  Raises:
+    InputError: the path, its config or a tensor is not what it should be, or
+      its shape cannot be quantised so.
+
+  Example:
+    >>> load_base("random:tiny").config.layers
+    2
+  """
+  check_choice("base.dtype", dtype, ("float32", "bfloat16"))
+  check_choice("base.quantize", quantize, QUANTIZERS)
+  if path.startswith("random:"):
+    config, fingerprint = _preset(path), path
+    read = functools.partial(_draw, config)
+  else:
+    reader = open_base(path)
+    config, fingerprint = reader.config, reader.fingerprint()
+    read = functools.partial(_read, reader)
+  check_blocks(config, quantize)
+  if mesh is not None:
+    check_heads(config, mesh)
+  make = _Factory(read, dtype, mesh, quantize)
+  return Llama(config, make, stacked, fingerprint)
+
+
+def base_shape(path: str) -> LlamaConfig:
+  """Returns the shape of the base at a path, without its weights.
+
+  Args:
+    path: as `load_base` takes it; a well-known hub id is not asked for.
+
+  Raises:
+    InputError: there is no base at the path.
+
+  Example:
+    >>> base_shape("meta-llama/Llama-2-7b-hf").layers
+    32
+  """
+  if path.startswith("random:"):
+    return _preset(path)
+  if path in HUB_PRESETS and not Path(path).exists():
+    return PRESETS[HUB_PRESETS[path]]
+  return open_base(path).config
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseIdentity:
+  """Which base it is, without its weights.
+
+  Attributes:
+    config: its shape.
+    fingerprint: of its weights, as a `Llama` has it.
+  """
+
+  config: LlamaConfig
+  fingerprint: str
+
+
+def identify_base(path: str) -> BaseIdentity:
+  """Returns which base is at a path, from the headers of its files.
+
+  Args:
+    path: as `load_base` takes it.
+
+  Raises:
+    InputError: there is no base at the path.
+
+  Example:
+    >>> identify_base("random:tiny").fingerprint
+    'random:tiny'
+  """
+  if path.startswith("random:"):
+    return BaseIdentity(_preset(path), path)
+  reader = open_base(path)
+  return BaseIdentity(reader.config, reader.fingerprint())
+
+
+def _preset(path: str) -> LlamaConfig:
+  """Returns the shape that `random:PRESET` names."""
+  preset = path.removeprefix("random:")
+  check_choice("base.path random:", preset, tuple(PRESETS))
+  return PRESETS[preset]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Factory:
+  """Makes the parameters of a Llama, in either layout, where they belong.
+
+  Attributes:
+    read: (name, shape, dtype, sharding) -> a parameter of one layer, or of
+      none.
+    dtype: of what is not quantised.
+    mesh: the devices.
+    quantize: what kernels are kept in.
+  """
+
+  read: Callable[..., jax.Array]
+  dtype: str
+  mesh: Mesh | None
+  quantize: str
+
+  def __call__(self, name: str, shape: tuple[int, ...]) -> Kernel:
+    if ".*." not in name:
+      kernel = self._one(name, shape)
+      _trim()
+      return kernel
+    stack = None
+    for i in range(shape[0]):
+      layer = self._one(name.replace("*", str(i)), shape[1:])
+      if stack is None:
+        shapes = jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct((shape[0], *x.shape), x.dtype), layer
+        )
+        places = _shardings(name, shapes, self.mesh)
+        stack = jax.tree.map(
+          lambda x, place: jnp.zeros(x.shape, x.dtype, device=place),
+          shapes,
+          places,
+        )
+      # Waits, or else the layers that are read wait in memory.
+      stack = jax.block_until_ready(_inserter(places)(stack, layer, i))
+      _trim()
+    return stack
+
+  def _one(self, name, shape):
+    struct = jax.ShapeDtypeStruct(shape, self.dtype)
+    place = _shardings(name, struct, self.mesh)
+    x = self.read(name, shape, self.dtype, place)
+    if self.quantize == "none" or not name.endswith(".kernel"):
+      return x
+    # Layers are alike, and compiled once.
+    name = re.sub(r"\.\d+\.", ".*.", name)
+    quantizer = _quantizer(self.quantize, name, struct, self.mesh)
+    return jax.block_until_ready(quantizer(x))
+
+
+@functools.cache
+def _quantizer(kind, name, struct, mesh):
+  quantize = get_quantizer(kind, name)
+  places = _shardings(name, jax.eval_shape(quantize, struct), mesh)
+  return jax.jit(quantize, out_shardings=places)
+
+
+@functools.cache
+def _inserter(places):
+  """Puts a layer into stacked layers, in place."""
+
+  def insert(stack, layer, i):
+    put = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda x, y: put(x, y, i, 0), stack, layer)
+
+  return jax.jit(insert, donate_argnums=0, out_shardings=places)
+
+
+def _trim():
+  """Gives freed memory back: glibc keeps tens of MB for each thread."""
+  trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+  if trim is not None:
+    trim(0)
+
+
+def _shardings(name, tree, mesh):
+  """Where the arrays of a parameter go: a tree of shardings like `tree`."""
+  if mesh is None:
+    place = SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda _: place, tree)
+  return tree_shardings({name: tree}, mesh)[name]
+
+
+# -----------------------------------------------------------------------------
+# Random weights.
+
+
+def _draw(config: LlamaConfig, name, shape, dtype, sharding: Sharding):
+  """Normal weights of variance 1 / fan-in; norms are ones."""
+  if "norm" in name:
+    return jnp.ones(shape, dtype, device=sharding)
+  # A parameter draws from its own name, so that both layouts are one model.
+  names, shapes = [name], [shape]
+  if ".qkv." in name:
+    names = [name.replace("qkv", p) for p in "qkv"]
+    shapes = [config.projection_shapes[p] for p in "qkv"]
+  seeds = np.array([zlib.crc32(n.encode()) for n in names], np.uint32)
+  scale = 0.02 if name == "embedding" else 1 / math.sqrt(shapes[0][-2])
+  drawer = _drawer(config, tuple(shapes), scale, dtype, sharding)
+  return jax.block_until_ready(drawer(seeds))
+
+
+@functools.cache
+def _drawer(config, shapes, scale, dtype, sharding):
+  """Compiles once for all tensors that are alike."""
+
+  def draw(seeds):
+    parts = [
+      (scale * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
+      for seed, shape in zip(seeds, shapes, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else join_heads(config, parts)
+
+  return jax.jit(draw, out_shardings=sharding)
+
+
+# -----------------------------------------------------------------------------
+# Weights in a file.
+
+
+def _read(reader: BaseReader, name, shape, dtype, sharding: Sharding):
+  """Reads a parameter, a device's part at a time."""
+  devices = {}
+  for device, index in sharding.addressable_devices_indices_map(shape).items():
+    ends = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+    devices.setdefault(tuple(ends), []).append(device)
+  arrays = []
+  for ends, alike in devices.items():
+    part = _aligned([stop - start for start, stop in ends], jnp.dtype(dtype))
+    _fill(part, reader, name, tuple(slice(*pair) for pair in ends))
+    arrays += [jax.device_put(part, device) for device in alike]
+    jax.block_until_ready(arrays)
+  return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _aligned(shape, dtype):
+  size = math.prod(shape) * dtype.itemsize
+  room = np.empty(size + _ALIGNMENT, np.uint8)
+  start = -room.ctypes.data % _ALIGNMENT
+  return room[start : start + size].view(dtype).reshape(shape)
+
+
+def _fill(out, reader, name, index):
+  """Fills `out` with part of a parameter; of q, k and v joined, by kv head."""
+  if ".qkv." not in name:
+    reader.fill(out, name, index)
+    return
+  config = reader.config
+  group = config.heads // config.kv_heads
+  ends = np.cumsum([group, 1, 1]) * config.head_width
+  *inputs, features = index
+  # A device has whole kv heads: see sharding.check_heads.
+  kv_heads = range(features.start // ends[-1], features.stop // ends[-1])
+  for kv_head, part in zip(
+    kv_heads, np.split(out, len(kv_heads), axis=-1), strict=True
+  ):
+    for p, own in zip("qkv", np.split(part, ends[:2], axis=-1), strict=True):
+      size = own.shape[-1]
+      rows = slice(kv_head * size, (kv_head + 1) * size)
+      reader.fill(own, name.replace("qkv", p), (*inputs, rows))

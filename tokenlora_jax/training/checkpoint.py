@@ -1,0 +1,210 @@
+"""Checkpoints of a run: adapters, optimizer, step and data position, by Orbax.
+
+Orbax writes in the background and renames a checkpoint into place only when it
+is whole, so that a killed run leaves whole checkpoints or none. A disk may
+damage one later: each holds a checksum of what was saved, and one that cannot
+be read, or reads as something else, makes room for the one before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import itertools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+import zlib
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from tokenlora_jax.config import InputError, first_line
+from tokenlora_jax.parallel.sharding import described
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+  """The checkpoints in a folder, the newest few kept.
+
+  Args:
+    folder: where they go; made if need be.
+    keep: how many stay.
+  """
+
+  def __init__(self, folder: str | Path, keep: int):
+    self._folder = Path(folder).absolute()
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      # What a killed run left half written.
+      cleanup_tmp_directories=True,
+    )
+    self._manager = ocp.CheckpointManager(
+      self._folder, options=options, item_names=("state", "about")
+    )
+
+  def save(self, step: int, state: Any, about: Mapping) -> None:
+    """Starts to write a checkpoint; waits only for one still being written.
+
+    Args:
+      step: optimizer steps done.
+      state: a pytree of arrays.
+      about: what else is to be known of the run then, JSON.
+
+    Raises:
+      OSError, ValueError: the one before could not be written.
+    """
+    about = json.loads(json.dumps(about))
+    about["checksum"] = checksum(state, about)
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
+      ),
+    )
+
+  def newest(self) -> int | None:
+    """Returns the newest checkpoint's step once it is whole, or None."""
+    self._manager.wait_until_finished()
+    return self._manager.latest_step()
+
+  def restore(self, like: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Returns (state, about) of the newest whole checkpoint, or None.
+
+    Damaged ones that are newer are moved to the folder `damaged` beside this
+    one, with a warning, so that their steps can be saved again.
+
+    Args:
+      like: a pytree of arrays or shapes as the state's.
+      mesh: where the state goes, which need not be the mesh it was saved from.
+
+    Raises:
+      InputError: there are checkpoints, but none that is whole; all stay.
+    """
+    self._manager.wait_until_finished()
+    abstract = described(like, mesh)
+    damaged = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      restored, reason = self._read(step, abstract)
+      if not reason:
+        self._set_aside(damaged, step)
+        return restored
+      # Its files, without the folder that is named anyway.
+      damaged[step] = reason.replace(f"{self._folder / str(step)}/", "")
+    if damaged:
+      reasons = "; ".join(f"{step}: {why}" for step, why in damaged.items())
+      raise InputError(
+        f"{self._folder}: none of its checkpoints is whole ({reasons}); choose"
+        " another --workdir, or remove this folder to start from step 0"
+      )
+    return None
+
+  def _read(self, step: int, abstract: Any) -> tuple[Any, str]:
+    """Returns a checkpoint's (state, about), and what is wrong with it."""
+    restored, reason = None, ""
+    if jax.process_index() == 0:
+      # Orbax reads many arrays at once, and when one fails, the others' errors
+      # come up anywhere. So they are read one by one first.
+      folder = self._folder / str(step) / "state"
+      reason = _why_unreadable(folder, len(jax.tree.leaves(abstract)))
+    if reason := _anywhere(reason):
+      return None, reason
+    try:
+      items = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()
+        ),
+      )
+      about = dict(items.about)
+      if about.pop("checksum") != checksum(items.state, about):
+        reason = "it does not hold the numbers that were saved"
+      restored = items.state, about
+    except Exception as error:  # Whatever damaged files make Orbax raise.
+      reason = first_line(error)
+    return restored, _anywhere(reason)
+
+  def _set_aside(self, damaged: Mapping[int, str], whole: int) -> None:
+    """Moves damaged checkpoints out of the way, and says so."""
+    if not damaged:
+      return
+    if jax.process_index() == 0:
+      aside = self._folder.with_name("damaged")
+      aside.mkdir(exist_ok=True)
+      for step, reason in damaged.items():
+        names = itertools.chain(
+          [f"{step}"], (f"{step}.{i}" for i in itertools.count(1))
+        )
+        place = next(aside / n for n in names if not (aside / n).exists())
+        (self._folder / str(step)).rename(place)
+        _log.warning(
+          "%s: damaged (%s); moved to %s, and step %d is gone on from",
+          self._folder / str(step), reason, place, whole,
+        )  # fmt: skip
+    multihost_utils.sync_global_devices("set_aside")
+    self._manager.reload()
+
+  def close(self) -> None:
+    """Waits until everything is written."""
+    self._manager.close()
+
+
+def checksum(state: Any, about: Mapping) -> int:
+  """Returns a number that changes with any bit of a checkpoint.
+
+  It is the CRC-32 of `about` and of the sum, modulo 2^32, of the bits of each
+  array: sums of integers are the same in any order, so on any mesh.
+
+  Args:
+    state: a pytree of arrays.
+    about: JSON.
+
+  Example:
+    >>> state = {"a": jnp.arange(3.0)}
+    >>> checksum(state, {}) == checksum({"a": jnp.array([0.0, 1.0, 2.5])}, {})
+    False
+  """
+  sums = [int(leaf) for leaf in jax.device_get(_sums(jax.tree.leaves(state)))]
+  return zlib.crc32(json.dumps([about, sums], sort_keys=True).encode())
+
+
+@jax.jit
+def _sums(leaves):
+  def one(x):
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    return bits.sum(dtype=jnp.uint32)
+
+  return [one(leaf) for leaf in leaves]
+
+
+def _why_unreadable(folder: Path, count: int) -> str:
+  """Returns why not all of so many arrays of a folder can be read, or ""."""
+  store = {
+    "driver": "ocdbt",
+    "base": {"driver": "file", "path": f"{folder}/"},
+  }
+  try:
+    keys = tensorstore.KvStore.open(store).result().list().result()
+    names = [
+      key.decode().removesuffix(".zarray")
+      for key in keys
+      if key.endswith(b"/.zarray")
+    ]
+    for name in names:
+      kvstore = store | {"path": name}
+      spec = {"driver": "zarr", "kvstore": kvstore}
+      tensorstore.open(spec).result().read().result()
+  except ValueError as error:
+    return first_line(error)
+  return "" if len(names) == count else f"{len(names)} arrays, not {count}"
+
+
+def _anywhere(reason: str) -> str:
+  """Returns this reason, or that another process has one, or ""."""
+  bad = multihost_utils.process_allgather(np.array(bool(reason)))
+  return reason or ("another process cannot read it" if np.any(bad) else "")

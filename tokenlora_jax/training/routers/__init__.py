@@ -1,0 +1,17 @@
+"""Fitting: what routers learn from the tasks' rows, base and adapters frozen."""
+
+from tokenlora_jax.training.routers import (  # noqa: F401  They register.
+  embeddings,
+  lora_flow,
+  phatgoose,
+  switch,
+  x_lora,
+)
+from tokenlora_jax.training.routers.registry import (
+  Fit,
+  Work,
+  get_fit,
+  register_fit,
+)
+
+__all__ = ["Fit", "Work", "get_fit", "register_fit"]

@@ -1,0 +1,74 @@
+"""Fits of routers that compare texts: all they need is the texts' vectors.
+
+Axis letters: n texts of an expert, D_enc width of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from tokenlora_jax.config import Config
+from tokenlora_jax.data.rows import Row
+from tokenlora_jax.mixing.routers import (
+  fit_ariadne,
+  fit_centroids,
+  fit_classifier,
+  fit_hilora,
+  fit_lorauter,
+)
+from tokenlora_jax.training.routers.registry import Fit, Work, register_fit
+
+Vectors = Sequence[np.ndarray]
+
+
+def fit_embeddings(
+  fit: Callable[[Vectors, Config], dict[str, np.ndarray]],
+  texts: Callable[[Row], Sequence[str]] = lambda row: [row.text],
+) -> Fit:
+  """Returns the fit that gives a function the vectors of each expert's texts.
+
+  Args:
+    fit: turns a list of float32[n, D_enc], one an expert, into arrays.
+    texts: of a row.
+  """
+
+  def run(work: Work):
+    encoder, kind = work.encoder(), work.config.router.encoder
+    every = [
+      [text for row in rows for text in texts(row)] for rows in work.rows
+    ]
+    count = sum(map(len, every))
+    with work.console.status(f"{kind} vectors of {count} texts"):
+      vectors = [encoder.embed(own) for own in every]
+    return {"encoder": kind}, fit(vectors, work.config)
+
+  return run
+
+
+def _centroids(vectors: Vectors, config: Config) -> dict[str, np.ndarray]:
+  table = fit_centroids(vectors, config.router.clusters, config.seed)
+  return {"centroids": table}
+
+
+def _ariadne(vectors: Vectors, config: Config) -> dict[str, np.ndarray]:
+  return fit_ariadne(vectors, config.router.clusters, config.seed)
+
+
+for _name, _fit in {
+  "centroid": _centroids,
+  "cbtm": _centroids,
+  "ariadne": _ariadne,
+  "lorauter": lambda vectors, config: fit_lorauter(vectors),
+  "hilora": lambda vectors, config: fit_hilora(vectors),
+}.items():
+  register_fit(_name)(fit_embeddings(_fit))
+
+# It is asked about prompts, and about texts that grow from there.
+register_fit("classifier")(
+  fit_embeddings(
+    lambda vectors, config: fit_classifier(vectors),
+    lambda row: [row.prompt, row.text],
+  )
+)

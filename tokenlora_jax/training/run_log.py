@@ -1,0 +1,192 @@
+"""What a run reports while it trains: a bar, metrics.jsonl and TensorBoard.
+
+Model FLOPs utilisation is 4 N FLOPs a token over the devices' peak: 2 N for the
+forward pass and 2 N for the gradient with respect to activations, where N are
+the parameters a token is multiplied with. A frozen base has no weight gradient,
+which would be another 2 N; the adapters' own are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import contextlib
+import json
+import os
+from pathlib import Path
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeRemainingColumn,
+)
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from tokenlora_jax.files import write_atomically
+from tokenlora_jax.parallel.chips import chip_of
+
+# Seconds after which TensorBoard sees what is new.
+FLUSH_EVERY = 30
+
+
+def peak_flops(device: jax.Device) -> float:
+  """Returns a device's peak, FLOP/s: from the table, or measured once.
+
+  Of a CPU or an unknown device the rate of a large float32 matrix product is
+  measured.
+  """
+  if chip := chip_of(device.device_kind):
+    return chip.flops
+  size = 1024
+  x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+  multiply = jax.jit(lambda x: x @ x)
+  multiply(x).block_until_ready()
+  start = time.perf_counter()
+  for _ in range(8):
+    multiply(x).block_until_ready()
+  return 8 * 2 * size**3 / (time.perf_counter() - start)
+
+
+class RunLog:
+  """Shows and keeps the metrics of a training run.
+
+  Args:
+    workdir: gets metrics.jsonl and tensorboard/.
+    names: the experts' names.
+    steps: of the whole run.
+    first: steps done before this start.
+    parameters: N, for the utilisation.
+    console: where to print.
+
+  Only process 0 should make one.
+  """
+
+  def __init__(
+    self,
+    workdir: Path,
+    names: Sequence[str],
+    steps: int,
+    first: int,
+    parameters: int,
+    console: Console,
+  ):
+    self._names = names
+    self._steps = steps
+    self._console = console
+    self._peak = peak_flops(jax.devices()[0]) * jax.device_count()
+    self._flops_per_token = 4 * parameters
+    # A run that goes on does again what it did after its last checkpoint.
+    _drop_lines_after(workdir / "metrics.jsonl", first)
+    self._file = (workdir / "metrics.jsonl").open("a")
+    (workdir / "tensorboard").mkdir(exist_ok=True)
+    # Not SummaryWriter: its thread dies of a full disk, and all wait for it.
+    self._board = EventsWriter(
+      str(workdir / "tensorboard/events"), f".{os.getpid()}"
+    )
+    log = SessionLog(status=SessionLog.START)
+    self._board.write_event(Event(step=first + 1, session_log=log))
+    self._last = self._flushed = time.perf_counter()
+    self._progress = Progress(
+      TextColumn("train"),
+      BarColumn(bar_width=20),
+      MofNCompleteColumn(),
+      TextColumn("{task.fields[losses]}"),
+      TimeRemainingColumn(compact=True),
+      console=console,
+      disable=not console.is_terminal,
+    )
+    self._task = self._progress.add_task(
+      "", total=steps, completed=first, losses=""
+    )
+    self._progress.start()
+
+  def step(
+    self, step: int, metrics: Mapping[str, np.ndarray], batch: Mapping
+  ) -> None:
+    """Reports one optimizer step.
+
+    Args:
+      step: optimizer steps done.
+      metrics: float[E] each, on the host.
+      batch: of the step. Its `sizes`, int32[E, B], and `rows`, E arrays, are
+        those of all processes.
+    """
+    now = time.perf_counter()
+    seconds, self._last = now - self._last, now
+    real = int(np.sum(batch["sizes"]))
+    rate = batch["sizes"].size * batch["tokens"].shape[-1] / seconds
+    values = {
+      "tokens_per_second": real / seconds,
+      "mfu": rate * self._flops_per_token / self._peak,
+    }
+    for name in metrics:
+      values |= {
+        f"{name}/{expert}": float(value)
+        for expert, value in zip(self._names, metrics[name], strict=True)
+      }
+    self._write(step, values, rows=[r.tolist() for r in batch["rows"]])
+    if now > self._flushed + FLUSH_EVERY:
+      self._board.flush()
+      self._flushed = now
+    losses = " ".join(
+      f"{name} {loss:.3f}"
+      for name, loss in zip(self._names, metrics["loss"], strict=True)
+    )
+    line = f"{losses}  {values['tokens_per_second']:,.0f} tok/s  MFU {values['mfu']:.0%}"
+    self._progress.update(self._task, completed=step, losses=line)
+    every = max(1, self._steps // 20)
+    shown = step % every == 0 or step in (1, self._steps)
+    if shown and not self._console.is_terminal:
+      self._console.print(
+        f"step {step}/{self._steps}  {line}", highlight=False, soft_wrap=True
+      )
+
+  def held_out(self, step: int, losses: Mapping[str, float]) -> None:
+    """Reports held-out losses, nats a target token, by expert."""
+    self._write(step, {f"held_out/{k}": v for k, v in losses.items()})
+    text = "  ".join(f"{k} {v:.3f}" for k, v in losses.items())
+    self._console.print(f"step {step}  held-out  {text}", soft_wrap=True)
+    self._last = time.perf_counter()  # Not the next step's time.
+
+  def _write(self, step, values, **more):
+    scalars = [
+      Summary.Value(tag=name, simple_value=value)
+      for name, value in values.items()
+    ]
+    self._board.write_event(
+      Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
+    )
+    self._file.write(json.dumps({"step": step, **values, **more}) + "\n")
+    self._file.flush()
+
+  def close(self) -> None:
+    """Ends the bar and the files."""
+    with contextlib.ExitStack() as stack:  # Each, even if one fails.
+      stack.callback(self._board.close)
+      stack.callback(self._file.close)
+      stack.callback(self._progress.stop)
+
+
+def _drop_lines_after(file: Path, step: int) -> None:
+  """Drops the lines of later steps, and one that was not written to its end."""
+  if not file.exists():
+    return
+
+  def stays(line):
+    try:
+      return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+      return False
+
+  lines = file.read_text(errors="replace").splitlines(keepends=True)
+  whole = [line for line in lines if stays(line)]
+  if whole != lines:
+    write_atomically(file, "".join(whole))
