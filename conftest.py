@@ -1,12 +1,24 @@
 """How JAX starts in every test, the package's doctests included."""
 
 import os
+from pathlib import Path
 
 # Before JAX is imported: eight devices on any machine, whatever it holds.
-flags = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = (
-  f"{flags} --xla_force_host_platform_device_count=8".strip()
+# Compiling takes longer than running what tests run, so XLA optimises little;
+# tests that plan or measure say otherwise.
+FLAGS = (
+  "--xla_force_host_platform_device_count=8",
+  "--xla_backend_optimization_level=0",
+  "--xla_llvm_disable_expensive_passes=true",
 )
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+# What one test or child process compiles, the next one reads.
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR",
+  str(Path(__file__).parent / ".pytest_cache" / "xla"),
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # As `cli.give_threads` does: devices may wait for each other in several threads.
 os.environ["PJRT_NPROC"] = "32"
 os.environ["JAX_PLATFORMS"] = "cpu"
