@@ -13,6 +13,7 @@ import pytest
 
 import infer
 from tokenlora_jax.bank.bank import load_bank, save_bank
+from tokenlora_jax.commands import wiring
 from tokenlora_jax.config import (
   BaseConfig,
   DecodeConfig,
@@ -43,7 +44,7 @@ def workdir(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("runs") / "tiny"
   with pytest.MonkeyPatch.context() as patch:
     # The random base is drawn once a layout: drawing is what takes time.
-    for program in (train, infer):
+    for program in (train, wiring):
       patch.setattr(program, "load_base", functools.cache(load_base))
     train.main([*SETTINGS, "--workdir", str(workdir)])
     yield workdir
@@ -85,7 +86,7 @@ def test_examples_are_decoded_and_recorded(run, workdir, tmp_path):
   )  # fmt: skip
   found = records(output)
   assert len(found) == 2
-  base = infer.load_base("random:tiny", "float32")
+  base = wiring.load_base("random:tiny", "float32")
   tokenizer = load_tokenizer("random:tiny")
   bank = load_bank(workdir / "bank", base)
   assert bank.experts["gsm8k"].template == "Question: {question}\n\nAnswer:"
