@@ -246,6 +246,16 @@ def test_configs_of_the_hub_are_read():
     assert parse_config(values | extra, "x") == parse_config(values, "x")
 
 
+@pytest.mark.parametrize("window", [..., None, 64])
+def test_a_sliding_window_is_what_transformers_takes_it_for(window):
+  values = MODELS["mistral"].to_dict()
+  del values["sliding_window"]
+  if window is not ...:
+    values["sliding_window"] = window
+  theirs = transformers.MistralConfig.from_dict(values).sliding_window
+  assert parse_config(values, "x").sliding_window == theirs
+
+
 @pytest.mark.parametrize(
   ("name", "fields", "told"),
   [
@@ -262,7 +272,8 @@ def test_configs_of_the_hub_are_read():
     ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN"),
     ("llama", {"tie_word_embeddings": "no"}, 'tie_word_embeddings is "no"'),
     ("llama", {"sliding_window": 64}, "sliding_window is 64, want null"),
-    ("mistral", {"sliding_window": 64}, "sliding_window is 64, want null"),
+    ("mistral", {"sliding_window": 0}, "sliding_window is 0, want a whole"),
+    ("mistral", {"sliding_window": "64"}, 'sliding_window is "64", want a'),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window is true"),
     ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "layer_types is "),
     ("mistral", {"attention_bias": True}, "attention_bias is true, want false"),

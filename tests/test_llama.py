@@ -1,5 +1,6 @@
 """The Llama against transformers: modules first, then whole models."""
 
+import dataclasses
 import functools
 import re
 
@@ -53,6 +54,7 @@ CASES = {
   "norm eps": {"rms_norm_eps": 0.3},
   "qwen2": {"family": "Qwen2"},
   "mistral": {"family": "Mistral", "sliding_window": None},
+  "sliding window": {"family": "Mistral", "sliding_window": 6},
 }
 
 
@@ -185,8 +187,9 @@ class TestLogits:
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=1e-4)
 
-  def test_packed_segments_are_separate_sequences(self, model):
-    base = load_base(model("grouped-query")[1], "float32")
+  @pytest.mark.parametrize("case", ["grouped-query", "sliding window"])
+  def test_packed_segments_are_separate_sequences(self, model, case):
+    base = load_base(model(case)[1], "float32")
     first, second = random_tokens(2, 5), random_tokens(2, 8, seed=1)
     tokens = np.concatenate([first, second, np.zeros((2, 3), int)], axis=1)
     segments = np.repeat([1, 2, 0], [5, 8, 3])[None].repeat(2, axis=0)
@@ -205,9 +208,10 @@ class TestLogits:
 
 
 class TestCache:
-  def test_prefill_and_steps_are_the_whole_forward(self, model):
+  @pytest.mark.parametrize("case", ["llama3", "sliding window"])
+  def test_prefill_and_steps_are_the_whole_forward(self, model, case):
     """Rows of 7, 4 and 1 prompt tokens, padded on the left to 7."""
-    base = load_base(model("llama3")[1], "float32")
+    base = load_base(model(case)[1], "float32")
     lengths, steps = np.array([7, 4, 1]), 6
     tokens = random_tokens(3, 7 + steps)
     adapters = random_adapters(base, experts=2, rank=3)
@@ -249,6 +253,41 @@ class TestCache:
       np.testing.assert_allclose(
         got[row, pad[row] :], want[row, : n + steps], atol=1e-4
       )
+
+  def test_steps_beyond_the_window_are_those_of_transformers(self, model):
+    torch_model, folder = model("sliding window")
+    base, step = load_base(folder, "float32"), jax.jit(lambda b, *x: b(*x))
+    tokens = random_tokens(2, 20)
+    with torch.no_grad():
+      want = torch_model(torch.tensor(tokens)).logits
+    places = jnp.arange(9)[None].repeat(2, axis=0)
+    hidden, layers = base(
+      jnp.asarray(tokens[:, :9]), places, causal_mask(jnp.ones((2, 9), int))
+    )
+    cache, outputs = Cache.of_prompt(layers, jnp.zeros(2, int), 20), [hidden]
+    for i in range(9, 20):
+      hidden, cache = step(
+        base,
+        jnp.asarray(tokens[:, i : i + 1]),
+        cache.positions(1),
+        cache.mask(1),
+        cache,
+      )
+      outputs.append(hidden)
+    got = base.logits(jnp.concatenate(outputs, axis=1))
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+  def test_no_window_and_a_wide_one_add_nothing(self, model):
+    base = load_base(model("sliding window")[1], "float32")
+    tokens = jnp.ones((1, 8), int)
+
+    def program(window):
+      base.config = dataclasses.replace(base.config, sliding_window=window)
+      mask = causal_mask(tokens)
+      run = jax.jit(lambda base: base(tokens, tokens, mask)[0])
+      return run.lower(base).as_text()
+
+    assert program(None) == program(8) != program(7)
 
   def test_positions_and_mask_of_a_padded_row(self):
     empty = KV(jnp.zeros((2, 1, 3, 4)), jnp.zeros((2, 1, 3, 4)))

@@ -165,8 +165,13 @@ def parse_metadata(
     "mlp_bias": "blk.0.ffn_gate.bias" in stored,
     "max_length": fields.integer("context_length"),
   }
+  if window := fields.take("attention.sliding_window", 0):  # 0 is none.
+    if type(window) is not int or window < 0:
+      raise fields.error(
+        "attention.sliding_window", window, "a whole number of at least 0"
+      )
+    shape["sliding_window"] = window
   fields.only("attention.causal", True)
-  fields.only("attention.sliding_window", 0)
   fields.only("expert_count", 0)
   fields.only("expert_used_count", 0)
   fields.finish()

@@ -140,6 +140,10 @@ def parse_config(values: Mapping[str, Any], where: str) -> LlamaConfig:
     "mlp_bias": is_llama and fields.flag("mlp_bias"),
     "max_length": length,
   }
+  if model == "mistral" and values.get("sliding_window", "absent") is not None:
+    # transformers takes null for no window, and an absent field for its own
+    # default.
+    shape["sliding_window"] = fields.integer("sliding_window", 4096)
   fields.only("use_sliding_window", False)
   if is_qwen2:
     # Not read while use_sliding_window is false.

@@ -163,7 +163,11 @@ class BaseReader(abc.ABC):
     the values only both ends (4 KiB, or a row where that is longer): a change
     in the middle of a tensor alone goes unseen.
     """
-    config = json.dumps(dataclasses.asdict(self.config), sort_keys=True)
+    shape = dataclasses.asdict(self.config)
+    if self.config.sliding_window is None:
+      # Banks are older than this field.
+      del shape["sliding_window"]
+    config = json.dumps(shape, sort_keys=True)
     digest = hashlib.sha256(config.encode())
     for name, key in sorted(self._keys.items()):
       digest.update(f"\n{name} {self._shapes[name]} ".encode())

@@ -192,3 +192,34 @@ def causal_mask(segment_ids: jax.Array) -> jax.Array:
   length = segment_ids.shape[1]
   same = segment_ids[:, :, None] == segment_ids[:, None, :]
   return same & jnp.tril(jnp.ones((length, length), bool))
+
+
+def windowed_mask(
+  mask: jax.Array, window: int | None, first: jax.Array | int = 0
+) -> jax.Array:
+  """Hides keys that lie a window or more before a query (Mistral).
+
+  Query t and new key s of the last T columns lie at slots first + t and
+  first + s; the columns before them are the cache's slots 0, 1, ...
+
+  Args:
+    mask: bool[B, T, S], true where a query may look; of its S columns the last
+      T are the queries' own keys.
+    window: how many keys a query sees at most, its own among them; None, or at
+      least as many as there are columns, leaves the mask as it is.
+    first: int32 scalar, the slot of the first query in the cache.
+
+  Returns:
+    bool[B, T, S].
+
+  Example:
+    >>> whole = causal_mask(jnp.ones((1, 4), int))
+    >>> windowed_mask(whole, 2)[0].astype(int).tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+  """
+  length, columns = mask.shape[1:]
+  if window is None or columns <= window:
+    return mask
+  own = first + jnp.arange(length)
+  slots = jnp.concatenate([jnp.arange(columns - length), own])
+  return mask & (own[:, None] - slots < window)

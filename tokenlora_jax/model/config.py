@@ -50,6 +50,8 @@ class LlamaConfig:
     o_bias: bias on o.
     mlp_bias: bias on gate, up and down.
     max_length: the longest sequence trained on, tokens.
+    sliding_window: how many tokens a token attends to at most, itself among
+      them (Mistral); None is all that came before.
   """
 
   vocab: int
@@ -67,6 +69,7 @@ class LlamaConfig:
   o_bias: bool = False
   mlp_bias: bool = False
   max_length: int = 4096
+  sliding_window: int | None = None
 
   def __post_init__(self):
     for field in ("vocab", "width", "mlp_width", "layers", "heads", "kv_heads"):
@@ -83,6 +86,12 @@ class LlamaConfig:
       "base config head_width",
       self.head_width,
       "an even number of at least 2",
+    )
+    check(
+      self.sliding_window is None or self.sliding_window >= 1,
+      "base config sliding_window",
+      self.sliding_window,
+      "at least 1, or none",
     )
 
   @property

@@ -25,7 +25,12 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from tokenlora_jax.config import PROJECTIONS
-from tokenlora_jax.model.attention import ATTENTION, attention, joint_attention
+from tokenlora_jax.model.attention import (
+  ATTENTION,
+  attention,
+  joint_attention,
+  windowed_mask,
+)
 from tokenlora_jax.model.cache import KV, Cache
 from tokenlora_jax.model.config import LlamaConfig, RopeScaling
 from tokenlora_jax.model.lora import LayerLoras, Lora
@@ -360,6 +365,7 @@ class Llama(nnx.Module):
       positions: int32[B, T], for the rotary embedding.
       mask: bool[B, T, T], which tokens each may see, or what `attend` takes
         in its place; with a cache bool[B, T, S + T], which slots and tokens.
+        The base's sliding window narrows it further.
       cache: what came before the tokens, if anything (list layout only).
       loras: adapters, a mapping a layer; for stacked layers one mapping whose
         leaves have a leading L.
@@ -385,6 +391,10 @@ class Llama(nnx.Module):
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     rotation = jnp.cos(angles), jnp.sin(angles)
     x = self.embedding[...][tokens]
+    if mask.ndim == 3:
+      first = 0 if cache is None else cache.slot
+      mask = windowed_mask(mask, config.sliding_window, first)
+    # A fused program takes no mask, and is not chosen beyond the window.
 
     def run(layer, i, loras, x, rotation, mask, keys, **cached):
       if gather is not None:
