@@ -111,7 +111,8 @@ def main(argv: Sequence[str]) -> None:
       kernel = choose_kernel(
         mesh,
         config.data.length,
-        base.config.head_width,
+        base.config,
+        base.dtype,
         config.data.packing,
       )
       console.print(

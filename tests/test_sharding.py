@@ -1,9 +1,11 @@
 """The table of shardings, and that no mesh changes a result."""
 
 import dataclasses
+import random
 import re
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.parallel import sharding
 from tokenlora_jax.parallel.sharding import (
   PARAMETER_AXES,
+  check_heads,
   decoding_mesh,
   make_mesh,
   parameter_spec,
@@ -263,6 +266,47 @@ def test_an_axis_that_does_not_divide_is_named():
     " long$",
   ):
     parameter_spec("head", (64, 260), mesh)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_decoding_splits_a_base_of_any_size(seed):
+  """Of the numbers that divide the devices, the largest that divides it all."""
+  draw = random.Random(seed)
+  kv_heads = draw.choice([1, 2, 3, 4, 6, 8])
+  config = LlamaConfig(
+    vocab=draw.choice([draw.randint(1, 300), 32, 240]),
+    width=draw.randint(1, 40),
+    mlp_width=draw.choice([draw.randint(1, 300), 24, 480]),
+    layers=1,
+    heads=kv_heads * draw.randint(1, 3),
+    kv_heads=kv_heads,
+    head_width=2 * draw.randint(1, 9),
+    tied=draw.random() < 0.5,
+    qkv_bias=draw.random() < 0.5,
+  )
+  count = draw.randint(1, 8)
+  devices = jax.devices()[:count]
+
+  def splits(mesh):
+    def make(name, shape):
+      parameter_spec(name, shape, mesh)
+      return jnp.zeros(shape)
+
+    check_heads(config, mesh)
+    Llama(config, make)
+
+  mesh = decoding_mesh(config, devices)
+  splits(mesh)
+  for tensor in range(mesh.size + 1, count + 1):
+    if count % tensor == 0:
+      with pytest.raises(InputError):
+        splits(make_mesh(MeshConfig(tensor=tensor), devices=devices[:tensor]))
+
+
+def test_a_vocabulary_that_no_device_divides_is_not_split():
+  odd = dataclasses.replace(PRESETS["llama2-7b"], vocab=32_001)
+  assert decoding_mesh(odd, jax.devices()).size == 1
+  assert decoding_mesh(odd, jax.devices()[:3]).size == 1
 
 
 def test_decoding_cuts_no_kv_head_and_no_group():

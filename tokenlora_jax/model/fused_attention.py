@@ -1,4 +1,4 @@
-"""Which program attends: a fused kernel of the accelerator, or plain XLA.
+"""Chooses the attention implementation: a fused kernel, or plain XLA.
 
 A fused kernel never has the [T, S] scores in memory. On TPU it is Pallas'
 splash attention, which also skips the blocks that a causal mask leaves out; on
@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from tokenlora_jax.model.attention import ATTENTION, attention, causal_mask
+from tokenlora_jax.model.config import LlamaConfig
 from tokenlora_jax.model.llama import Attend
 
 
@@ -43,29 +44,82 @@ class Kernel:
 XLA = Kernel("xla", attention, causal_mask)
 
 
+# Of these GPUs, where JAX does not say it (a GPU that is only planned for).
+_CAPABILITIES = {
+  "Tesla T4": (7, 5),
+  "NVIDIA A100": (8, 0),
+  "NVIDIA L4": (8, 9),
+  "NVIDIA H100": (9, 0),
+  "NVIDIA H200": (9, 0),
+}
+
+
+def compute_capability(device: jax.Device) -> tuple[int, int] | None:
+  """Returns an NVIDIA GPU's compute capability, or None where it is unknown.
+
+  Args:
+    device: of any platform.
+
+  Example:
+    >>> compute_capability(jax.devices("cpu")[0]) is None
+    True
+  """
+  try:
+    major, minor = map(int, device.compute_capability.split("."))
+  except (AttributeError, ValueError):
+    # AMD's GPUs have names in place of numbers.
+    kind = getattr(device, "device_kind", "")
+    return next(
+      (known for name, known in _CAPABILITIES.items() if kind.startswith(name)),
+      None,
+    )
+  return major, minor
+
+
 def choose_kernel(
-  mesh: Mesh, length: int, head_width: int, packed: bool
+  mesh: Mesh,
+  length: int,
+  shape: LlamaConfig,
+  dtype: jax.typing.DTypeLike,
+  packed: bool,
 ) -> Kernel:
   """Returns the fastest kernel that the devices and the shape allow.
+
+  cuDNN's flash attention wants 16 bits, compute capability 8.0 and heads of a
+  multiple of 8, at most 128 wide (on Hopper up to 256, which no Llama has).
 
   Args:
     mesh: its devices run the kernel; heads are split over its `tensor`.
     length: T.
-    head_width: H.
+    shape: of the base: the width of its heads, its sliding window.
+    dtype: of queries, keys and values.
     packed: whether a row may hold several segments.
 
   Example:
     >>> from tokenlora_jax.config import MeshConfig
     >>> from tokenlora_jax.parallel.sharding import make_mesh
     >>> mesh = make_mesh(MeshConfig(), devices=jax.devices("cpu")[:1])
-    >>> choose_kernel(mesh, 1024, 128, packed=False).name
+    >>> from tokenlora_jax.model.config import PRESETS
+    >>> shape = PRESETS["llama2-7b"]
+    >>> choose_kernel(mesh, 1024, shape, jnp.bfloat16, packed=False).name
     'xla'
   """
-  platform = mesh.devices.flat[0].platform
-  if platform == "tpu" and length % _BLOCKS[-1] == 0:
-    return Kernel("splash", _splash, lambda segment_ids: segment_ids)
-  if platform in ("gpu", "cuda") and head_width % 8 == 0 and not packed:
-    return Kernel("cudnn", _cudnn, _lengths)
+  if shape.sliding_window is not None and length > shape.sliding_window:
+    # The kernels below are called for all tokens before a token.
+    return XLA
+  device = mesh.devices.flat[0]
+  if device.platform == "tpu" and length % _BLOCKS[-1] == 0:
+    return Kernel("splash", _by_heads(_splash), lambda segments: segments)
+  if (
+    device.platform in ("gpu", "cuda")
+    and not packed
+    and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    and (compute_capability(device) or (0, 0)) >= (8, 0)
+    and shape.head_width % 8 == 0
+    and shape.head_width <= 128
+  ):
+    attend = _cudnn if mesh.devices.size == 1 else _by_heads(_cudnn)
+    return Kernel("cudnn", attend, _lengths)
   return XLA
 
 
@@ -74,20 +128,20 @@ def choose_kernel(
 _BLOCKS = (512, 256, 128)
 
 
-def _splash(q, k, v, segment_ids):
-  # XLA cannot split a Pallas call by itself: each device attends for its heads.
+def _by_heads(attend: Attend) -> Attend:
+  # XLA cannot split a Pallas call, and not cuDNN's either under the training
+  # step's `shard_map`: each device attends for its heads.
   heads = P(None, "tensor")
-  split = jax.shard_map(
-    _splash_heads,
+  return jax.shard_map(
+    attend,
     in_specs=(P(None, None, "tensor"), heads, heads, P()),
     out_specs=P(None, None, "tensor"),
     axis_names={"tensor"},
     check_vma=False,
   )
-  return split(q, k, v, segment_ids)
 
 
-def _splash_heads(q, k, v, segment_ids):
+def _splash(q, k, v, segment_ids):
   _, length, heads, width = q.shape
   block = next(b for b in _BLOCKS if length % b == 0)
   names = [f.name for f in dataclasses.fields(splash_attention.BlockSizes)]

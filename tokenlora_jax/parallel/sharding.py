@@ -126,7 +126,9 @@ def make_mesh(
 def decoding_mesh(
   shape: LlamaConfig, devices: Sequence, quantize: str = "none"
 ) -> Mesh:
-  """Returns a mesh for decoding: kv heads over as many devices as divide them.
+  """Returns a mesh for decoding, on as many devices as divide every array.
+
+  Heads, the MLP and the vocabulary are split over its `tensor`.
 
   Args:
     shape: of the base.
@@ -138,7 +140,8 @@ def decoding_mesh(
     >>> decoding_mesh(PRESETS["tiny"], jax.devices()[:1]).size
     1
   """
-  parts = [shape.kv_heads]
+  # The kv heads divide all that heads split.
+  parts = [shape.kv_heads, shape.mlp_width, shape.vocab]
   if quantize == "nf4":
     # The inputs of these two are split; those of the others are not.
     inputs = [shape.projection_shapes[name][0] for name in ("o", "down")]

@@ -235,7 +235,7 @@ def _gradients(config, mesh, loras, base, batch, keys):
   """
   length = batch["tokens"].shape[-1]
   kernel = choose_kernel(
-    mesh, length, base.config.head_width, config.data.packing
+    mesh, length, base.config, base.dtype, config.data.packing
   )
 
   def one_expert(loras, batch, keys, targets, base):
@@ -343,7 +343,7 @@ def held_out_sums(
 def _held_out_sums(mesh, loras, base, batch):
   length = batch["tokens"].shape[-1]
   # Held-out rows are not packed.
-  kernel = choose_kernel(mesh, length, base.config.head_width, packed=False)
+  kernel = choose_kernel(mesh, length, base.config, base.dtype, packed=False)
 
   def one(loras, batch, base):
     losses, mask = expert_losses(
