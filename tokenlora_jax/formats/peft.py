@@ -1,4 +1,4 @@
-"""Adapters in PEFT's folders, read and written.
+"""Adapters in PEFT's folders: stacked into a bank, and written.
 
 A folder holds adapter_config.json and adapter_model.safetensors. Folders are
 foreign: nothing in them is trusted, and a tensor that has no place, or a place
@@ -8,59 +8,28 @@ that has no tensor, is an error.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Mapping, Sequence
 import json
 from pathlib import Path
-import re
 import shutil
 import tempfile
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from tokenlora_jax.config import PROJECTIONS, InputError, nearest
-from tokenlora_jax.formats.peft_config import PeftConfig, describe
-from tokenlora_jax.model.lora import Adapters, Lora
-
-_CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
-
-# Our linear maps and PEFT's modules inside a layer.
-_MODULES = {
-  "q": "self_attn.q_proj",
-  "k": "self_attn.k_proj",
-  "v": "self_attn.v_proj",
-  "o": "self_attn.o_proj",
-  "gate": "mlp.gate_proj",
-  "up": "mlp.up_proj",
-  "down": "mlp.down_proj",
-}
-_PROJECTION_OF = {module: name for name, module in _MODULES.items()}
-
-_LORA_KEY = "base_model.model.{}.lora_{}.weight"
-# Layer numbers have at most three digits, so that a made-up one cannot make the
-# bank endlessly deep.
-_LORA_KEY_REGEX = re.compile(
-  r"base_model\.model\.(model\.layers\.(0|[1-9][0-9]{0,2})"
-  rf"\.({'|'.join(map(re.escape, _PROJECTION_OF))}))\.lora_(A|B)\.weight"
+from tokenlora_jax.config import PROJECTIONS, InputError
+from tokenlora_jax.formats.peft_config import describe
+from tokenlora_jax.formats.peft_keys import MODULES
+from tokenlora_jax.formats.peft_read import (
+  CONFIG,
+  LORA_KEY,
+  WEIGHTS,
+  Factors,
+  StoredAdapter,
+  read_adapter,
 )
-_FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-class Factors(NamedTuple):
-  """One expert's adapter of one linear map, x -> scaling (x a^T) b.
-
-  Attributes:
-    a: float32[R, in].
-    b: float32[R, out].
-    scaling: alpha / R.
-  """
-
-  a: np.ndarray
-  b: np.ndarray
-  scaling: float
+from tokenlora_jax.model.lora import Adapters, Lora
 
 
 def load_adapters(
@@ -98,7 +67,22 @@ def load_adapters(
       raise InputError(
         f"adapters: {count} experts are named {name!r}; want each name once"
       )
-  experts = [_read_folder(folder) for folder in folders]
+  return stack_adapters([read_adapter(f) for f in folders], names)
+
+
+def stack_adapters(
+  adapters: Sequence[StoredAdapter], names: Sequence[str]
+) -> Adapters:
+  """Stacks adapters that were read into one bank, as `load_adapters` does.
+
+  Args:
+    adapters: E of them.
+    names: of the experts.
+
+  Raises:
+    InputError: two that adapt the same map were made for different [in, out].
+  """
+  experts = [adapter.maps for adapter in adapters]
   depth = 1 + max(layer for expert in experts for layer, _ in expert)
   layers = []
   for layer in range(depth):
@@ -185,127 +169,19 @@ def write_adapter(
     base_name: the base's path or hub id.
 
   Raises:
-    InputError: the folder holds something else.
+    InputError: a map that is not finite, or the folder holds something else.
   """
   folder = Path(folder).resolve()
   _check_replaceable(folder)
   tensors, modules = {}, {}
   for (layer, name), (a, b, scaling) in maps.items():
-    path = f"model.layers.{layer}.{_MODULES[name]}"
-    tensors[_LORA_KEY.format(path, "A")] = np.ascontiguousarray(a)
-    tensors[_LORA_KEY.format(path, "B")] = np.ascontiguousarray(b.T)
+    path = f"model.layers.{layer}.{MODULES[name]}"
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+      raise InputError(f"adapter: layer {layer} {name} holds NaN or infinity")
+    tensors[LORA_KEY.format(path, "A")] = np.ascontiguousarray(a)
+    tensors[LORA_KEY.format(path, "B")] = np.ascontiguousarray(b.T)
     modules[path] = len(a), scaling
   _replace_folder(folder, tensors, describe(modules, base_name))
-
-
-def adapter_base(folder: str | Path) -> str:
-  """Returns the base that an adapter's config names, or "".
-
-  Args:
-    folder: a PEFT folder.
-
-  Raises:
-    InputError: there is no such folder or config, or it is not obeyed here.
-  """
-  return PeftConfig.read(_file(Path(folder), _CONFIG)).base_model_name_or_path
-
-
-def adapter_shapes(
-  folder: str | Path,
-) -> dict[tuple[int, str], tuple[int, int]]:
-  """Returns [in, out] of an adapter's maps from its file's header alone.
-
-  Args:
-    folder: a PEFT folder.
-
-  Raises:
-    InputError: there is no such folder or file, or it is damaged.
-  """
-  path = _file(Path(folder), _WEIGHTS)
-  sizes: dict[tuple[int, str], dict[str, int]] = {}
-  with _opened(path) as file:
-    for key in file.keys():  # noqa: SIM118 (it is no mapping)
-      match = _LORA_KEY_REGEX.fullmatch(key)
-      shape = file.get_slice(key).get_shape()
-      if match is not None and len(shape) == 2:
-        place = int(match[2]), _PROJECTION_OF[match[3]]
-        size = shape[1] if match[4] == "A" else shape[0]
-        sizes.setdefault(place, {})[match[4]] = size
-  return {
-    place: (halves["A"], halves["B"])
-    for place, halves in sizes.items()
-    if len(halves) == 2
-  }
-
-
-def _read_folder(folder: Path) -> dict[tuple[int, str], Factors]:
-  """Returns the maps of one adapter, by layer and projection."""
-  config = PeftConfig.read(_file(folder, _CONFIG))
-  path = _file(folder, _WEIGHTS)
-  tensors, problems = _read_tensors(path, config)
-  maps = {}
-  depth = 1 + max((layer for layer, _ in tensors), default=-1)
-  for layer in range(depth):
-    for name, module in _MODULES.items():
-      target = f"model.layers.{layer}.{module}"
-      if not config.is_target(target):
-        continue
-      halves = tensors.get((layer, name), {})
-      missing = [half for half in "AB" if half not in halves]
-      if missing:
-        problems += [
-          f"{_LORA_KEY.format(target, x)!r} is missing" for x in missing
-        ]
-        continue
-      rank, scaling = config.rank_and_scaling(target)
-      a, b = halves["A"], halves["B"]
-      if not (a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] == rank):
-        problems.append(
-          f"{target!r} has A {list(a.shape)} and B {list(b.shape)}, but"
-          f" {_CONFIG} gives it rank {rank}: want [{rank}, in], [out, {rank}]"
-        )
-        continue
-      maps[layer, name] = Factors(a, b.T, scaling)
-  if not (maps or problems):
-    problems.append("it has no tensors")
-  if problems:
-    more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-    raise InputError(f"{path}: {'; '.join(problems[:8])}{more}")
-  return maps
-
-
-def _read_tensors(path: Path, config: PeftConfig):
-  """Returns {(layer, projection): {"A" or "B": tensor}} and what is wrong."""
-  tensors, problems = {}, []
-  with _opened(path) as file:
-    for key in file.keys():  # noqa: SIM118 (it is no mapping)
-      dtype = file.get_slice(key).get_dtype()
-      match = _LORA_KEY_REGEX.fullmatch(key)
-      if match is None:
-        problems.append(f"{key!r} is no LoRA tensor of a layer's linear map")
-      elif not config.is_target(match[1]):
-        problems.append(f"{key!r} is not a target in {_CONFIG}")
-      elif dtype not in _FLOATS:
-        problems.append(f"{key!r} is {dtype}, not one of {', '.join(_FLOATS)}")
-      else:
-        place = int(match[2]), _PROJECTION_OF[match[3]]
-        tensor = np.asarray(file.get_tensor(key), np.float32)
-        tensors.setdefault(place, {})[match[4]] = tensor
-  return tensors, problems
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-  """Opens a safetensors file; what is wrong with it is one line."""
-  import safetensors
-
-  try:
-    with safetensors.safe_open(path, framework="numpy") as file:
-      yield file
-  except (safetensors.SafetensorError, OSError) as error:
-    raise InputError(
-      f"{path}: not a whole safetensors file ({error})"
-    ) from error
 
 
 def _stack(
@@ -336,31 +212,11 @@ def _stack(
   return Lora(jnp.asarray(a), jnp.asarray(b), jnp.asarray(scaling))
 
 
-def _file(folder: Path, name: str) -> Path:
-  """Returns the path of a folder's file, or says what is there instead."""
-  if not folder.is_dir():
-    parent = folder.parent
-    beside = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-    raise InputError(
-      f"{folder}: there is no such folder{nearest(folder.name, beside)}"
-    )
-  path = folder / name
-  if path.is_file():
-    return path
-  inside = sorted(p.name for p in folder.iterdir())
-  if name == _WEIGHTS and "adapter_model.bin" in inside:
-    raise InputError(
-      f"{folder}: adapter_model.bin is a pickle, which is never opened; convert"
-      " it with PeftModel.from_pretrained(base, folder).save_pretrained(folder)"
-    )
-  raise InputError(f"{folder}: there is no {name}{nearest(name, inside)}")
-
-
 def _check_replaceable(folder: Path) -> None:
   if folder.exists() and not folder.is_dir():
     raise InputError(f"{folder}: is a file; want a folder")
   is_free = not folder.exists() or not any(folder.iterdir())
-  if not (is_free or (folder / _CONFIG).is_file()):
+  if not (is_free or (folder / CONFIG).is_file()):
     raise InputError(
       f"{folder}: holds something other than a PEFT adapter; want a new or empty"
       " folder"
@@ -383,9 +239,9 @@ def _replace_folder(
       shutil.copytree(folder, new, symlinks=True, ignore=stale)
     else:
       new.mkdir()
-    save_file(tensors, new / _WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True)
-    (new / _CONFIG).write_text(text + "\n", encoding="utf-8")
+    (new / CONFIG).write_text(text + "\n", encoding="utf-8")
     try:
       if folder.is_dir():
         folder.rename(old)

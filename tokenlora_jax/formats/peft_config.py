@@ -8,7 +8,7 @@ is skipped is an adapter that is silently another one.
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 import json
 from pathlib import Path
@@ -16,6 +16,7 @@ import re
 from typing import Any
 
 from tokenlora_jax.config import InputError
+from tokenlora_jax.formats.tensors import check_fetched
 
 _LARGEST_FILE = 1 << 22  # bytes
 
@@ -139,15 +140,7 @@ class PeftConfig:
       InputError: it is no JSON object, or a field has a value that is not
         obeyed here.
     """
-    size = path.stat().st_size
-    if size > _LARGEST_FILE:
-      raise InputError(f"{path}: {size} bytes is too much for a config")
-    try:
-      given = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-      raise InputError(f"{path}: not JSON ({error})") from error
-    if not isinstance(given, dict):
-      raise InputError(f"{path}: want an object, not {type(given).__name__}")
+    given = _read_object(path)
 
     def fail(name, wanted):
       value = repr(given.get(name))[:200]
@@ -207,6 +200,60 @@ class PeftConfig:
     rank = first_match(self.rank_pattern, self.r)
     alpha = first_match(self.alpha_pattern, self.lora_alpha)
     return rank, alpha / (rank**0.5 if self.use_rslora else rank)
+
+
+def read_mlx(path: Path, modules: Collection[str]) -> PeftConfig:
+  """Returns what mlx-lm's adapter_config.json asks for, in PEFT's words.
+
+  Its `scale` is PEFT's alpha / r. Which maps are adapted only the tensors say.
+
+  Args:
+    path: the file.
+    modules: the paths of the maps that there are tensors of.
+
+  Raises:
+    InputError: it is no JSON object, or asks for something else than LoRA.
+  """
+  given = _read_object(path)
+  kind = given.get("fine_tune_type", "lora")
+  if kind != "lora":
+    raise InputError(f"{path}: fine_tune_type: {kind!r:.60}; want 'lora'")
+  about = given.get("lora_parameters")
+  about = about if isinstance(about, dict) else {}
+  rank, scale = about.get("rank"), about.get("scale")
+  for name, fine in (
+    ("rank", _is_rank(rank)),
+    ("scale", _is_alpha(scale)),
+    # Early versions multiplied by alpha / rank as well.
+    ("alpha", about.get("alpha") is None),
+  ):
+    if not fine:
+      raise InputError(
+        f"{path}: lora_parameters.{name}: {about.get(name)!r:.60} is not"
+        " allowed; want mlx-lm's rank and scale as numbers, and no alpha"
+      )
+  base = given.get("model")
+  return PeftConfig(
+    peft_type="LORA",
+    r=rank,
+    lora_alpha=scale * rank,
+    target_modules=sorted(modules),
+    base_model_name_or_path=base if isinstance(base, str) else "",
+  )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+  check_fetched(path)
+  size = path.stat().st_size
+  if size > _LARGEST_FILE:
+    raise InputError(f"{path}: {size} bytes is too much for a config")
+  try:
+    given = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError) as error:
+    raise InputError(f"{path}: not JSON ({error})") from error
+  if not isinstance(given, dict):
+    raise InputError(f"{path}: want an object, not {type(given).__name__}")
+  return given
 
 
 def describe(

@@ -16,12 +16,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenlora_jax.config import InputError, nearest
+from tokenlora_jax.formats.tensors import is_finite
 from tokenlora_jax.model.config import LlamaConfig
 
 # How many names an error shows before it counts the rest.
 _SHOWN = 8
 # Bytes of each end of a tensor that a fingerprint reads.
 END = 4096
+# What to do where the head is missing, or has another shape.
+_HEAD_HINTS = (
+  " (where the embedding is the head, the config must say"
+  ' "tie_word_embeddings": true)',
+  " (the head must have the embedding's rows: cut or pad it to the config's"
+  " vocabulary)",
+)
 # Bytes of a tensor that are in hand at once while an array is filled.
 PIECE = 4 << 20
 
@@ -76,6 +84,7 @@ class BaseReader(abc.ABC):
         f" {len(stored)} tensors"
       )
     self.config = config
+    self._where = where
     self._stored = stored
     self._shapes = parameter_shapes(config)
     self._keys = {name: _key(name, modules) for name in self._shapes}
@@ -83,10 +92,13 @@ class BaseReader(abc.ABC):
     for name, key in self._keys.items():
       want = self._shapes[name]
       want = want[::-1] if _is_transposed(name) else want
+      hint = _HEAD_HINTS if name == "head" else ("", "")
       if key not in stored:
-        problems.append(f"{key!r} is missing")
+        problems.append(f"{key!r} is missing{hint[0]}")
       elif stored[key].shape != want:
-        problems.append(f"{key!r} is {[*stored[key].shape]}, want {[*want]}")
+        problems.append(
+          f"{key!r} is {[*stored[key].shape]}, want {[*want]}{hint[1]}"
+        )
       elif stored[key].dtype not in readable:
         problems.append(
           f"{key!r} is {stored[key].dtype}, want {', '.join(sorted(readable))}"
@@ -144,6 +156,9 @@ class BaseReader(abc.ABC):
       out: written over; of the part's shape and any float type.
       name: our name.
       index: one slice a dimension, with both ends.
+
+    Raises:
+      InputError: a value is NaN or infinite, in `out`'s type.
     """
     # The axis along which a file has whole rows.
     axis = out.ndim - 1 if _is_transposed(name) else 0
@@ -154,7 +169,16 @@ class BaseReader(abc.ABC):
       source, target = [*index], [slice(None)] * out.ndim
       source[axis] = slice(start + at, start + stop)
       target[axis] = slice(at, stop)
-      out[tuple(target)] = self.read(name, tuple(source))
+      piece = out[tuple(target)]
+      piece[...] = self.read(name, tuple(source))
+      # While it is in the processor's cache.
+      if not is_finite(piece):
+        key = self._keys[name]
+        raise InputError(
+          f"{self._file(key)}: {key!r} holds NaN, infinity or a number too"
+          f" large for {piece.dtype}; the file is damaged, or its training"
+          " diverged"
+        )
 
   def fingerprint(self) -> str:
     """Returns a SHA-256, in hex, that tells bases apart at little cost.
@@ -175,6 +199,11 @@ class BaseReader(abc.ABC):
       for end in self._ends(key):
         digest.update(end)
     return digest.hexdigest()
+
+  def _file(self, key: str) -> str:
+    """The file that a tensor is in, for errors."""
+    del key
+    return self._where
 
   @abc.abstractmethod
   def _read(self, key: str, index: tuple[slice, ...]) -> np.ndarray:

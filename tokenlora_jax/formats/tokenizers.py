@@ -12,6 +12,7 @@ from tokenlora_jax.config import InputError, check_choice, nearest
 from tokenlora_jax.formats.gguf import metadata, open_gguf
 from tokenlora_jax.formats.locate import TOKENIZER_FILES, locate
 from tokenlora_jax.formats.reader import one_line
+from tokenlora_jax.formats.tensors import check_fetched
 from tokenlora_jax.model.config import PRESETS
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def _as_input_error(where: str) -> Iterator[None]:
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
   models = sorted(folder.glob("*.model"))
   names = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+  for file in (*models, *(folder / name for name in names)):
+    check_fetched(file)
   if any((folder / name).is_file() for name in names):
     from transformers import AutoTokenizer
 

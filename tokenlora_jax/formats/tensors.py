@@ -1,0 +1,81 @@
+"""Opens other people's safetensors files, or says what lies in their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from tokenlora_jax.config import InputError
+
+# How the text file begins that Git LFS leaves where it did not fetch a file.
+_POINTER = b"version https://git-lfs"
+
+
+def check_fetched(path: Path) -> None:
+  """Raises `InputError` for a folder or a Git LFS pointer in a file's place.
+
+  A file that is not there is left to its reader.
+
+  Args:
+    path: where a file is expected.
+  """
+  if path.is_dir():
+    raise InputError(f"{path}: is a folder; want a file")
+  if not path.is_file():
+    return
+  try:
+    with path.open("rb") as file:
+      start = file.read(len(_POINTER))
+  except OSError as error:
+    raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+  if start == _POINTER:
+    raise InputError(
+      f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull`"
+      " in its folder, or download the file again"
+    )
+
+
+def open_tensors(path: Path) -> Any:
+  """Opens a safetensors file and reads its header.
+
+  Args:
+    path: the file.
+
+  Returns:
+    safetensors' own handle, which reads one tensor at a time.
+
+  Raises:
+    InputError: it is missing, a folder, a Git LFS pointer, or not a whole
+      safetensors file.
+  """
+  import safetensors
+
+  check_fetched(path)
+  try:
+    return safetensors.safe_open(path, framework="numpy")
+  except (OSError, safetensors.SafetensorError) as error:
+    raise InputError(
+      f"{path}: not a whole safetensors file ({error})"
+    ) from error
+
+
+def is_finite(values: np.ndarray) -> bool:
+  """Returns whether no value is infinite or NaN.
+
+  Works on the bits: a value is neither unless all its exponent bits are set,
+  and integers are compared several times as fast as bfloat16 is.
+
+  Args:
+    values: of any shape and any IEEE float type or bfloat16.
+
+  Example:
+    >>> is_finite(np.array([1.0, -2.0])), is_finite(np.array([0.0, np.nan]))
+    (True, False)
+  """
+  info = ml_dtypes.finfo(values.dtype)
+  bits = values.view(f"u{values.dtype.itemsize}")
+  exponent = ((1 << info.nexp) - 1) << info.nmant
+  return int((bits & exponent).max(initial=0)) != exponent
