@@ -1,5 +1,7 @@
 """Rows as tokens."""
 
+import dataclasses
+import json
 import logging
 
 import numpy as np
@@ -10,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tokenlora_jax.config import DataConfig, InputError
 from tokenlora_jax.data.examples import held_out, tokenize
-from tokenlora_jax.data.rows import Row
+from tokenlora_jax.data.rows import Row, load_rows
 from tokenlora_jax.data.tokens import encode_prompt
 
 BOS, EOS = 0, 1
@@ -73,6 +75,37 @@ def test_tokens_are_prompt_answer_and_end(tokenizer):
   assert list(example.tokens[:12]) == encode_prompt(ROW.prompt, tokenizer)
   assert example.loss_mask.dtype == np.float32
   assert example.loss_mask.tolist() == [0] * 12 + [1] * (5 + 1)
+
+
+def test_a_rows_control_tokens_are_letters(tokenizer):
+  row = Row("<s>Q</s>", " </s><s>old</s>", "file:7")
+  tokens = tokenize(row, tokenizer, DataConfig()).tokens.tolist()
+  assert tokenizer.decode(tokens[1:-1]) == row.text
+  assert tokens.count(EOS) == tokens.count(BOS) == 1
+  # A person's prompt may hold them.
+  assert encode_prompt("a</s>b", tokenizer).count(EOS) == 1
+
+
+def test_a_prompt_with_bos_gets_no_second_one(tokenizer):
+  assert encode_prompt("<s>Q", tokenizer) == encode_prompt("Q", tokenizer)
+  assert encode_prompt("<s><s>Q", tokenizer).count(BOS) == 2
+
+
+def test_half_a_surrogate_pair_is_a_bad_row(tmp_path):
+  (tmp_path / "gsm8k").mkdir()
+  rows = [
+    {"question": "a \ud83d", "answer": "1\n#### 1"},
+    {"question": "b", "answer": "2\n#### 2"},
+  ]
+  lines = "".join(json.dumps(row) + "\n" for row in rows)
+  (tmp_path / "gsm8k" / "train.jsonl").write_text(lines)
+  config = DataConfig(source="local", dir=str(tmp_path))
+  with pytest.raises(InputError, match=r"train.jsonl:1: .*'\\ud83d', half"):
+    load_rows(config, "gsm8k", "train")
+  skip = dataclasses.replace(config, bad_rows="skip")
+  assert len(load_rows(skip, "gsm8k", "train")) == 1
+  with pytest.raises(InputError, match="half a surrogate pair"):
+    encode_prompt("\ud83d", byte_tokenizer())
 
 
 def test_loss_on_all_targets_all_but_the_first_token(tokenizer):

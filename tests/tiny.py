@@ -75,7 +75,7 @@ class Tokenizer:
 
   eos_token_id = 1
 
-  def encode(self, text, add_special_tokens=True):
+  def encode(self, text, add_special_tokens=True, **kwargs):
     letters = [2 + string.ascii_letters.index(c) % 46 for c in text]
     return [0, *letters] if add_special_tokens else letters
 

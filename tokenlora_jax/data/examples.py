@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import logging
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 import zlib
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 
 from tokenlora_jax.config import DataConfig, InputError
 from tokenlora_jax.data.rows import Row
-from tokenlora_jax.data.tokens import encode_pair
+from tokenlora_jax.data.tokens import Tokenizer, encode_pair
 
 # Batches are padded to a multiple of this, so that few shapes compile.
 LENGTH_STEP = 64
@@ -39,7 +39,9 @@ class Example(NamedTuple):
   prompt_length: int
 
 
-def tokenize(row: Row, tokenizer: Any, config: DataConfig) -> Example | None:
+def tokenize(
+  row: Row, tokenizer: Tokenizer, config: DataConfig
+) -> Example | None:
   """Returns a row's tokens: prompt, answer and end token.
 
   Args:
@@ -78,7 +80,7 @@ def tokenize(row: Row, tokenizer: Any, config: DataConfig) -> Example | None:
 
 
 def held_out(
-  rows: Sequence[Row], tokenizer: Any, config: DataConfig
+  rows: Sequence[Row], tokenizer: Tokenizer, config: DataConfig
 ) -> dict[int, Example]:
   """Returns one task's first `config.eval_rows` rows that fit, as tokens.
 
@@ -99,7 +101,7 @@ def held_out(
 
 def fitting(
   rows: Sequence[Row],
-  tokenizer: Any,
+  tokenizer: Tokenizer,
   config: DataConfig,
   most: int = sys.maxsize,
 ) -> dict[int, int]:
@@ -147,7 +149,7 @@ def fitting(
 
 
 def _lengths(
-  rows: Sequence[Row], tokenizer: Any, config: DataConfig
+  rows: Sequence[Row], tokenizer: Tokenizer, config: DataConfig
 ) -> np.ndarray:
   """Returns the tokens of each row, 0 for one that is left out."""
   count = jax.process_count()

@@ -20,6 +20,7 @@ from tokenlora_jax.config import (
   nearest,
 )
 from tokenlora_jax.data.tasks import Task, get_task
+from tokenlora_jax.data.tokens import check_text
 
 # How many rows the built-in generators give.
 BUILTIN_ROWS = {"train": 4096, "test": 512}
@@ -85,7 +86,10 @@ def load_rows(config: DataConfig, task_name: str, split: str) -> list[Row]:
       break
     try:
       fields = raw if split == "test" else None
-      rows.append(Row(task.prompt(raw), task.answer(raw), origin, fields))
+      row = Row(task.prompt(raw), task.answer(raw), origin, fields)
+      check_text(row.prompt)
+      check_text(row.answer)
+      rows.append(row)
     except InputError as error:
       located = InputError(f"{origin}: {error}")
       if config.bad_rows == "fatal":

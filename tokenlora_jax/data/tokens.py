@@ -2,41 +2,118 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from tokenlora_jax.config import InputError
 
 
-def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
+class Tokenizer(Protocol):
+  """What is used of a fast tokenizer of transformers.
+
+  Attributes:
+    bos_token_id: stands in front of a text; None where there is none.
+    eos_token_id: ends a text; None where there is none.
+    all_special_ids: the tokens that a text without special ones leaves out.
+    chat_template: how a conversation is written; None where there is none.
+  """
+
+  bos_token_id: int | None
+  eos_token_id: int | None
+  all_special_ids: Sequence[int]
+  chat_template: str | None
+
+  def __len__(self) -> int:
+    """Returns how many tokens there are."""
+    ...
+
+  def encode(
+    self, text: str, add_special_tokens: bool = True, **kwargs: Any
+  ) -> list[int]:
+    """Returns a text's tokens."""
+    ...
+
+  def decode(
+    self, token_ids: Sequence[int] | int, skip_special_tokens: bool = False
+  ) -> str:
+    """Returns what tokens say."""
+    ...
+
+  def get_vocab(self) -> Mapping[str, int]:
+    """Returns the id of every token."""
+    ...
+
+  def apply_chat_template(
+    self, conversation: Sequence[Mapping[str, str]], **kwargs: Any
+  ) -> Any:
+    """Returns a conversation as one text."""
+    ...
+
+
+def check_text(text: str) -> None:
+  """Raises `InputError` where a text holds half a surrogate pair.
+
+  JSON can write one (`"\\ud83d"`), and no tokenizer can read it.
+  """
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise InputError(
+      f"text: character {error.start} is {text[error.start]!a}, half a"
+      " surrogate pair, which is no UTF-8; write the whole character"
+    ) from None
+
+
+def encode_prompt(
+  prompt: str, tokenizer: Tokenizer, letters: bool = False
+) -> list[int]:
   """Returns a prompt's tokens, the same for training and for decoding.
 
   The tokenizer's own special tokens are kept at the front (BOS, where it has
-  one) and dropped at the end, since the text goes on.
+  one) and dropped at the end, since the text goes on. A prompt that starts with
+  BOS, as a chat template writes it, gets no second one.
 
   Args:
     prompt: the text.
-    tokenizer: a transformers-style tokenizer.
+    tokenizer: of the base.
+    letters: read the names of special tokens, such as `</s>`, as the letters
+      they are written with; for text that nobody wrote as a prompt, such as a
+      row of data.
+
+  Raises:
+    InputError: the text is no UTF-8.
   """
-  tokens = list(tokenizer.encode(prompt))
+  check_text(prompt)
+  # An argument that only some tokenizers know, so it is given only if needed.
+  how = {"split_special_tokens": True} if letters else {}
+  tokens = list(tokenizer.encode(prompt, **how))
+  bos = getattr(tokenizer, "bos_token_id", None)
+  if bos is not None and tokens[:2] == [bos, bos]:
+    tokens = list(tokenizer.encode(prompt, add_special_tokens=False, **how))
   while tokens and tokens[-1] == tokenizer.eos_token_id:
     tokens.pop()
   return tokens
 
 
 def encode_pair(
-  prompt: str, answer: str, tokenizer: Any
+  prompt: str, answer: str, tokenizer: Tokenizer
 ) -> tuple[list[int], list[int]]:
-  """Returns a prompt's tokens, and those that an answer has after it.
+  """Returns the tokens of a row's prompt, and those of its answer after it.
 
-  Encoded alone, a SentencePiece tokenizer would put a second space before an
-  answer.
+  Both are read as letters: `</s>` in a row does not end it. Encoded alone, a
+  SentencePiece tokenizer would put a second space before an answer.
 
   Args:
     prompt: the text before.
     answer: the text after; starts with a space.
-    tokenizer: a transformers-style tokenizer.
+    tokenizer: of the base.
   """
-  before = encode_prompt(prompt, tokenizer)
-  both = encode_prompt(prompt + answer, tokenizer)
+  before = encode_prompt(prompt, tokenizer, letters=True)
+  both = encode_prompt(prompt + answer, tokenizer, letters=True)
   if both[: len(before)] == before:
     return before, both[len(before) :]
   # A token spans the boundary; the prompt's tokens must stay.
-  return before, list(tokenizer.encode(answer, add_special_tokens=False))
+  after = tokenizer.encode(
+    answer, add_special_tokens=False, split_special_tokens=True
+  )
+  return before, list(after)

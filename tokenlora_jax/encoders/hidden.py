@@ -57,7 +57,10 @@ class HiddenEncoder:
       texts: N texts.
       batch: how many run at once.
     """
-    tokens = [encode_prompt(t, self.tokenizer)[: self.length] for t in texts]
+    tokens = [
+      encode_prompt(text, self.tokenizer, letters=True)[: self.length]
+      for text in texts
+    ]
     # By length, so that little is padding.
     order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
     out = np.zeros((len(texts), self.base.config.width), np.float32)
