@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tokenlora_jax.bank.bank import Bank, load_bank, save_bank
 from tokenlora_jax.config import InputError
 from tokenlora_jax.formats.load import load_base
 from tokenlora_jax.formats.locate import open_base
@@ -15,6 +16,7 @@ from tokenlora_jax.formats.reader import parameter_shapes
 from tokenlora_jax.formats.tensors import is_finite
 from tokenlora_jax.formats.tokenizers import load_tokenizer
 from tokenlora_jax.model.config import LlamaConfig
+from tokenlora_jax.model.lora import random_adapters
 
 SHAPE = LlamaConfig(
   vocab=40, width=32, mlp_width=48, layers=2, heads=4, kv_heads=2,
@@ -175,3 +177,53 @@ def test_a_folder_in_a_files_place_is_named(tmp_path):
   (folder / "config.json").unlink()
   (folder / "config.json").mkdir()
   assert "config.json: is a folder" in told(open_base, folder)
+
+
+def test_one_base_in_any_precision_has_one_fingerprint(tmp_path):
+  """Claimed: bfloat16 numbers as float32 and float16, tiny ones included."""
+  bf16 = {k: v.astype(ml_dtypes.bfloat16) for k, v in numbers().items()}
+  # Rows at the very end of what float16 can tell.
+  tiny = np.geomspace(2.0**-30, 2.0**-14, 32).astype(ml_dtypes.bfloat16)
+  bf16[EMBEDDING][0], bf16[EMBEDDING][1] = tiny, -tiny
+  found = set()
+  for dtype in (ml_dtypes.bfloat16, np.float32, np.float16):
+    tensors = {k: v.astype(dtype) for k, v in bf16.items()}
+    found.add(open_base(save(tmp_path / "base", tensors)).fingerprint())
+  harmless = {"max_position_embeddings": 32, "eos_token_id": 7}
+  folder = save(tmp_path / "base", bf16, **harmless)
+  found.add(open_base(folder).fingerprint())
+  assert len(found) == 1
+  # A whole float32 base and its rounded copy, too.
+  whole = open_base(save(tmp_path / "whole", numbers())).fingerprint()
+  rounded = {k: v.astype(ml_dtypes.bfloat16) for k, v in numbers().items()}
+  assert whole == open_base(save(tmp_path / "half", rounded)).fingerprint()
+  assert whole not in found
+
+
+@pytest.mark.parametrize("key", sorted(numbers()))
+@pytest.mark.parametrize("place", [0, -1])
+def test_another_number_at_an_end_is_another_base(tmp_path, key, place):
+  tensors = numbers()
+  before = open_base(save(tmp_path / "base", tensors)).fingerprint()
+  tensors[key].reshape(-1)[place] += 1
+  assert open_base(save(tmp_path / "base", tensors)).fingerprint() != before
+  theta = save(tmp_path / "base", numbers(), rope_theta=5e5)
+  assert open_base(theta).fingerprint() != before
+
+
+def test_a_bank_knows_its_base_by_either_fingerprint(tmp_path):
+  folder = save(tmp_path / "base", numbers())
+  base = load_base(folder, "float32")
+  reader = open_base(folder)
+  assert base.fingerprint == reader.fingerprint()
+  assert base.fingerprint_1 == reader.fingerprint_1() != base.fingerprint
+  adapters = random_adapters(base, 2, 4)
+  half = {k: v.astype(ml_dtypes.bfloat16) for k, v in numbers().items()}
+  other = load_base(save(tmp_path / "half", half), "float32")
+  for fingerprint in (base.fingerprint, base.fingerprint_1):
+    save_bank(tmp_path / "bank", Bank(adapters, folder, fingerprint, {}))
+    assert load_bank(tmp_path / "bank", base).adapters.names == ("e0", "e1")
+  line = told(load_bank, tmp_path / "bank", other)
+  assert f"write {other.fingerprint} into bank.json's base.fingerprint" in line
+  save_bank(tmp_path / "bank", Bank(adapters, folder, base.fingerprint, {}))
+  load_bank(tmp_path / "bank", other)

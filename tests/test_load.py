@@ -124,7 +124,8 @@ def test_each_number_is_read_once(folder, mesh, stacked, monkeypatch):
     return original(self, key, index)
 
   monkeypatch.setattr(HfReader, "_read", read)
-  monkeypatch.setattr(HfReader, "fingerprint", lambda self: "")
+  for name in ("fingerprint", "fingerprint_1"):
+    monkeypatch.setattr(HfReader, name, lambda self: "")
   load_base(str(folder), mesh=make_mesh(mesh), stacked=stacked)
   assert len(times) == len(parameter_shapes(SHAPE))
   assert all((count == 1).all() for count in times.values())

@@ -33,6 +33,7 @@ from tokenlora_jax.bank.record import (
   sha256,
 )
 from tokenlora_jax.config import PROJECTIONS, InputError, RouterConfig, nearest
+from tokenlora_jax.formats.load import BaseIdentity
 from tokenlora_jax.formats.minilm import load_minilm
 from tokenlora_jax.formats.peft import expert_maps, load_adapters, save_adapter
 from tokenlora_jax.mixing.router import Router
@@ -328,7 +329,8 @@ def _read_records(
     record = records[folder] = read_record(folder)
     check_base(folder, record, base)
     first = next(iter(records.values()))
-    if record.fingerprint != first.fingerprint:
+    # Two versions may name one base; both were compared with it then.
+    if base is None and record.fingerprint != first.fingerprint:
       raise InputError(
         f"--bank {folder}: was trained on {record.base} (fingerprint"
         f" {record.fingerprint[:12]}), but {folders[0]} on {first.base}"
@@ -351,20 +353,27 @@ def _locate(
   return experts
 
 
-def check_base(folder: Path, record: BankRecord, base: Any) -> None:
+def check_base(
+  folder: Path, record: BankRecord, base: Llama | BaseIdentity | None
+) -> None:
   """Raises `InputError` if a bank was trained on another base.
 
   Args:
     folder: the bank's.
     record: its bank.json.
-    base: what has a `fingerprint`; None is not checked.
+    base: None is not checked.
   """
-  if base is not None and record.fingerprint != base.fingerprint:
-    raise InputError(
-      f"{folder / BANK}: the bank was trained on {record.base}"
-      f" (fingerprint {record.fingerprint[:12]}), not on this base"
-      f" ({base.fingerprint[:12]}); give --base that one"
-    )
+  if base is None or record.fingerprint in (
+    base.fingerprint,
+    base.fingerprint_1,
+  ):
+    return
+  raise InputError(
+    f"{folder / BANK}: the bank was trained on {record.base} (fingerprint"
+    f" {record.fingerprint[:12]}), not on this base ({base.fingerprint[:12]});"
+    " give --base that one, or, where both are the same weights, write"
+    f" {base.fingerprint} into {BANK}'s base.fingerprint"
+  )
 
 
 def _check_described(

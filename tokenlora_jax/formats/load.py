@@ -73,17 +73,18 @@ def load_base(
   check_choice("base.dtype", dtype, ("float32", "bfloat16"))
   check_choice("base.quantize", quantize, QUANTIZERS)
   if path.startswith("random:"):
-    config, fingerprint = _preset(path), path
+    config, fingerprints = _preset(path), (path, "")
     read = functools.partial(_draw, config)
   else:
     reader = open_base(path)
-    config, fingerprint = reader.config, reader.fingerprint()
+    config = reader.config
+    fingerprints = reader.fingerprint(), reader.fingerprint_1()
     read = functools.partial(_read, reader)
   check_blocks(config, quantize)
   if mesh is not None:
     check_heads(config, mesh)
   make = _Factory(read, dtype, mesh, quantize)
-  return Llama(config, make, stacked, fingerprint)
+  return Llama(config, make, stacked, *fingerprints)
 
 
 def base_shape(path: str) -> LlamaConfig:
@@ -113,10 +114,12 @@ class BaseIdentity:
   Attributes:
     config: its shape.
     fingerprint: of its weights, as a `Llama` has it.
+    fingerprint_1: as banks of earlier versions hold it; "" if it is the same.
   """
 
   config: LlamaConfig
   fingerprint: str
+  fingerprint_1: str = ""
 
 
 def identify_base(path: str) -> BaseIdentity:
@@ -135,7 +138,9 @@ def identify_base(path: str) -> BaseIdentity:
   if path.startswith("random:"):
     return BaseIdentity(_preset(path), path)
   reader = open_base(path)
-  return BaseIdentity(reader.config, reader.fingerprint())
+  return BaseIdentity(
+    reader.config, reader.fingerprint(), reader.fingerprint_1()
+  )
 
 
 def _preset(path: str) -> LlamaConfig:

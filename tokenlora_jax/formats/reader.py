@@ -10,9 +10,11 @@ from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from tokenlora_jax.config import InputError, nearest
@@ -21,8 +23,10 @@ from tokenlora_jax.model.config import LlamaConfig
 
 # How many names an error shows before it counts the rest.
 _SHOWN = 8
-# Bytes of each end of a tensor that a fingerprint reads.
+# Bytes of each end of a tensor that a fingerprint of version 1 reads.
 END = 4096
+# Numbers of each end that one of version 2 reads; one row where that is more.
+_SAMPLE = 1024
 # What to do where the head is missing, or has another shape.
 _HEAD_HINTS = (
   " (where the embedding is the head, the config must say"
@@ -183,15 +187,34 @@ class BaseReader(abc.ABC):
   def fingerprint(self) -> str:
     """Returns a SHA-256, in hex, that tells bases apart at little cost.
 
-    It covers the config and every tensor's name, shape and stored type, but of
-    the values only both ends (4 KiB, or a row where that is longer): a change
-    in the middle of a tensor alone goes unseen.
+    It covers the config, but for the longest text, and of every tensor its
+    name, its shape and its first and last output rows (about 1,000 numbers
+    each): a change in the middle of a tensor alone goes unseen. Numbers count
+    as bfloat16, and those below 2^-16 as 0: so a base of bfloat16 and its
+    copies in float32 and float16 have one fingerprint (what is above 65,504
+    overflows in float16), and so have one of float32 and its copy in bfloat16.
     """
-    shape = dataclasses.asdict(self.config)
-    if self.config.sliding_window is None:
-      # Banks are older than this field.
-      del shape["sliding_window"]
-    config = json.dumps(shape, sort_keys=True)
+    about = dataclasses.asdict(self.config)
+    del about["max_length"]
+    digest = hashlib.sha256(b"2 " + json.dumps(about, sort_keys=True).encode())
+    for name, shape in sorted(self._shapes.items()):
+      digest.update(f"\n{name} {shape} ".encode())
+      # The axis along which a file has whole rows.
+      axis = len(shape) - 1 if _is_transposed(name) else 0
+      rows = max(1, _SAMPLE * shape[axis] // math.prod(shape))
+      for ends in ((0, rows), (max(0, shape[axis] - rows), shape[axis])):
+        index = [slice(0, n) for n in shape]
+        index[axis] = slice(*ends)
+        digest.update(_coarse(self.read(name, tuple(index))))
+    return digest.hexdigest()
+
+  def fingerprint_1(self) -> str:
+    """Returns the fingerprint that banks of earlier versions hold.
+
+    It covers all of the config, the stored types and the stored bytes at both
+    ends of each tensor.
+    """
+    config = json.dumps(dataclasses.asdict(self.config), sort_keys=True)
     digest = hashlib.sha256(config.encode())
     for name, key in sorted(self._keys.items()):
       digest.update(f"\n{name} {self._shapes[name]} ".encode())
@@ -212,6 +235,17 @@ class BaseReader(abc.ABC):
   @abc.abstractmethod
   def _ends(self, key: str) -> tuple[bytes, bytes]:
     """The first and the last stored bytes of a tensor, about `END` of each."""
+
+
+def _coarse(values: np.ndarray) -> bytes:
+  """Returns bytes that are alike in every precision; see `fingerprint`."""
+  # A number too large for bfloat16 is refused when it is read, not here.
+  with np.errstate(over="ignore", invalid="ignore"):
+    rounded = np.asarray(values, np.float32).astype(ml_dtypes.bfloat16)
+  rounded = rounded.astype(np.float32)
+  # Float16 has no more digits there. Zeros have one sign.
+  rounded[np.abs(rounded) < 2**-16] = 0
+  return rounded.astype("<f4", order="C").tobytes()
 
 
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

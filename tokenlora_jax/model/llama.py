@@ -307,6 +307,7 @@ class Llama(nnx.Module):
     stacked: whether layers are stacked (training) or a list (decoding).
     fingerprint: a hash of where the weights came from, so that a bank can tell
       whether it was trained on this base.
+    fingerprint_1: as banks of earlier versions hold it; "" if it is the same.
 
   Example:
     >>> from tokenlora_jax.model.config import PRESETS
@@ -321,10 +322,12 @@ class Llama(nnx.Module):
     make: MakeParameter,
     stacked: bool = False,
     fingerprint: str = "",
+    fingerprint_1: str = "",
   ):
     self.config = config
     self.stacked = stacked
     self.fingerprint = fingerprint
+    self.fingerprint_1 = fingerprint_1
     self.embedding = nnx.Param(make("embedding", (config.vocab, config.width)))
     if stacked:
       self.layers = Layer("layers.*", config, make, (config.layers,))
