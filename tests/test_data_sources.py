@@ -68,6 +68,7 @@ def test_local_rows_carry_file_and_line(tmp_path):
   ]
 
 
+SKIP = "; --data.bad-rows skip leaves such rows out"
 BAD_LINES = [gsm8k(1), '{"question": ', {"question": "q"}, gsm8k(4)]
 
 
@@ -78,11 +79,12 @@ def test_a_bad_row_is_fatal_and_names_file_line_and_field(tmp_path):
     load_rows(local(tmp_path), "gsm8k", "train")
   assert (
     str(error.value) == f"{path}:2: want a JSON object, got '{{\"question\":'"
+    f"{SKIP}"
   )
   write_lines(path, [BAD_LINES[0], BAD_LINES[2]])
   with pytest.raises(InputError) as error:
     load_rows(local(tmp_path), "gsm8k", "train")
-  assert str(error.value) == f"{path}:2: field 'answer' is missing"
+  assert str(error.value) == f"{path}:2: field 'answer' is missing{SKIP}"
 
 
 def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, caplog):
@@ -224,3 +226,32 @@ def test_counts_of_the_real_rows(data_dir):
     "codealpaca": (1699, 316),  # one empty output each is left out
     "squad": (924, 266),
   }
+
+
+def test_a_folder_in_place_of_a_file_of_rows_is_a_line(tmp_path):
+  for task, name in (("gsm8k", "train.jsonl"), ("squad", "train.json")):
+    path = tmp_path / task / name
+    path.mkdir(parents=True)
+    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
+      load_rows(local(tmp_path), task, "train")
+
+
+@pytest.mark.parametrize("bad", [b"caf\xe9", rb"\ud83d", rb"\udc00 x"])
+@pytest.mark.parametrize("task", ["gsm8k", "codealpaca"])
+def test_what_is_no_utf8_breaks_its_own_row_alone(tmp_path, task, bad):
+  if task == "gsm8k":
+    name, form = "train.jsonl", b'{"question": "%s", "answer": "1"}'
+    joined, place = b"\n".join, "2"
+  else:
+    name, form = "train.json", b'{"instruction": "%s", "output": "1"}'
+    joined, place = lambda rows: b"[" + b",".join(rows) + b"]", "[1]"
+  path = tmp_path / task / name
+  path.parent.mkdir()
+  path.write_bytes(joined([form % b"a", form % bad, form % b"caf\xc3\xa9"]))
+  with pytest.raises(InputError) as error:
+    load_rows(local(tmp_path), task, "train")
+  told = str(error.value)
+  assert told.startswith(f"{path}:{place}: field ") and told.endswith(SKIP)
+  assert "no text in UTF-8" in told and told.isascii()
+  rows = load_rows(local(tmp_path, bad_rows="skip"), task, "train")
+  assert len(rows) == 2 and "caf\u00e9" in rows[1].text

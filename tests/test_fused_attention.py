@@ -105,7 +105,9 @@ def test_what_is_chosen_on_a_gpu_can_be_traced(
   got = traced(chosen, dtype, width)
   assert got == [(2, 64, 4, width), *[(2, 2, 64, width)] * 2]
   flash = Kernel("cudnn", _cudnn, _lengths)
-  if capability in ("7.5", "gfx942") or (capability == "9.0" and width > 128 and width % 8 == 0):
+  if capability in ("7.5", "gfx942") or (
+    capability == "9.0" and width > 128 and width % 8 == 0
+  ):
     assert chosen.name == "xla"
   elif chosen.name == "xla":
     # What was not chosen could not have been.

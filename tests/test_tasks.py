@@ -6,45 +6,11 @@ import re
 import string
 
 import pytest
+from task_rows import ARC, CODE, GSM8K, HUMANEVAL, MBPP, ROWS, SQUAD, texts
 
 from tokenlora_jax.config import DataConfig, InputError
 from tokenlora_jax.data.rows import load_rows
 from tokenlora_jax.data.tasks import EVALUATION_TASKS, TASKS, get_task
-
-GSM8K = {"question": "What is 2+3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}
-ARC = {
-  "id": "q1",
-  "question": "Which is a metal?",
-  "choices": {"text": ["oak", "iron", "rain"], "label": ["A", "B", "C"]},
-  "answerKey": "B",
-}
-CODE = {"instruction": "Add one.", "input": "", "output": "x + 1"}
-SQUAD = {
-  "id": "s1",
-  "title": "Rome",
-  "context": "Rome was not built in a day.",
-  "question": "What was not built in a day?",
-  "answers": {"text": ["Rome", "the city"], "answer_start": [0, 0]},
-}
-HUMANEVAL = {
-  "task_id": "HumanEval/0",
-  "prompt": 'def two():\n    """Return 2."""\n',
-  "canonical_solution": "    return 2\n",
-  "test": "def check(candidate):\n    assert candidate() == 2\n",
-  "entry_point": "two",
-}
-MBPP = {
-  "task_id": 11,
-  "text": "Write a function to return 2.",
-  "code": "def two():\r\n  return 2",
-  "test_list": ["assert two() == 2", "assert two() > 1"],
-}
-ROWS = dict(zip(TASKS, (GSM8K, ARC, CODE, SQUAD), strict=True))
-
-
-def texts(name, row):
-  task = get_task(name)
-  return task.prompt(row), task.answer(row)
 
 
 def test_names_are_in_order_and_a_wrong_one_is_corrected():
@@ -186,13 +152,14 @@ def test_what_is_only_evaluated_has_rows_to_test_and_none_to_train(name):
     ("codealpaca", CODE | {"output": ""}, "field 'output' is empty"),
     (
       "codealpaca",
-      CODE | {"input": None},
-      "field 'input': want text, got None",
+      CODE | {"input": 3},
+      "field 'input': want text, got 3",
     ),
     (
       "squad",
       SQUAD | {"answers": {"text": []}},
-      "field 'answers.text' is empty",
+      "field 'answers.text' is empty: the question has no answer, as many of"
+      " SQuAD v2 have none",
     ),
     ("squad", SQUAD | {"context": ""}, "field 'context' is empty"),
     (
@@ -308,101 +275,3 @@ def test_built_in_squad_answers_are_spans():
     (answer,), (start,) = row["answers"]["text"], row["answers"]["answer_start"]
     assert row["context"][start : start + len(answer)] == answer
     assert row["context"].count(answer) == 1 or answer.isdigit()
-
-
-def test_reads_json_lines_with_line_numbers(tmp_path):
-  path = tmp_path / "train.jsonl"
-  path.write_text(json.dumps(GSM8K) + "\n\n" + json.dumps(GSM8K) + "\n")
-  assert list(get_task("gsm8k").read(path)) == [("1", GSM8K), ("3", GSM8K)]
-  path.write_text(json.dumps(ARC))
-  assert list(get_task("arc_challenge").read(path)) == [("1", ARC)]
-
-
-@pytest.mark.parametrize(
-  "line", [b'{"question": "q",', b"[" * 100_000, b'{"question": "\xff"}']
-)
-def test_a_malformed_line_is_named_when_read(tmp_path, line):
-  path = tmp_path / "train.jsonl"
-  path.write_bytes(json.dumps(GSM8K).encode() + b"\n" + line + b"\n")
-  task = get_task("gsm8k")
-  (_, good), (place, bad) = task.read(path)
-  assert (good, place) == (GSM8K, "2")
-  with pytest.raises(InputError, match=r"^want a JSON object, got '"):
-    task.prompt(bad)
-
-
-def test_reads_a_json_list_with_indices(tmp_path):
-  path = tmp_path / "train.json"
-  path.write_text(json.dumps([CODE, CODE], indent=2))
-  assert list(get_task("codealpaca").read(path)) == [
-    ("[0]", CODE),
-    ("[1]", CODE),
-  ]
-  path.write_text(json.dumps(CODE))
-  with pytest.raises(
-    InputError, match=r"train\.json: want a JSON list of rows$"
-  ):
-    list(get_task("codealpaca").read(path))
-
-
-@pytest.mark.parametrize("name", ["codealpaca", "squad"])
-def test_a_malformed_document_is_named_by_its_line(tmp_path, name):
-  path = tmp_path / "train.json"
-  path.write_text('{"data":\n  [1,,]}')
-  with pytest.raises(
-    InputError, match=r"train\.json:2: malformed JSON at column 6: "
-  ):
-    list(get_task(name).read(path))
-  path.write_bytes(b'["\xff"]')
-  with pytest.raises(InputError, match=r"train\.json: not JSON in UTF-8: "):
-    list(get_task(name).read(path))
-
-
-def nested(*questions):
-  paragraph = {"context": SQUAD["context"], "qas": list(questions)}
-  return {
-    "version": "1.1",
-    "data": [{"title": "Rome", "paragraphs": [paragraph]}],
-  }
-
-
-def test_reads_nested_squad_as_questions(tmp_path):
-  path = tmp_path / "train.json"
-  question = {
-    "id": "s1",
-    "question": SQUAD["question"],
-    "answers": [
-      {"text": "Rome", "answer_start": 0},
-      {"text": "the city", "answer_start": 0},
-    ],
-  }
-  broken = question | {"answers": [{"answer_start": 0}]}
-  path.write_text(json.dumps(nested(question, "oops", broken)))
-  task = get_task("squad")
-  rows = dict(task.read(path))
-  assert list(rows) == [f"data[0].paragraphs[0].qas[{i}]" for i in range(3)]
-  first, second, third = rows.values()
-  assert texts("squad", first) == texts("squad", SQUAD)
-  assert first["answers"] == SQUAD["answers"]
-  with pytest.raises(InputError, match="want a JSON object, got 'oops'"):
-    task.prompt(second)
-  with pytest.raises(
-    InputError, match=r"field 'answers\.text\[0\]': want text"
-  ):
-    task.answer(third)
-
-
-def test_squad_nesting_is_checked(tmp_path):
-  path = tmp_path / "train.json"
-  for document, message in (
-    ([], r"train\.json: want a JSON object"),
-    ({"date": []}, r"json: field 'data' is missing \(did you mean 'date'\?\)"),
-    ({"data": [{}]}, r"json:data\[0\]: field 'paragraphs' is missing"),
-    (
-      {"data": [{"paragraphs": [{"qas": 1}]}]},
-      r"json:data\[0\]\.paragraphs\[0\]: field 'qas': want a list, got 1",
-    ),
-  ):
-    path.write_text(json.dumps(document))
-    with pytest.raises(InputError, match=message):
-      list(get_task("squad").read(path))

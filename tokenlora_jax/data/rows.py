@@ -93,7 +93,9 @@ def load_rows(config: DataConfig, task_name: str, split: str) -> list[Row]:
     except InputError as error:
       located = InputError(f"{origin}: {error}")
       if config.bad_rows == "fatal":
-        raise located from None
+        raise InputError(
+          f"{located}; --data.bad-rows skip leaves such rows out"
+        ) from None
       skipped.append(located)
   if skipped:
     _log.warning(

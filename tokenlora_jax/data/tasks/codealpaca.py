@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 import random
 from typing import Any, ClassVar
 
-from tokenlora_jax.config import InputError
-from tokenlora_jax.data.tasks.task import Task, read_json, text
+from tokenlora_jax.data.tasks.task import Task, text
 
 # What the code does in words, and the code; a and b are numbers.
 _OPERATIONS = (
@@ -48,7 +46,9 @@ class CodeAlpaca(Task):
   }
 
   def prompt(self, row: Any) -> str:
-    given = text(row, "input", empty=True)
+    # Alpaca's rows without an input have an empty one, null or none.
+    has_input = isinstance(row, dict) and row.get("input") is not None
+    given = text(row, "input", empty=True) if has_input else ""
     template = self.template
     if not given.strip():
       template = template.replace("\nInput: {input}", "")
@@ -56,14 +56,6 @@ class CodeAlpaca(Task):
 
   def answer(self, row: Any) -> str:
     return f" {text(row, 'output')}"
-
-  def read(self, path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields ("[index]", row) of a JSON list of rows."""
-    rows = read_json(path)
-    if not isinstance(rows, list):
-      raise InputError(f"{path}: want a JSON list of rows")
-    for i, row in enumerate(rows):
-      yield f"[{i}]", row
 
   def invent(self, rng: random.Random) -> dict[str, Any]:
     numbers = {"a": rng.randint(10, 99), "b": rng.randint(2, 9)}

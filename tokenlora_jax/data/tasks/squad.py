@@ -8,7 +8,14 @@ import random
 from typing import Any, ClassVar
 
 from tokenlora_jax.config import InputError
-from tokenlora_jax.data.tasks.task import Task, items, read_json, text, texts
+from tokenlora_jax.data.tasks.task import (
+  Task,
+  items,
+  read_json,
+  read_lines,
+  text,
+  texts,
+)
 
 _PLACES = (
   "Alder Bay", "Brindle", "Corvan", "Dunmere", "Eastholm", "Farrow", "Glenloch",
@@ -45,14 +52,27 @@ class Squad(Task):
     return self.template.format(context=context, question=question)
 
   def answer(self, row: Any) -> str:
-    return f" {texts(row, 'answers', 'text')[0]}"
+    if not items(row, "answers", "text"):
+      raise InputError(
+        "field 'answers.text' is empty: the question has no answer, as many of"
+        " SQuAD v2 have none"
+      )
+    return f" {texts(row, 'answers', 'text')[0].lstrip()}"
 
   def read(self, path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields (path in the document, row) of the nested v1.1 format.
+    """Yields (path in the document, row) of the nested format, or flat rows.
 
-    Articles hold paragraphs, paragraphs hold a context and questions.
+    Articles hold paragraphs, paragraphs hold a context and questions. The hub's
+    flat rows may be JSON lines, or one list.
     """
-    articles = _children(read_json(path), "data", str(path))
+    if self.in_lines(path):
+      yield from read_lines(path)
+      return
+    document = read_json(path)
+    if isinstance(document, list) and document:
+      yield from super().read(path)
+      return
+    articles = _children(document, "data", str(path))
     for a, article in enumerate(articles):
       place = f"data[{a}]"
       paragraphs = _children(article, "paragraphs", f"{path}:{place}")

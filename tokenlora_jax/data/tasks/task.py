@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping
+import contextlib
 import json
 from pathlib import Path
 import random
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 import zlib
 
 from tokenlora_jax.config import InputError, nearest
@@ -57,20 +58,41 @@ class Task(abc.ABC):
     """Yields (place, row) of a file in the data set's original format.
 
     Args:
-      path: the file; JSON lines unless a task overrides this.
+      path: the file: JSON lines or, unless its name ends in .jsonl, a JSON list
+        of rows.
 
     Yields:
       The line (or the path inside the JSON document) and the unchecked row.
+
+    Raises:
+      InputError: the file cannot be read, or is neither.
     """
-    with path.open("rb") as lines:
-      for number, line in enumerate(lines, 1):
-        if not line.strip():
-          continue
-        try:
-          row = json.loads(line)
-        except (ValueError, RecursionError):
-          row = line.decode(errors="replace").strip()  # the check will name it
-        yield str(number), row
+    if not self.in_lines(path):
+      document = read_json(path)
+      if not isinstance(document, list):
+        raise InputError(f"{path}: want a JSON list of rows")
+      for i, row in enumerate(document):
+        yield f"[{i}]", row
+      return
+    yield from read_lines(path)
+
+  def in_lines(self, path: Path) -> bool:
+    """Returns whether a file is JSON lines, whatever its name says.
+
+    It is where its first line is a row by itself: an object that has a field of
+    the prompt.
+    """
+    if path.suffix == ".jsonl":
+      return True
+    with reading(path) as lines:
+      first = next((line for line in lines if line.strip()), b"")
+    try:
+      row = _loads(first)
+    except (ValueError, RecursionError):
+      return False
+    return isinstance(row, dict) and any(
+      f"{{{field}}}" in self.template for field in row
+    )
 
   def from_tfds(self, row: dict[str, Any]) -> dict[str, Any]:
     """Returns a row of TensorFlow Datasets (texts decoded) in our schema."""
@@ -105,10 +127,45 @@ class Task(abc.ABC):
     return list(rows.values())
 
 
+def _loads(raw: bytes) -> Any:
+  """Parses JSON; of bytes that are no UTF-8 it makes halves of surrogate pairs.
+
+  So they break no more than the row that they are in: `_text` refuses it.
+  """
+  return json.loads(raw.decode(json.detect_encoding(raw), "surrogateescape"))
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+  """Yields (line number, row) of JSON lines."""
+  with reading(path) as lines:
+    for number, line in enumerate(lines, 1):
+      if not line.strip():
+        continue
+      try:
+        row = _loads(line)
+      except (ValueError, RecursionError):
+        row = line.decode(errors="replace").strip()  # the check will name it
+      yield str(number), row
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+  """Opens a file of rows; a folder, or one that may not be read, is a line."""
+  try:
+    with path.open("rb") as file:
+      yield file
+  except OSError as error:
+    raise InputError(
+      f"{path}: cannot be read ({error.strerror}); want a file of rows"
+    ) from None
+
+
 def read_json(path: Path) -> Any:
   """Returns a file's JSON document, or raises an `InputError` naming the line."""
+  with reading(path) as file:
+    raw = file.read()
   try:
-    return json.loads(path.read_bytes())
+    return _loads(raw)
   except json.JSONDecodeError as error:
     raise InputError(
       f"{path}:{error.lineno}: malformed JSON at column {error.colno}: "
@@ -174,6 +231,13 @@ def _text(value: Any, field: str, empty: bool = False) -> str:
     raise InputError(f"field {field!r}: want text, got {_brief(value)}")
   if not empty and not value.strip():
     raise InputError(f"field {field!r} is empty")
+  try:
+    value.encode()
+  except UnicodeEncodeError as error:
+    raise InputError(
+      f"field {field!r}: character {error.start + 1} is no text in UTF-8 but"
+      f" {value[error.start]!a}, a stray byte or half a surrogate pair"
+    ) from None
   return value
 
 
