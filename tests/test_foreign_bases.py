@@ -227,3 +227,12 @@ def test_a_bank_knows_its_base_by_either_fingerprint(tmp_path):
   assert f"write {other.fingerprint} into bank.json's base.fingerprint" in line
   save_bank(tmp_path / "bank", Bank(adapters, folder, base.fingerprint, {}))
   load_bank(tmp_path / "bank", other)
+
+
+def test_fingerprints_stay_what_banks_on_disk_say(tmp_path):
+  """A field that the config gets later must not make another base of it."""
+  reader = open_base(save(tmp_path / "base", numbers()))
+  assert (reader.fingerprint(), reader.fingerprint_1()) == (
+    "907953e6d1075098fca88fd8549ed3e129107c3213b39f8b148dcd5e53c1ec05",
+    "32ef05b952dade8a3cc259ef4751c162514c94f1e7a400248a7d79f0d9a961a8",
+  )

@@ -194,8 +194,12 @@ class BaseReader(abc.ABC):
     copies in float32 and float16 have one fingerprint (what is above 65,504
     overflows in float16), and so have one of float32 and its copy in bfloat16.
     """
-    about = dataclasses.asdict(self.config)
-    del about["max_length"]
+    # A field that comes later, None where a base has none of it, changes none.
+    about = {
+      name: value
+      for name, value in dataclasses.asdict(self.config).items()
+      if value is not None and name != "max_length"
+    }
     digest = hashlib.sha256(b"2 " + json.dumps(about, sort_keys=True).encode())
     for name, shape in sorted(self._shapes.items()):
       digest.update(f"\n{name} {shape} ".encode())
@@ -214,8 +218,10 @@ class BaseReader(abc.ABC):
     It covers all of the config, the stored types and the stored bytes at both
     ends of each tensor.
     """
-    config = json.dumps(dataclasses.asdict(self.config), sort_keys=True)
-    digest = hashlib.sha256(config.encode())
+    about = dataclasses.asdict(self.config)
+    # Came later: no base of that time had any.
+    del about["sliding_window"]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, key in sorted(self._keys.items()):
       digest.update(f"\n{name} {self._shapes[name]} ".encode())
       digest.update(self._stored[key].dtype.encode())
