@@ -16,7 +16,7 @@ from tokenlora_jax.commands.generate_args import Arguments
 from tokenlora_jax.commands.wiring import load
 from tokenlora_jax.config import InputError
 from tokenlora_jax.data.rows import load_rows
-from tokenlora_jax.decoding import Decoder, Generation
+from tokenlora_jax.decoding import Decoder
 from tokenlora_jax.files import check_new_file, read_lines, write_atomically
 from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.report.trace import GateTrace
@@ -63,7 +63,7 @@ def generate(args: Arguments, console: Console) -> None:
     )  # fmt: skip
     shown = 0
     for out in decoder:
-      pieces = token_pieces(tokenizer, out)
+      pieces = out.pieces[0]
       console.print(
         report.trace(pieces[shown:], out.gates[0, shown : len(pieces)], names),
         end="", soft_wrap=True,
@@ -118,12 +118,6 @@ def facts(args: Arguments) -> dict[str, str]:
   }
 
 
-def token_pieces(tokenizer, out: Generation) -> list[str]:
-  """Returns what each token adds to the first text."""
-  tokens = out.tokens[0, : out.lengths[0]].tolist()
-  return report.token_pieces(tokenizer, tokens, out.texts[0])
-
-
 def compare(args, base, tokenizer, bank: Bank, router, prompt: str) -> Table:
   """Returns one prompt's texts under different gates, as a table."""
   adapters, decode = bank.adapters, args.decode
@@ -143,7 +137,7 @@ def compare(args, base, tokenizer, bank: Bank, router, prompt: str) -> Table:
   table = Table("gates", "text", show_lines=True)
   for name, some, chosen, config in variants:
     *_, out = Decoder(base, [prompt], some, chosen, config, tokenizer)
-    pieces = token_pieces(tokenizer, out)
+    pieces = out.pieces[0]
     text = Text(out.texts[0])
     if some is not None:
       text = report.trace(pieces, out.gates[0, : len(pieces)], adapters.names)

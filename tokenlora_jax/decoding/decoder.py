@@ -37,6 +37,7 @@ from tokenlora_jax.config import DecodeConfig, InputError
 from tokenlora_jax.data.tokens import encode_prompt
 from tokenlora_jax.decoding import graph
 from tokenlora_jax.decoding.sampling import Sampler
+from tokenlora_jax.decoding.text import TextStream
 from tokenlora_jax.mixing.mixture import check_mixable
 from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.rules import get_rule
@@ -63,6 +64,8 @@ class Generation:
     stats: `prompt_tokens`, `new_tokens`, `prefill_seconds`, `router_seconds`
       (on the host's side), `decode_seconds` and `tokens_per_second`; the first
       call of a shape compiles.
+    pieces: what each token that counts adds to its text; None without a
+      tokenizer.
   """
 
   tokens: np.ndarray
@@ -71,6 +74,7 @@ class Generation:
   lengths: np.ndarray
   texts: list[str] | None
   stats: dict[str, float]
+  pieces: list[list[str]] | None = None
 
 
 def bucket(length: int) -> int:
@@ -259,6 +263,14 @@ class Decoder:
 
   def _start(self) -> graph.DecodeState:
     """Decides the first gates and reads the prompts."""
+    self._streams = (
+      [
+        TextStream(self.tokenizer, prompt, self.config.stop)
+        for prompt in self._prompts
+      ]
+      if self.tokenizer is not None
+      else []
+    )
     batch = len(self._prompts)
     lengths = np.array([len(p) for p in self._prompts], np.int32)
     size = bucket(int(lengths.max()) - 1)
@@ -345,13 +357,16 @@ class Decoder:
     at_end = tokens == self._end
     ended = at_end.any(axis=1)
     lengths = np.where(ended, at_end.argmax(axis=1) + 1, made).astype(np.int32)
-    texts = None
+    texts = pieces = None
     if self.tokenizer is not None:
-      texts = []
+      texts, pieces = [], []
       for i, row in enumerate(tokens):
-        text, lengths[i], stopped = self._until_stop(row[: lengths[i]])
-        ended[i] |= stopped
-        texts.append(text)
+        stream = self._streams[i]
+        stream.push(row[len(stream.pieces) : lengths[i]])
+        lengths[i] = len(stream.pieces)
+        ended[i] |= stream.stopped
+        texts.append(stream.text)
+        pieces.append(list(stream.pieces))
     seconds = self.stats["decode_seconds"] + self.stats["router_seconds"]
     stats = {
       **self.stats,
@@ -361,29 +376,8 @@ class Decoder:
     }
     after = np.arange(made)[None] >= lengths[:, None]
     tokens[after], log_probs[after] = max(self._end, 0), 0
-    so_far = Generation(tokens, log_probs, gates, lengths, texts, stats)
+    so_far = Generation(tokens, log_probs, gates, lengths, texts, stats, pieces)
     return so_far, ended
-
-  def _until_stop(self, row: np.ndarray) -> tuple[str, int, bool]:
-    """Returns (text before the first stop string, its tokens, if it stopped).
-
-    The tokens are the fewest whose text holds the stop string.
-    """
-
-    def decode(n):
-      return self.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True)
-
-    def first_stop(text):
-      found = [text.find(stop) for stop in self.config.stop]
-      return min((place for place in found if place >= 0), default=None)
-
-    text = decode(len(row))
-    if first_stop(text) is None:
-      return text, len(row), False
-    count = next(
-      n for n in range(1, len(row) + 1) if first_stop(decode(n)) is not None
-    )
-    return text[: first_stop(text)], count, True
 
 
 def _left_pad(

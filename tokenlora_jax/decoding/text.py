@@ -1,0 +1,125 @@
+"""What made tokens say after their prompt, a piece a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenlora_jax.data.tokens import Tokenizer
+
+# So many of a prompt's last tokens are decoded before the first made one.
+_CONTEXT = 8
+# What the bytes of an unfinished character are shown as.
+_UNFINISHED = "\ufffd"
+
+
+class TextStream:
+  """The text of tokens that come one after the other.
+
+  It is what they say after the prompt: decoded alone, a SentencePiece tokenizer
+  would drop the first space. Each token is decoded with the few before it that
+  its character may need, so that the work is linear in the tokens.
+
+  Args:
+    tokenizer: of the base.
+    prompt: the tokens before.
+    stop: strings that end the text and are cut from it.
+
+  Attributes:
+    pieces: what each token adds to the text. A character that several tokens
+      spell is given to the last of them, so that pieces stay as they are.
+    stopped: whether a stop string was found; later tokens are not taken.
+
+  Example:
+    >>> from tokenlora_jax import load_tokenizer
+    >>> stream = TextStream(load_tokenizer("random:tiny"), stop=["."])
+    >>> stream.push([4 + byte for byte in "é.b".encode()])
+    >>> stream.text, stream.pieces
+    ('é', ['', 'é', ''])
+  """
+
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int] = (),
+    stop: Sequence[str] = (),
+  ):
+    self._tokenizer = tokenizer
+    self._stop = [text for text in stop if text]
+    self.pieces: list[str] = []
+    self.stopped = False
+    self._text = ""
+    # Tokens before the newest ones, what both say, and what was told of that.
+    size = _CONTEXT
+    self._window = list(prompt[-size:])
+    self._said = self._decode(self._window)
+    # Control tokens alone say nothing of spaces, and a character may be cut.
+    while size < len(prompt) and (not self._said or _UNFINISHED in self._said):
+      size *= 2
+      self._window = list(prompt[-size:])
+      self._said = self._decode(self._window)
+    self._shown = self._said.rstrip(_UNFINISHED)
+    self._fresh: list[int] = []
+
+  def _decode(self, tokens: Sequence[int]) -> str:
+    if not tokens:
+      return ""
+    return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+  @property
+  def text(self) -> str:
+    """What all tokens say, an unfinished character as U+FFFD."""
+    if self.stopped:
+      return self._text
+    whole = len(self._said.rstrip(_UNFINISHED))
+    return self._text + (self._said[whole:] if self._fresh else "")
+
+  def push(self, tokens: Sequence[int]) -> None:
+    """Takes the next tokens, until a stop string is found.
+
+    Args:
+      tokens: made after those that were pushed before.
+    """
+    for token in tokens:
+      if self.stopped:
+        return
+      self._take(self._piece(int(token)))
+
+  def _piece(self, token: int) -> str:
+    """Returns what a token adds to the text."""
+    context = [*self._window, *self._fresh]
+    said = self._decode([*context, token])
+    if self._window and not self._fresh and said == self._said:
+      return ""  # A control token, which is no context for the next.
+    self._fresh.append(token)
+    self._said = said
+    whole = said.rstrip(_UNFINISHED)
+    if whole.startswith(self._shown) or whole == said:
+      piece, self._shown = whole[len(self._shown) :], whole
+    else:
+      piece = ""
+    if whole == said:
+      self._window, self._fresh = self._fresh, []
+      self._said = self._shown = self._decode(self._window)
+    return piece
+
+  def _take(self, piece: str) -> None:
+    before = len(self._text)
+    self._text += piece
+    found = [
+      # A stop string may begin in earlier pieces.
+      self._text.find(stop, max(0, before - len(stop) + 1))
+      for stop in self._stop
+    ]
+    place = min((place for place in found if place >= 0), default=None)
+    if place is not None:
+      self.stopped = True
+      cut = max(0, before - place)
+      for i in reversed(range(len(self.pieces))):
+        if not cut:
+          break
+        kept = max(0, len(self.pieces[i]) - cut)
+        cut -= len(self.pieces[i]) - kept
+        self.pieces[i] = self.pieces[i][:kept]
+      self._text = self._text[:place]
+      piece = self._text[before:]
+    self.pieces.append(piece)
