@@ -1,6 +1,7 @@
 """Stopping a run, going on with it, and damaged checkpoints."""
 
 import dataclasses
+import errno
 import io
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -162,7 +164,6 @@ from pathlib import Path
 sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
 import conftest
 import test_checkpoint
-from tokenlora_jax.training import checkpoint
 
 save = checkpoint.Checkpoints.save
 def dies(self, step, *args):
@@ -383,6 +384,18 @@ def test_the_newest_whole_checkpoint_is_gone_on_from(
   checkpoints = Checkpoints(folder, keep=3)
   assert checkpoints.restore(state, one_device())[0]["step"] == 3
   checkpoints.close()
+
+
+@pytest.mark.parametrize("name", ["_sums", "_why_unreadable"])
+def test_what_passes_damages_no_checkpoint(name, three, monkeypatch):
+  folder, state = three
+  io = OSError(errno.EIO, "Input/output error")
+  for error in MemoryError(), io, ValueError("UNAVAILABLE: x"):
+    fails = Mock(side_effect=error)
+    monkeypatch.setattr(f"tokenlora_jax.training.checkpoint.{name}", fails)
+    with pytest.raises(InputError, match=r"/3: cannot be read now .*it stays"):
+      Checkpoints(folder, keep=3).restore(state, one_device())
+    assert saved(folder.parent) == [1, 2, 3]
 
 
 def test_two_damaged_ones_make_room_and_a_third_in_their_place_too(

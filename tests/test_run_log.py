@@ -82,11 +82,11 @@ def test_a_line_a_step_and_a_line_a_held_out_loss(tmp_path, clock):
   log.step(2, step_metrics(1.0), a_batch())
   log.close()
 
-  real, computed = 2 * 2 * 8, 2 * 2 * 10
+  real = 2 * 2 * 8
   devices = jax.device_count()
   # Forward and the gradient of activations: 2 + 2 FLOPs a parameter, for
-  # every token that is calculated, of the peak of all devices.
-  flops = 4 * PARAMETERS * computed
+  # every token that is no padding, of the peak of all devices.
+  flops = 4 * PARAMETERS * real
   assert first == {
     "step": 1,
     "tokens_per_second": real / 0.5,
@@ -203,9 +203,11 @@ def test_a_pipe_gets_some_lines_and_no_control_codes(tmp_path, clock):
   lines = out.getvalue().splitlines()
   shown = [int(line.split("/")[0].removeprefix("step ")) for line in lines[:-1]]
   assert shown == [1, *range(2, 45, 2), 45]
-  mfu = 4 * PARAMETERS * 40 / 0.02 / (PEAK * jax.device_count())
+  peak = PEAK * jax.device_count()
+  mfu = 4 * PARAMETERS * 32 / 0.02 / peak
   assert lines[0] == (
-    f"step 1/45  gsm8k 2.000 squad 3.000  1,600 tok/s  MFU {mfu:.0%}"
+    f"step 1/45  gsm8k 2.000 squad 3.000  1,600 tok/s  MFU {mfu:.0%} of"
+    f" {peak / 1e12:.3g} TFLOP/s"
   )
   assert lines[-1] == "step 45  held-out  gsm8k 1.500  squad 1.250"
   assert "\x1b" not in out.getvalue()
@@ -243,3 +245,12 @@ def test_known_devices_peaks_are_their_data_sheets(kind, want):
 
 def test_a_cpus_peak_is_measured():
   assert 1e8 < peak_flops(jax.devices()[0]) < 1e14
+
+
+def test_a_peak_that_is_too_low_gives_no_utilisation(clock, tmp_path):
+  out, log = open_log(tmp_path)
+  clock.now += 1e-6
+  log.step(1, step_metrics(), a_batch())
+  log.close()
+  assert "tok/s" in out.getvalue() and "MFU" not in out.getvalue()
+  assert "mfu" not in json.loads((tmp_path / "metrics.jsonl").read_text())

@@ -9,10 +9,12 @@ be read, or reads as something else, makes room for the one before it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+import errno
 import itertools
 import json
 import logging
 from pathlib import Path
+import re
 from typing import Any
 import zlib
 
@@ -84,7 +86,8 @@ class Checkpoints:
       mesh: where the state goes, which need not be the mesh it was saved from.
 
     Raises:
-      InputError: there are checkpoints, but none that is whole; all stay.
+      InputError: there are checkpoints, but none that is whole; or one cannot
+        be read now, for want of memory or of an answer of the disk. All stay.
     """
     self._manager.wait_until_finished()
     abstract = described(like, mesh)
@@ -111,7 +114,12 @@ class Checkpoints:
       # Orbax reads many arrays at once, and when one fails, the others' errors
       # come up anywhere. So they are read one by one first.
       folder = self._folder / str(step) / "state"
-      reason = _why_unreadable(folder, len(jax.tree.leaves(abstract)))
+      try:
+        reason = _why_unreadable(folder, len(jax.tree.leaves(abstract)))
+      except Exception as error:  # What does not pass is a bug.
+        if not passes(error):
+          raise
+        raise self._unread(step, error) from error
     if reason := _anywhere(reason):
       return None, reason
     try:
@@ -126,8 +134,17 @@ class Checkpoints:
         reason = "it does not hold the numbers that were saved"
       restored = items.state, about
     except Exception as error:  # Whatever damaged files make Orbax raise.
+      if passes(error):
+        raise self._unread(step, error) from error
       reason = first_line(error)
     return restored, _anywhere(reason)
+
+  def _unread(self, step: int, error: BaseException) -> InputError:
+    """Returns the error of a checkpoint that may well be whole."""
+    return InputError(
+      f"{self._folder / str(step)}: cannot be read now ({first_line(error)});"
+      " it stays as it is: free memory or look after the disk, and start again"
+    )
 
   def _set_aside(self, damaged: Mapping[int, str], whole: int) -> None:
     """Moves damaged checkpoints out of the way, and says so."""
@@ -152,6 +169,42 @@ class Checkpoints:
   def close(self) -> None:
     """Waits until everything is written."""
     self._manager.close()
+
+
+# What TensorStore, XLA and the operating system say in an error that has no
+# errno, where it is not the file that is at fault.
+_PASSING = re.compile(
+  r"RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|[Oo]ut of memory"
+  r"|Cannot allocate memory|Input/output error|Stale file handle|timed out"
+  r"|Too many open files|Permission denied|Transport endpoint"
+)
+_PASSING_ERRNO = frozenset(
+  [
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE,
+    errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOTCONN, errno.EAGAIN,
+  ]
+)  # fmt: skip
+
+
+def passes(error: BaseException) -> bool:
+  """Returns whether an error says nothing about the file that was read.
+
+  Too little memory and a network disk that does not answer pass; a checkpoint
+  that met them is not damaged.
+
+  Example:
+    >>> passes(MemoryError()), passes(ValueError("DATA_LOSS: bad checksum"))
+    (True, False)
+  """
+  while error is not None:
+    if isinstance(error, MemoryError | ConnectionError | TimeoutError):
+      return True
+    if isinstance(error, OSError) and error.errno in _PASSING_ERRNO:
+      return True
+    if _PASSING.search(str(error)):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def checksum(state: Any, about: Mapping) -> int:
@@ -200,6 +253,8 @@ def _why_unreadable(folder: Path, count: int) -> str:
       spec = {"driver": "zarr", "kvstore": kvstore}
       tensorstore.open(spec).result().read().result()
   except ValueError as error:
+    if passes(error):
+      raise OSError(first_line(error)) from error
     return first_line(error)
   return "" if len(names) == count else f"{len(names)} arrays, not {count}"
 

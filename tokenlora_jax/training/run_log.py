@@ -1,6 +1,7 @@
 """What a run reports while it trains: a bar, metrics.jsonl and TensorBoard.
 
-Model FLOPs utilisation is 4 N FLOPs a token over the devices' peak: 2 N for the
+Model FLOPs utilisation is 4 N FLOPs a real token (padding does not count) over
+the devices' peak, and no figure where that peak is too low: 2 N for the
 forward pass and 2 N for the gradient with respect to activations, where N are
 the parameters a token is multiplied with. A frozen base has no weight gradient,
 which would be another 2 N; the adapters' own are left out.
@@ -122,11 +123,12 @@ class RunLog:
     now = time.perf_counter()
     seconds, self._last = now - self._last, now
     real = int(np.sum(batch["sizes"]))
-    rate = batch["sizes"].size * batch["tokens"].shape[-1] / seconds
-    values = {
-      "tokens_per_second": real / seconds,
-      "mfu": rate * self._flops_per_token / self._peak,
-    }
+    values = {"tokens_per_second": real / seconds}
+    told = f"{values['tokens_per_second']:,.0f} tok/s"
+    mfu = real / seconds * self._flops_per_token / self._peak
+    if mfu <= 1:
+      values["mfu"] = mfu
+      told += f"  MFU {mfu:.0%} of {self._peak / 1e12:.3g} TFLOP/s"
     for name in metrics:
       values |= {
         f"{name}/{expert}": float(value)
@@ -140,7 +142,7 @@ class RunLog:
       f"{name} {loss:.3f}"
       for name, loss in zip(self._names, metrics["loss"], strict=True)
     )
-    line = f"{losses}  {values['tokens_per_second']:,.0f} tok/s  MFU {values['mfu']:.0%}"
+    line = f"{losses}  {told}"
     self._progress.update(self._task, completed=step, losses=line)
     every = max(1, self._steps // 20)
     shown = step % every == 0 or step in (1, self._steps)
