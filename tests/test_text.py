@@ -1,12 +1,15 @@
 """What made tokens say, against decoding every prefix anew."""
 
+import io
 import random
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from tokenlora_jax.config import InputError
 from tokenlora_jax.decoding.text import TextStream
+from tokenlora_jax.files import read_lines
 from tokenlora_jax.formats.tokenizers import load_tokenizer
 
 
@@ -126,3 +129,16 @@ def test_the_work_is_linear():
     stream.push([token])
   assert stream.text == "aé漢" * 100
   assert len(seen) <= 2 * len(tokens) + 2 and max(seen) <= 12
+
+
+def test_lines_end_at_newlines_alone(tmp_path):
+  text = "\ufeffa\u2028b\r\n\n c\x0cd\x85e\n".encode()
+  file = tmp_path / "p.txt"
+  file.write_bytes(text)
+  lines = ["a\u2028b", " c\x0cd\x85e"]
+  assert read_lines(file, "F", "prompt") == lines
+  stdin = io.TextIOWrapper(io.BytesIO(text), "latin-1")
+  assert read_lines(stdin, "F", "prompt") == lines
+  file.write_bytes("caf\xe9".encode("latin-1"))
+  with pytest.raises(InputError, match="F cannot be read: byte 3 is no UTF-8"):
+    read_lines(file, "F", "prompt")

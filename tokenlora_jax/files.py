@@ -136,21 +136,33 @@ def check_new_file(flag: str, path: str) -> None:
 def read_lines(source: Path | TextIO, name: str, what: str) -> list[str]:
   """Returns the lines that are not blank.
 
+  Lines end at LF or CRLF alone, and a byte order mark in front is dropped.
+
   Args:
     source: a file's path, or an open one.
     name: names it in errors.
     what: a line holds.
 
   Raises:
-    InputError: it cannot be read, or holds no such line.
+    InputError: it cannot be read, is no UTF-8, or holds no such line.
   """
   try:
-    text = (
-      source.read_text("utf-8") if isinstance(source, Path) else source.read()
-    )
-  except (OSError, UnicodeDecodeError) as error:
+    if isinstance(source, Path):
+      text = source.read_bytes()
+    else:
+      # Text files were decoded in the machine's own way, and cut at CR too.
+      text = getattr(source, "buffer", source).read()
+    if isinstance(text, bytes):
+      text = text.decode()
+  except UnicodeDecodeError as error:
+    raise InputError(
+      f"{name} cannot be read: byte {error.start} is no UTF-8; save it as UTF-8"
+    ) from None
+  except OSError as error:
     raise InputError(f"{name} cannot be read: {error}") from None
-  lines = [line for line in text.splitlines() if line.strip()]
+  lines = text.removeprefix("\ufeff").split("\n")
+  lines = [line.removesuffix("\r") for line in lines]
+  lines = [line for line in lines if line.strip()]
   if not lines:
     raise InputError(f"{name}: holds no {what}")
   return lines
