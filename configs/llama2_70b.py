@@ -11,7 +11,7 @@ Expect: planned, not run by us; no result is claimed.
 
 import dataclasses
 
-from configs.llama2_7b import config as of_7b
+from llama2_7b import config as of_7b
 
 config = dataclasses.replace(
   of_7b,

@@ -209,7 +209,7 @@ def test_bad_edits_are_one_line_and_change_nothing(folder, base, new, tmp_path):
     (add_expert, (new, "notes"), {}, "notes exists, and is no expert of the"),
     (add_expert, (new, "../x"), {}, r"name: '\.\./x' is no folder's name"),
     (add_expert, (new, "routers"), {}, "one that the bank itself needs"),
-    (add_expert, (tmp_path / "nwe", "x"), {}, r"did you mean 'n"),
+    (add_expert, (tmp_path / "narow", "x"), {}, "did you mean 'narrow"),
     (add_expert, (new, "x"), {"base": other}, "not on this base .eeeeeeeeeeee"),
     (
       add_expert, (tmp_path / "named", "x"), {},

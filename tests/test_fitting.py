@@ -14,6 +14,7 @@ import tiny
 from tiny import TWO, Tokenizer, make_base, make_config, one_device
 
 from tokenlora_jax.bank.bank import Bank, load_bank, save_bank
+from tokenlora_jax.commands import training
 from tokenlora_jax.config import InputError, MeshConfig, RouterConfig
 from tokenlora_jax.data.batches import batches
 from tokenlora_jax.data.examples import tokenize
@@ -261,7 +262,7 @@ def test_the_program_fits_a_router_and_saves_it(tmp_path, capsys, monkeypatch):
   before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
   argv = [*SETTINGS, "--bank", str(folder), "--fit-router", "lora-flow"]
-  monkeypatch.setattr(train, "load_base", functools.cache(load_base))
+  monkeypatch.setattr(training, "load_base", functools.cache(load_base))
   train.main(argv)
   told = capsys.readouterr().out
   assert "lora-flow: fitted to gsm8k, codealpaca, in " in told

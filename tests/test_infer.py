@@ -13,7 +13,8 @@ import pytest
 
 import infer
 from tokenlora_jax.bank.bank import load_bank, save_bank
-from tokenlora_jax.commands import wiring
+from tokenlora_jax.commands import training, wiring
+from tokenlora_jax.commands.generate_args import Arguments
 from tokenlora_jax.config import (
   BaseConfig,
   DecodeConfig,
@@ -44,7 +45,7 @@ def workdir(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("runs") / "tiny"
   with pytest.MonkeyPatch.context() as patch:
     # The random base is drawn once a layout: drawing is what takes time.
-    for program in (train, wiring):
+    for program in (training, wiring):
       patch.setattr(program, "load_base", functools.cache(load_base))
     train.main([*SETTINGS, "--workdir", str(workdir)])
     yield workdir
@@ -68,10 +69,10 @@ def records(path):
 
 
 def test_the_base_is_split_between_this_machines_devices(workdir):
-  args = infer.Arguments(
+  args = Arguments(
     base=BaseConfig("random:tiny", "float32"), bank=str(workdir / "bank")
   )
-  base, _, _ = infer.load(args)
+  base, _, _ = wiring.load(args)
   # Two kv heads, of eight devices.
   assert len(base.embedding[...].sharding.device_set) == 2
 

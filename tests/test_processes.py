@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from tokenlora_jax.bank.bank import load_bank
+from tokenlora_jax.commands import training
 from tokenlora_jax.config import InputError, MeshConfig
 from tokenlora_jax.formats.load import load_base
 from tokenlora_jax.parallel import processes
@@ -118,7 +119,7 @@ def runs(tmp_path_factory):
   ]
   try:
     alone = functools.partial(make_mesh, devices=jax.devices()[:1])
-    with mock.patch.object(train, "make_mesh", alone):
+    with mock.patch.object(training, "make_mesh", alone):
       train.main([*argv, str(one)])
     outputs = [process.communicate(timeout=300) for process in started]
   finally:

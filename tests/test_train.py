@@ -13,7 +13,8 @@ import safetensors.numpy
 
 from tokenlora_jax.bank.bank import load_bank
 from tokenlora_jax.commands import cli
-from tokenlora_jax.config import InputError
+from tokenlora_jax.commands import training as training_command
+from tokenlora_jax.config import Config, InputError
 from tokenlora_jax.formats.load import load_base
 from tokenlora_jax.parallel.sharding import make_mesh
 from tokenlora_jax.training import step as training
@@ -42,7 +43,9 @@ config = Config(
 @pytest.fixture(scope="module", autouse=True)
 def base_once():
   """The base is drawn once for all runs."""
-  with mock.patch.object(train, "load_base", functools.cache(load_base)):
+  with mock.patch.object(
+    training_command, "load_base", functools.cache(load_base)
+  ):
     yield
 
 
@@ -64,7 +67,7 @@ def contents(folder) -> dict:
 
 def test_the_bank_holds_the_last_checkpoints_adapters(run):
   argv, workdir = run
-  config = cli.parse(train.Config, argv, "")
+  config = cli.parse(Config, argv, "")
   assert json.loads((workdir / "config.json").read_text()) == config.to_json()
   bank = load_bank(workdir / "bank", load_base("random:tiny", "float32"))
   assert bank.base == "random:tiny"
@@ -73,7 +76,9 @@ def test_the_bank_holds_the_last_checkpoints_adapters(run):
   assert np.ptp(bank.centroids["hidden"], axis=0).max() > 1e-3
 
   mesh = make_mesh(config.mesh)
-  base = train.load_base("random:tiny", "float32", mesh, stacked=True)
+  base = training_command.load_base(
+    "random:tiny", "float32", mesh, stacked=True
+  )
   checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
   state, _ = checkpoints.restore(training.init_state(config, base, mesh), mesh)
   checkpoints.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 from pathlib import Path
@@ -15,10 +14,31 @@ from typing import TextIO
 
 from tokenlora_jax.config import InputError
 
+try:
+  import fcntl
+except ModuleNotFoundError:  # Windows.
+  fcntl = None
+
 # What a file system answers that cannot lock files.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 _log = logging.getLogger(__name__)
+
+
+def lock(place: int) -> None:
+  """Locks an open file or folder until it is closed or the process dies.
+
+  Args:
+    place: its file descriptor.
+
+  Raises:
+    BlockingIOError: another process holds the lock.
+    OSError: it cannot be locked; `errno` is one of `NO_LOCKS` where nothing on
+      this disk, or in this system, can be.
+  """
+  if fcntl is None:
+    raise OSError(errno.ENOSYS, "this system has no flock")
+  fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextlib.contextmanager
@@ -35,7 +55,7 @@ def locked(folder: Path, flag: str, does: str) -> Iterator[None]:
   """
   with (folder / ".lock").open("a+") as file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      lock(file.fileno())
     except BlockingIOError:
       file.seek(0)
       owner = file.read().strip() or "another process"

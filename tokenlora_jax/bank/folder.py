@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
-import fcntl
 import logging
 import os
 from pathlib import Path
@@ -29,7 +28,7 @@ from tokenlora_jax.bank.record import (
   read_record,
 )
 from tokenlora_jax.config import InputError
-from tokenlora_jax.files import NO_LOCKS, write_atomically
+from tokenlora_jax.files import NO_LOCKS, lock, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -127,7 +126,7 @@ def _locked(folder: Path) -> Iterator[None]:
   """Keeps other writers out; the lock dies with the process."""
   place = os.open(folder, os.O_RDONLY)
   try:
-    fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock(place)
   except BlockingIOError:
     os.close(place)
     raise InputError(

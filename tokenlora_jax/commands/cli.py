@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
+from importlib import metadata
+import importlib.util
+import inspect
 import io
 import itertools
 import logging
 import os
 from pathlib import Path
+import pkgutil
 import re
 import runpy
 import sys
+import types
 from typing import Any, TypeVar
 import warnings
 
@@ -24,11 +29,22 @@ from tokenlora_jax.config import Config, InputError, nearest
 ConfigT = TypeVar("ConfigT", bound=Config)
 FlagsT = TypeVar("FlagsT")
 
+_log = logging.getLogger(__name__)
+
 # Threads that XLA's client for CPUs makes for each simulated device.
 THREADS = 4
 
+# The most that compiled programs may take of a disk.
+CACHE_BYTES = 4 * 2**30
+
 # Short forms of much used flags.
 SHORT = {"--base": "--base.path"}
+
+
+# Where our own configs are: in an installed package, and beside the package in
+# a checkout.
+_PACKAGE = Path(__file__).parents[1]
+_OURS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
 def read_config(path: str) -> Config:
@@ -36,26 +52,56 @@ def read_config(path: str) -> Config:
 
   Args:
     path: a Python file that sets `config` to a `Config`. It is run: it is the
-      user's own code, as train.py is.
+      user's own code, as train.py is, and may import its neighbours. One of
+      ours is found from any folder, as `demo` or `configs/demo.py`.
 
   Raises:
     InputError: there is no such file, it fails, or it sets no config.
   """
-  file = Path(path)
-  if not file.is_file():
-    names = [str(p) for p in file.parent.glob("*.py")]
-    raise InputError(
-      f"--config {path}: there is no such file{nearest(path, names)}"
-    )
+  file = _config_file(path)
+  before = sys.path.copy()
   try:
-    config = runpy.run_path(str(file)).get("config")
+    sys.path.insert(0, str(file.parent))
+    config = _run(file).get("config")
   except InputError as error:
     raise InputError(f"{path}: {error}") from None
-  except Exception as error:
+  except Exception as error:  # The user's code may raise anything.
     raise InputError(f"{path}: {type(error).__name__}: {error}") from None
+  finally:
+    sys.path[:] = before
   if not isinstance(config, Config):
     raise InputError(f"{path}: sets no `config = Config(...)`")
   return config
+
+
+def _run(file: Path) -> dict[str, Any]:
+  """Runs a Python file, and returns what it sets.
+
+  It stays a module, as an import would leave it: where a class of the file
+  comes from is asked again when its fields become flags.
+  """
+  name = f"config {file}"
+  module = types.ModuleType(name)
+  module.__dict__.update(runpy.run_path(str(file), run_name=name))
+  sys.modules[name] = module
+  return module.__dict__
+
+
+def _config_file(path: str) -> Path:
+  file = Path(path)
+  if file.is_file():
+    return file
+  ours = {p.stem: p for folder in _OURS for p in folder.glob("[a-z]*.py")}
+  if str(file.parent) in (".", "configs") and file.suffix in ("", ".py"):
+    if file.stem in ours:
+      return ours[file.stem]
+    names = [f"configs/{name}.py" if file.suffix else name for name in ours]
+  else:
+    names = []
+  names += [str(p) for p in file.parent.glob("*.py")]
+  raise InputError(
+    f"--config {path}: there is no such file{nearest(str(file), names)}"
+  )
 
 
 def parse(
@@ -86,17 +132,37 @@ def parse(
       path = value if equals else argv.pop(0)
     else:
       rest.append(SHORT.get(flag, flag) + equals + value)
+  config = read_config(path)
+  cls = _as_in(config, cls)
   _check_flags(cls, rest)
-  fields = {
-    f.name: getattr(read_config(path), f.name)
-    for f in dataclasses.fields(Config)
-  }
+  fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
   description = (
     f"{description.strip()}\n\nSettings come from --config FILE (default"
     f" {default}); every other flag overrides one of them. --base is short for"
     " --base.path."
   )
   return _read(cls, rest, description, default=cls(**fields))
+
+
+def _as_in(config: Config, cls: type[ConfigT]) -> type[ConfigT]:
+  """Returns the class with the sections that a config file extends.
+
+  A file may set `router` to a subclass of `RouterConfig` that has more fields,
+  for a router of its own; then these fields are flags too.
+  """
+  extended = [
+    (f.name, type(value), dataclasses.field(default=value))
+    for f in dataclasses.fields(Config)
+    if dataclasses.is_dataclass(value := getattr(config, f.name))
+    and type(value) is not type(f.default)
+  ]
+  if not extended:
+    return cls
+  made = dataclasses.make_dataclass(
+    cls.__name__, extended, bases=(cls,), frozen=True
+  )
+  made.__doc__ = cls.__doc__  # What --help says of its fields.
+  return made
 
 
 def parse_flags(
@@ -154,13 +220,19 @@ def _read(
 
 
 def _reason(box: str) -> str:
-  """Returns in one line what a box of tyro's says about an error."""
+  """Returns in one line what a box of tyro's says about an error.
+
+  The box is all that tyro's public interface tells of a mistake: its hook for
+  them, `tyro._errors`, may change in any release, as its documentation says.
+  Most mistakes never come here: `_check_flags` and our own checks find them.
+  """
   lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
   # The title, what is wrong, a rule, and help.
   lines = [line.strip(" │") for line in lines[1:]]
   text = " ".join(itertools.takewhile(lambda s: not s.startswith("─"), lines))
   # A check of ours names the setting itself.
-  return re.sub(r"^Error parsing ((?!--)\S+: )?", "", text)
+  text = re.sub(r"^Error parsing ((?!--)\S+: )?", "", text)
+  return text or "the arguments cannot be read; see --help"
 
 
 def _flags(cls, prefix: str = "--") -> list[str]:
@@ -183,6 +255,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   Exit status 2 is bad input, 1 a calculation that gave no number, 130 Ctrl-C.
   """
   quiet()
+  choose_platforms()
   give_threads()
   try:
     main(sys.argv[1:])
@@ -215,6 +288,91 @@ def give_threads() -> None:
     os.environ.setdefault("PJRT_NPROC", str(threads))
 
 
+def choose_platforms() -> None:
+  """Keeps JAX from trying plugins whose accelerator is not here.
+
+  libtpu prints five lines where there is no TPU, and JAX a traceback where the
+  CUDA plugin finds no GPU. JAX_PLATFORMS wins where it is set, and nothing
+  changes where another plugin is installed. Must come before anything that asks
+  JAX for devices.
+  """
+  plugins = _plugins()
+  if os.environ.get("JAX_PLATFORMS") or not plugins:
+    return
+  here = {"tpu": _has_tpu, "cuda": _has_gpu}
+  if not plugins <= here.keys():
+    return
+  absent = {name for name in plugins if not here[name]()}
+  if absent:
+    platforms = ",".join([*sorted(plugins - absent), "cpu"])
+    os.environ["JAX_PLATFORMS"] = platforms  # Child processes read it, too.
+    if "jax" in sys.modules:
+      sys.modules["jax"].config.update("jax_platforms", platforms)
+
+
+def _plugins() -> set[str]:
+  """Returns the platforms that JAX has plugins for, as JAX looks for them."""
+  found = {"tpu"} if importlib.util.find_spec("libtpu") else set()
+  spec = importlib.util.find_spec("jax_plugins")
+  places = list(spec.submodule_search_locations or ()) if spec else []
+  names = {module.name for module in pkgutil.iter_modules(places)}
+  names |= {point.name for point in metadata.entry_points(group="jax_plugins")}
+  return found | {
+    "cuda" if re.fullmatch(r"(xla_)?cuda\d*", name) else name for name in names
+  }
+
+
+def _has_tpu() -> bool:
+  if "JAX_FORCE_TPU_INIT" in os.environ:
+    return True
+  vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+  return any(path.read_text().strip() == "0x1ae0" for path in vendors)
+
+
+def _has_gpu() -> bool:
+  # The last is Windows' subsystem for Linux.
+  devices = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
+  return any(map(os.path.exists, devices))
+
+
+def keep_programs(setting: str, console: Console) -> None:
+  """Has JAX keep compiled programs for the next command that needs them.
+
+  Args:
+    setting: `Config.compilation_cache`. JAX_COMPILATION_CACHE_DIR wins where it
+      is set.
+    console: where the folder is said, in one line.
+  """
+  if not setting or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    return
+  import jax
+
+  folder = Path(setting).expanduser()
+  if setting == "user":
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = caches / "tokenlora_jax" / "xla"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    _log.warning(
+      "--compilation-cache %s: cannot be written to (%s); programs are compiled"
+      " anew",
+      folder, error.strerror,
+    )  # fmt: skip
+    return
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  # Many small programs take as long as a few large ones.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  # What was not used for longest goes first.
+  jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+  console.print(
+    f"compiled programs are kept in {folder} (--compilation-cache '' keeps"
+    " none)",
+    style="dim", markup=False, soft_wrap=True,
+  )  # fmt: skip
+
+
 def quiet() -> None:
   """Silences the libraries' chatter; warnings of ours are shown in one line."""
   for name in ("jax", "transformers", "huggingface_hub", "matplotlib"):
@@ -222,13 +380,27 @@ def quiet() -> None:
   # What goes wrong while Orbax reads and writes, it raises as well.
   for name in ("absl", "orbax", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
-  sys.unraisablehook = lambda error: None
+  sys.unraisablehook = _unraisable
   warnings.filterwarnings("ignore", "coroutine .* was never awaited")
   logging.basicConfig(
     format="%(levelname)s: %(message)s",
     stream=sys.stderr,
     force=True,  # A library that logged while it was imported came first.
   )
+
+
+def _unraisable(error: Any) -> None:
+  """Drops what Python cannot raise of coroutines that a failed save left.
+
+  They are Orbax's; some are collected as Python ends, when there is nobody left
+  who could await or close them.
+  """
+  module = str(getattr(error.object, "__module__", None) or "")
+  if not (
+    inspect.iscoroutine(error.object)
+    or module.partition(".")[0] in ("asyncio", "orbax")
+  ):
+    sys.__unraisablehook__(error)
 
 
 def console(stderr: bool = False) -> Console:

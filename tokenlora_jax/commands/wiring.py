@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 
 from tokenlora_jax.bank.bank import load_bank
-from tokenlora_jax.commands.evaluate import Evaluation
+from tokenlora_jax.commands.evaluate_args import Evaluation
 from tokenlora_jax.commands.generate_args import Arguments
 from tokenlora_jax.formats.load import base_shape, load_base
 from tokenlora_jax.formats.tokenizers import load_tokenizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-import difflib
 from typing import Literal, get_args, get_origin, get_type_hints
 
 
@@ -14,6 +13,10 @@ class InputError(ValueError):
 def nearest(value: str, allowed: Iterable[str]) -> str:
   """Returns " (did you mean 'x'?)" for the nearest name, or "".
 
+  A name is near when a third of its letters or fewer were mistyped, or when
+  only the section before its last dot is missing. Of paths, the folder that
+  both share does not count; what was given is never proposed.
+
   Args:
     value: what was given.
     allowed: the names that exist.
@@ -21,9 +24,52 @@ def nearest(value: str, allowed: Iterable[str]) -> str:
   Example:
     >>> nearest("centriod", ["centroid", "uniform"])
     " (did you mean 'centroid'?)"
+    >>> nearest("--learning-rate", ["--optim.learning-rate"])
+    " (did you mean '--optim.learning-rate'?)"
+    >>> nearest("/tmp/nobank", ["/tmp/nobank", "/tmp/noble-books"])
+    ''
   """
-  match = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.5)
-  return f" (did you mean {match[0]!r}?)" if match else ""
+  value = str(value)
+  near = []
+  for name in map(str, allowed):
+    if name == value:
+      continue
+    folder, slash, _ = value.rpartition("/")
+    start = len(folder + slash) if name.startswith(folder + slash) else 0
+    given, wanted = _plain(value[start:]), _plain(name[start:])
+    if given and given == wanted.rpartition(".")[2]:
+      near.append((0, name))
+      continue
+    most = min(
+      (max(len(given), len(wanted)) + 2) // 3, min(len(given), len(wanted)) - 1
+    )
+    if abs(len(given) - len(wanted)) <= most:
+      edits = _edits(given, wanted)
+      if edits <= most:
+        near.append((edits, name))
+  if not near:
+    return ""
+  return f" (did you mean {min(near, key=lambda pair: pair[0])[1]!r}?)"
+
+
+def _plain(name: str) -> str:
+  """Returns a name without what people mix up: case, dashes, underscores."""
+  return name.casefold().replace("_", "-").lstrip("-")
+
+
+def _edits(one: str, other: str) -> int:
+  """Returns how many letters differ, are missing, too many, or swapped."""
+  before: list[int] = []
+  last = list(range(len(other) + 1))
+  for i, a in enumerate(one, 1):
+    row = [i]
+    for j, b in enumerate(other, 1):
+      best = min(last[j] + 1, row[-1] + 1, last[j - 1] + (a != b))
+      if i > 1 and j > 1 and (a, one[i - 2]) == (other[j - 2], b):
+        best = min(best, before[j - 2] + 1)
+      row.append(best)
+    before, last = last, row
+  return last[-1]
 
 
 def first_line(error: Exception) -> str:

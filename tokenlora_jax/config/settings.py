@@ -230,6 +230,9 @@ class Config:
     save_every: steps between two checkpoints.
     keep: how many checkpoints stay.
     resume: go on with the run in `workdir`, if there is one.
+    compilation_cache: the folder that keeps compiled programs, so that the next
+      command that needs them starts in seconds; `user` is tokenlora_jax/xla in
+      the user's cache folder, "" keeps none.
   """
 
   workdir: str = "runs/default"
@@ -247,6 +250,7 @@ class Config:
   save_every: int = 50
   keep: int = 2
   resume: bool = True
+  compilation_cache: str = "user"
 
   def __post_init__(self):
     check_literals(self, "")

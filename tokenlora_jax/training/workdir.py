@@ -18,6 +18,7 @@ from tokenlora_jax.files import locked, write_atomically, writing
 MAY_CHANGE = (
   "workdir", "mesh", "router", "decode", "remat", "accumulate",
   "eval_every", "save_every", "keep", "resume",
+  "compilation_cache",
 )  # fmt: skip
 
 

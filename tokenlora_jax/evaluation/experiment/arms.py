@@ -120,7 +120,7 @@ def router_config(text: str, default: RouterConfig) -> RouterConfig:
     ('centroid', 'hidden', 2)
   """
   name, _, rest = text.partition(":")
-  hints = get_type_hints(RouterConfig)
+  hints = get_type_hints(type(default))
   # A comma parts settings, so none is a list.
   known = {
     field: get_args(hint) or (hint,)

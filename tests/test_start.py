@@ -1,0 +1,371 @@
+"""How the programs and the package start: at once, from anywhere, in silence."""
+
+import ast
+import builtins
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+import tomllib
+
+import jax
+import pytest
+from rich.console import Console
+
+import tokenlora_jax
+from tokenlora_jax.commands import bank, cli, infer
+from tokenlora_jax.config import Config, InputError, RouterConfig, nearest
+
+ROOT = Path(__file__).parents[1]
+
+# What takes a tenth of a second and more to import.
+HEAVY = {
+  "datasets", "flax", "grain", "jax", "matplotlib", "optax", "orbax", "scipy",
+  "tensorboardX", "transformers",
+}  # fmt: skip
+
+# A name that has left this list has left programs that people wrote.
+PUBLIC = [
+  "Adapters",
+  "Bank",
+  "DecodeConfig",
+  "Expert",
+  "Fitted",
+  "GateTrace",
+  "Generation",
+  "InputError",
+  "add_expert",
+  "drop_expert",
+  "export_mixture",
+  "forward",
+  "generate",
+  "load_adapters",
+  "load_bank",
+  "load_base",
+  "load_minilm",
+  "load_tokenizer",
+  "make_router",
+  "random_adapters",
+  "register_router",
+  "register_rule",
+  "save_adapter",
+  "save_bank",
+  "save_fitted",
+]
+
+
+def python(code, *argv, cwd=None, **environment):
+  """Runs code in a process that JAX was not imported in yet."""
+  return subprocess.run(
+    [sys.executable, "-c", code, *argv],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=cwd,
+    env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+  )
+
+
+# -----------------------------------------------------------------------------
+# The public names.
+
+
+def test_the_public_names_are_there_and_come_when_asked_for():
+  assert set(PUBLIC) <= set(tokenlora_jax.__all__)
+  assert set(tokenlora_jax.__all__) <= set(dir(tokenlora_jax))
+  for name in tokenlora_jax.__all__:
+    value = getattr(tokenlora_jax, name)
+    assert value.__name__ == name
+  with pytest.raises(AttributeError, match="no attribute 'lod_base'"):
+    _ = tokenlora_jax.lod_base
+
+
+def test_type_checkers_read_the_same_names():
+  tree = ast.parse(Path(tokenlora_jax.__file__).read_text())
+  (block,) = (node for node in tree.body if isinstance(node, ast.If))
+  seen = {
+    alias.name: node.module.removeprefix("tokenlora_jax.")
+    for node in block.body
+    for alias in node.names
+  }
+  assert seen == tokenlora_jax._MODULES
+  assert sorted(seen) == sorted(tokenlora_jax.__all__)
+
+
+# -----------------------------------------------------------------------------
+# Help, from any folder, at once.
+
+
+@pytest.mark.parametrize("program", ["train", "infer"])
+def test_help_needs_no_jax_and_no_folder(program, tmp_path):
+  code = f"""
+import json, sys
+from tokenlora_jax.commands import {program}
+sys.argv[1:] = ["--help"]
+try:
+  {program}.script()
+finally:
+  print("modules", json.dumps(sorted(sys.modules)))
+"""
+  done = python(code, cwd=tmp_path)
+  assert (done.returncode, done.stderr) == (0, "")
+  text, _, modules = done.stdout.partition("modules ")
+  assert "--optim.learning-rate" in text
+  assert not HEAVY & set(json.loads(modules))
+
+
+def test_infer_knows_the_commands_on_a_bank():
+  assert tuple(bank.COMMANDS) == infer.BANK
+
+
+def test_pip_installs_both_programs_and_the_configs():
+  settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+  for place in settings["project"]["scripts"].values():
+    module, _, name = place.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+  assert set(settings["project"]["scripts"]) == {
+    "tokenlora-train", "tokenlora-infer"
+  }  # fmt: skip
+  tools = settings["tool"]["setuptools"]
+  assert tools["package-dir"] == {"tokenlora_jax.configs": "configs"}
+  # With a folder from elsewhere, setuptools finds none of the others itself.
+  ours = {
+    ".".join(path.parent.relative_to(ROOT).parts)
+    for path in ROOT.glob("tokenlora_jax/**/__init__.py")
+  }
+  assert set(tools["packages"]) == ours | {"tokenlora_jax.configs"}
+
+
+@pytest.mark.parametrize("path", ["demo", "demo.py", "configs/demo.py"])
+def test_our_configs_are_found_from_any_folder(path, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert cli.read_config(path).workdir == "runs/demo"
+  # A person's own comes first.
+  own = tmp_path / path
+  own.parent.mkdir(exist_ok=True)
+  own.write_text("from tokenlora_jax.config import Config\nconfig = Config()")
+  assert cli.read_config(path) == Config()
+  with pytest.raises(InputError, match=f"did you mean '{path}'"):
+    cli.read_config(path.replace("demo", "dmeo"))
+
+
+def test_a_config_may_import_its_neighbour(tmp_path):
+  before = sys.path.copy()
+  (tmp_path / "first_of_two.py").write_text(
+    "from tokenlora_jax.config import Config\nconfig = Config(seed=3)"
+  )
+  file = tmp_path / "second.py"
+  file.write_text("from first_of_two import config")
+  assert cli.read_config(str(file)).seed == 3
+  assert sys.path == before
+
+
+# -----------------------------------------------------------------------------
+# A router of one's own, and its settings.
+
+OWN = """
+from __future__ import annotations
+import dataclasses
+from typing import Literal
+from tokenlora_jax.config import Config, RouterConfig
+
+@dataclasses.dataclass(frozen=True)
+class Mine(RouterConfig):
+  \"\"\"A router of this file's.
+
+  Attributes:
+    depth: how deep it looks.
+    side: from where it looks.
+  \"\"\"
+  name: str = "mine"
+  depth: int = 2
+  side: Literal["left", "right"] = "left"
+
+config = Config(router=Mine())
+"""
+
+
+def test_a_routers_own_settings_are_flags(tmp_path, capsys):
+  file = tmp_path / "own.py"
+  file.write_text(OWN)
+  argv = ["--config", str(file), "--router.depth", "7", "--router.top-k", "1"]
+  args = cli.parse(infer.Arguments, argv, "About.")
+  router = Config.of(args).router
+  assert (router.name, router.depth, router.top_k) == ("mine", 7, 1)
+  assert isinstance(router, RouterConfig)
+  assert isinstance(args, infer.Arguments)
+  assert args.to_json()["router"]["depth"] == 7
+  assert dataclasses.replace(router, name="x").depth == 7
+  with pytest.raises(InputError, match=r"mean '--router\.depth'"):
+    cli.parse(Config, [*argv[:2], "--router.detph", "7"], "About.")
+  with pytest.raises(InputError, match=r"--router\.depth: there is no such"):
+    cli.parse(Config, ["--router.depth", "7"], "About.")
+  with pytest.raises(SystemExit):
+    cli.parse(infer.Arguments, [*argv[:2], "--help"], "About.")
+  shown = capsys.readouterr().out
+  assert "how deep it looks" in shown
+  assert "the folder that train.py wrote" in shown
+
+
+# -----------------------------------------------------------------------------
+# Silence, and what is not there.
+
+
+def test_the_package_imports_where_files_cannot_be_locked(
+  tmp_path, monkeypatch, caplog
+):
+  real = builtins.__import__
+
+  def without(name, *args, **settings):
+    if name == "fcntl":
+      raise ModuleNotFoundError("No module named 'fcntl'", name=name)
+    return real(name, *args, **settings)
+
+  monkeypatch.setattr(builtins, "__import__", without)
+  place = ROOT / "tokenlora_jax" / "files.py"
+  spec = importlib.util.spec_from_file_location("files_elsewhere", place)
+  files = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(files)
+  with files.locked(tmp_path, "--workdir", "train"):
+    pass
+  assert caplog.messages == [
+    f"--workdir {tmp_path}: its disk has no locks (this system has no flock);"
+    " let no other process train in it"
+  ]
+
+
+def test_only_files_knows_how_files_are_locked():
+  # `fcntl` is not everywhere; the others ask `files.lock`.
+  for path in ROOT.glob("tokenlora_jax/**/*.py"):
+    assert path.name == "files.py" or "import fcntl" not in path.read_text()
+
+
+def test_a_plugin_without_its_accelerator_is_not_heard(tmp_path):
+  # libtpu, which a test needs, prints where there is no TPU.
+  code = """
+import sys
+from tokenlora_jax.commands import cli
+
+def main(argv):
+  import jax
+  print(jax.devices()[0].platform)
+
+cli.run(main)
+"""
+  done = python(code, cwd=tmp_path, JAX_PLATFORMS="")
+  assert done.stderr == ""
+  assert done.stdout.strip() in ("cpu", "gpu", "tpu")
+
+
+@pytest.mark.parametrize(
+  ("plugins", "tpu", "gpu", "told", "want"),
+  [
+    ({"tpu"}, False, False, None, "cpu"),
+    ({"tpu"}, True, False, None, None),
+    ({"tpu", "cuda"}, False, False, None, "cpu"),
+    ({"tpu", "cuda"}, False, True, None, "cuda,cpu"),
+    ({"cuda"}, False, False, None, "cpu"),
+    ({"cuda"}, False, True, None, None),
+    ({"tpu", "rocm"}, False, False, None, None),
+    ({"tpu"}, False, False, "tpu", "tpu"),
+    (set(), False, False, None, None),
+  ],
+)
+def test_the_platforms_that_jax_tries(
+  plugins, tpu, gpu, told, want, monkeypatch
+):
+  monkeypatch.setattr(cli, "_plugins", lambda: plugins)
+  monkeypatch.setattr(cli, "_has_tpu", lambda: tpu)
+  monkeypatch.setattr(cli, "_has_gpu", lambda: gpu)
+  monkeypatch.delitem(sys.modules, "jax")
+  monkeypatch.setenv("JAX_PLATFORMS", told or "")
+  if told is None:
+    monkeypatch.delenv("JAX_PLATFORMS")
+  cli.choose_platforms()
+  assert os.environ.get("JAX_PLATFORMS") == want
+
+
+# -----------------------------------------------------------------------------
+# Compiled programs are kept.
+
+KEEPS = """
+import sys
+from rich.console import Console
+from tokenlora_jax.commands import cli
+cli.keep_programs(sys.argv[1], Console())
+import jax
+print(jax.config.jax_compilation_cache_dir)
+# However fast this machine compiles.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: jax.numpy.sort(x) + 1)(jax.numpy.arange(64)).block_until_ready()
+"""
+
+
+@pytest.mark.parametrize("setting", ["user", "named"])
+def test_programs_are_kept_where_the_setting_says(setting, tmp_path):
+  want = tmp_path / "tokenlora_jax" / "xla"
+  if setting == "named":
+    setting = want = tmp_path / "named"
+  done = python(
+    KEEPS, setting, XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=""
+  )
+  assert (done.returncode, done.stderr) == (0, "")
+  first, *_, last = done.stdout.splitlines()
+  assert first.startswith(f"compiled programs are kept in {want} (--compilat")
+  assert last == str(want)
+  assert list(want.glob("*-cache"))
+
+
+@pytest.mark.parametrize(
+  ("setting", "already"), [("", ""), ("user", "/tmp/elsewhere")]
+)
+def test_programs_are_not_kept(setting, already, monkeypatch, capsys):
+  before = jax.config.jax_compilation_cache_dir
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", already)
+  cli.keep_programs(setting, Console())
+  assert capsys.readouterr().out == ""
+  assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(
+  tmp_path, monkeypatch, caplog
+):
+  before = jax.config.jax_compilation_cache_dir
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+  file = tmp_path / "file"
+  file.write_text("")
+  cli.keep_programs(str(file), Console())
+  (told,) = caplog.messages
+  assert told.startswith(f"--compilation-cache {file}: cannot be written to")
+  assert jax.config.jax_compilation_cache_dir == before
+
+
+# -----------------------------------------------------------------------------
+# "Did you mean".
+
+
+@pytest.mark.parametrize(
+  ("given", "there", "want"),
+  [
+    ("/tmp/nobank", ["/tmp/bash_jobs", "/tmp/node", "/tmp/nobank"], ""),
+    ("/tmp/nobank", ["/tmp/mobank"], "/tmp/mobank"),
+    ("runs/demo/bank", ["runs/demo/tensorboard", "runs/demo/checkpoints"], ""),
+    ("tyni", ["tiny", "small"], "tiny"),
+    ("gsm", ["gsm8k", "squad"], "gsm8k"),
+    ("sqad", ["gsm8k", "squad"], "squad"),
+    ("--optim.learning_rate", ["--optim.learning-rate"], None),
+    ("--rows", ["--data.train-rows", "--data.rows"], "--data.rows"),
+    ("--promt", ["--prompt", "--compare"], "--prompt"),
+    ("q", ["k", "v"], ""),
+    ("cats", ["centroid", "uniform", "base"], ""),
+    ("", ["a"], ""),
+  ],
+)
+def test_only_near_names_are_proposed(given, there, want):
+  want = there[0] if want is None else want
+  told = f" (did you mean {want!r}?)" if want else ""
+  assert nearest(given, there) == told

@@ -1,0 +1,82 @@
+"""Mixes a bank of LoRA adapters while a frozen Llama makes text.
+
+  python infer.py --prompt TEXT ...       make text, with who led each token
+  python infer.py evaluate ...            ways to mix compared on held-out rows
+  python infer.py --plan v5e:1x1 ...      would it fit there, and how fast
+  python infer.py bank ...                what is in a bank; bank-add and
+                                          bank-drop change it
+  python infer.py export ...              a mixture as one PEFT folder
+
+Prompts come from --prompt, --prompts-file (a prompt a line), --examples, or
+standard input (a prompt a line).
+"""
+
+from collections.abc import Sequence
+import functools
+
+from rich.console import Console
+
+from tokenlora_jax.commands import cli
+from tokenlora_jax.commands.evaluate_args import Evaluation
+from tokenlora_jax.commands.generate_args import Arguments
+from tokenlora_jax.config import InputError, nearest
+
+# What takes seconds to import is imported where it is used: --help is at once.
+
+# Commands on a bank; `commands/bank.py` has a function for each.
+BANK = ("bank", "bank-add", "bank-drop", "export")
+COMMANDS = ("generate", "evaluate", *BANK)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the program with these arguments."""
+  argv, command, console = list(argv), "generate", cli.console()
+  if argv and not argv[0].startswith("-"):
+    command = argv.pop(0)
+  if command in BANK:
+    from tokenlora_jax.commands import bank
+
+    bank.COMMANDS[command](argv, console)
+  elif command == "evaluate":
+    _evaluate(cli.parse(Evaluation, argv, __doc__), console)
+  elif command == "generate":
+    args = cli.parse(Arguments, argv, __doc__)
+    (_plan if args.plan else _generate)(args, console)
+  else:
+    raise InputError(
+      f"{command!r}: is no command; want {', '.join(COMMANDS)}"
+      f"{nearest(command, COMMANDS)}"
+    )
+
+
+def _generate(args: Arguments, console: Console) -> None:
+  from tokenlora_jax.commands.generate import generate
+
+  cli.keep_programs(args.compilation_cache, console)
+  generate(args, console)
+
+
+def _evaluate(args: Evaluation, console: Console) -> None:
+  from tokenlora_jax.commands.evaluate import evaluate
+  from tokenlora_jax.commands.wiring import bank_folder, load
+
+  cli.keep_programs(args.compilation_cache, console)
+  base, tokenizer, bank = load(args)
+  folder = bank_folder(args)
+  evaluate(args, base, tokenizer, bank.adapters, bank.router, folder, console)
+
+
+def _plan(args: Arguments, console: Console) -> None:
+  """Prints what decoding would take on hardware that need not be here."""
+  from tokenlora_jax.formats.load import base_shape
+  from tokenlora_jax.plan.decoding import plan_decoding
+  from tokenlora_jax.plan.report import show_plans
+
+  make = functools.partial(plan_decoding, args)
+  shape = base_shape(args.base.path)
+  show_plans(make, shape, args.plan, args.plan_json, console)
+
+
+def script() -> None:
+  """Runs the program as a command: infer.py, or tokenlora-infer."""
+  cli.run(main)

@@ -1,0 +1,212 @@
+"""What train.py runs: a bank is trained, or a router fitted to one."""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.pretty import pprint
+
+from tokenlora_jax.bank.arrays import Fitted
+from tokenlora_jax.bank.bank import Bank, Expert, load_bank, save_bank
+from tokenlora_jax.bank.edit import save_fitted
+from tokenlora_jax.bank.record import read_record
+from tokenlora_jax.commands import cli
+from tokenlora_jax.config import Config, InputError
+from tokenlora_jax.data.batches import batches, held_out_batches
+from tokenlora_jax.data.rows import Row, load_rows, sample_rows
+from tokenlora_jax.data.tasks import get_task
+from tokenlora_jax.encoders import HiddenEncoder
+from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.minilm import load_minilm
+from tokenlora_jax.formats.tokenizers import load_tokenizer
+from tokenlora_jax.mixing.routers import centroids
+from tokenlora_jax.model.fused_attention import choose_kernel
+from tokenlora_jax.model.llama import Llama
+from tokenlora_jax.parallel.processes import start_processes
+from tokenlora_jax.parallel.sharding import make_mesh
+from tokenlora_jax.training.loop import train, trained_adapters
+from tokenlora_jax.training.routers import Work, get_fit
+from tokenlora_jax.training.step import put_batch
+from tokenlora_jax.training.workdir import claim_workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """The devices, rows and base of a training run.
+
+  Attributes:
+    config: the settings.
+    mesh: the devices.
+    tokenizer: the base's.
+    rows: the training rows of each task.
+    base: with stacked layers, spread over the mesh.
+  """
+
+  config: Config
+  mesh: jax.sharding.Mesh
+  tokenizer: Any
+  rows: Mapping[str, Sequence[Row]]
+  base: Llama
+
+  def batches(self) -> Iterator:
+    """Returns the training rows' endless batches."""
+    return batches(self.rows, self.tokenizer, self.config.data, self.mesh)
+
+  def hidden_encoder(self) -> HiddenEncoder:
+    """Returns the encoder of texts by the base's hidden states."""
+    return HiddenEncoder(self.base, self.tokenizer, self.config.data.length)
+
+
+def set_up(config: Config, console: Console) -> Run:
+  """Starts the processes, then reads the rows and the base.
+
+  Args:
+    config: the settings.
+    console: falls silent in all processes but the first.
+
+  Raises:
+    InputError: something of the settings does not fit what is there.
+  """
+  start_processes(config.mesh)
+  console.quiet = jax.process_index() > 0
+  cli.keep_programs(config.compilation_cache, console)
+  mesh = make_mesh(config.mesh, config.data.rows // config.accumulate)
+  tokenizer = load_tokenizer(config.base.path)
+  rows = {
+    task: load_rows(config.data, task, "train") for task in config.data.tasks
+  }
+  base = load_base(
+    config.base.path,
+    config.base.dtype,
+    mesh,
+    stacked=True,
+    quantize=config.base.quantize,
+  )
+  return Run(config, mesh, tokenizer, rows, base)
+
+
+def train_bank(config: Config, console: Console) -> None:
+  """Trains one adapter a task, and saves them as a bank in WORKDIR/bank.
+
+  Args:
+    config: the settings.
+    console: where progress is shown.
+
+  Raises:
+    InputError: something of these does not fit together.
+  """
+  # ---- Whatever can be wrong is found out before anything is written. ----
+  tasks = config.data.tasks
+  run = set_up(config, console)
+  held_out = {task: load_rows(config.data, task, "test") for task in tasks}
+  encoders = {}
+  if config.router.encoder == "minilm":
+    encoders["minilm"] = load_minilm(config.router.minilm)
+  data = run.batches()
+  tests = held_out_batches(held_out, run.tokenizer, config.data, run.mesh)
+  tests = [put_batch(batch, run.mesh) for batch in tests]
+  encoders["hidden"] = run.hidden_encoder()
+
+  # ---- Train. ----
+  with claim_workdir(config) as workdir:
+    if jax.process_index() == 0:
+      pprint(config, console=console, expand_all=True)
+      devices = ", ".join(sorted({d.device_kind for d in jax.devices()}))
+      kernel = choose_kernel(
+        run.mesh,
+        config.data.length,
+        run.base.config,
+        run.base.dtype,
+        config.data.packing,
+      )
+      console.print(
+        f"{len(tasks)} experts on {config.base.path},"
+        f" {jax.device_count()} x {devices}, attention by {kernel.name},"
+        f" into {workdir}",
+        soft_wrap=True,
+      )
+    state = train(config, run.base, run.mesh, data, tests, workdir, console)
+
+    if state.step < config.optim.steps:
+      return  # SIGTERM.
+
+    # ---- The bank. ----
+    texts = [
+      [row.text for row in some] for some in centroid_rows(config, run.rows)
+    ]
+    tables = {}
+    for name, encoder in encoders.items():
+      with console.status(f"{name} centroids of {sum(map(len, texts))} texts"):
+        tables[name] = centroids(encoder, texts)
+    adapters = trained_adapters(config, state)
+    if jax.process_index() == 0:
+      about = {task: Expert(task, get_task(task).template) for task in tasks}
+      bank = Bank(
+        adapters, config.base.path, run.base.fingerprint, tables, about
+      )
+      save_bank(workdir / "bank", bank)
+      console.print(
+        f"bank: {workdir / 'bank'}\nnext: python infer.py --config ..."
+        f" --bank {workdir / 'bank'} --prompt '...'",
+        soft_wrap=True,  # A command is copied whole.
+      )
+
+
+def fit_router(config: Config, name: str, bank: str, console: Console) -> None:
+  """Fits a router to a bank, and saves it there.
+
+  Args:
+    config: as in training; `data.tasks` are the bank's experts.
+    name: the router's.
+    bank: the bank's folder; "" is WORKDIR/bank.
+    console: where progress is shown.
+
+  Raises:
+    InputError: something of these does not fit together.
+  """
+  fit = get_fit(name)
+  folder = Path(bank or Path(config.workdir) / "bank")
+  experts = read_record(folder).names
+  if set(config.data.tasks) != set(experts):
+    raise InputError(
+      f"data.tasks: {', '.join(config.data.tasks)} is not allowed; want the"
+      f" bank's experts, {', '.join(experts)}"
+    )
+  data = dataclasses.replace(config.data, tasks=experts)
+  config = dataclasses.replace(config, data=data)
+  run = set_up(config, console)
+  encoder = run.hidden_encoder
+  if config.router.encoder == "minilm":
+    encoder = functools.partial(load_minilm, config.router.minilm)
+  settings, arrays = fit(
+    Work(
+      config,
+      run.base,
+      load_bank(folder, run.base).adapters,
+      run.mesh,
+      run.batches(),
+      centroid_rows(config, run.rows),
+      encoder,
+      console,
+    )
+  )
+  if jax.process_index() == 0:
+    save_fitted(folder, name, Fitted(settings, arrays, experts))
+    console.print(
+      f"{name}: fitted to {', '.join(experts)}, in {folder}\nnext: python"
+      f" infer.py --config ... --bank {folder} --router.name {name}"
+      " --prompt '...'",
+      soft_wrap=True,
+    )
+
+
+def centroid_rows(
+  config: Config, rows: Mapping[str, Sequence[Row]]
+) -> list[list[Row]]:
+  """Returns the training rows of each task that its vectors are made of."""
+  count = config.router.centroid_rows
+  return [sample_rows(rows[task], count) for task in config.data.tasks]
