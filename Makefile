@@ -31,7 +31,7 @@ reproduce: .venv/.run
 	  sum uniform top1 prompt token:1 token:2 token:4 token:8
 
 test: .venv/.test
-	$(BIN)/python -m pytest -m "not realdata"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not realdata"
 
 lint: .venv/.lint
 	$(BIN)/ruff check

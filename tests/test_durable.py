@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+from child import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,9 +131,7 @@ def test_a_trainer_keeps_its_folder_until_sigterm(tmp_path):
   file.write_text(PROGRAM.format(workdir=str(workdir)))
   argv = ["--config", str(file), "--mesh.data", "2"]
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-  environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2"
-  }
+  environment = devices(2)
   with subprocess.Popen(
     [sys.executable, "train.py", *argv], cwd=ROOT, env=environment, **pipes
   ) as first:

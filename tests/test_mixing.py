@@ -26,6 +26,7 @@ SHAPE = LlamaConfig(
 )
 PROMPTS = [[1, 14, 5, 12, 8], [1, 9], [1, 7, 17, 27, 37, 4, 5, 6, 7]]
 NEW = 6
+LENGTH = 16  # All texts are padded to this, so that one pass is compiled.
 GATES = np.array([[0.7, 0.2, 0.4], [0.1, 1.0, 0.5], [0.3, 0.3, 0.4]])
 
 
@@ -70,6 +71,16 @@ class Newest(Router):
 
 
 ROUTER = make_router("newest", turns=jnp.asarray(normal(3, 32)))
+
+
+def padded(text) -> np.ndarray:
+  return np.array([[*text, *[0] * (LENGTH - len(text))]])
+
+
+def read(base, text, adapters, gates, rule="exact"):
+  """Log-probabilities [T, V] of one text, all under the same gates."""
+  logits = forward(base, padded(text), adapters, gates, rule)
+  return np.asarray(jax.nn.log_softmax(logits))[0, : len(text)]
 
 
 # -----------------------------------------------------------------------------
@@ -144,8 +155,7 @@ def test_the_decoder_follows_a_rule(base, adapters, rule):
   )  # fmt: skip
   for i, prompt in enumerate(PROMPTS):
     text = [*prompt, *out.tokens[i]]
-    logits = forward(base, [text], adapters, [gates], rule)[0]
-    rows = jax.nn.log_softmax(logits)[len(prompt) - 1 : -1]
+    rows = read(base, text, adapters, [gates], rule)[len(prompt) - 1 : -1]
     assert rows.argmax(-1).tolist() == out.tokens[i].tolist()
     np.testing.assert_allclose(rows.max(-1), out.log_probs[i], atol=1e-4)
 
@@ -189,17 +199,20 @@ def test_recompute_is_a_plain_prefill_at_each_refresh(
   out = decode(base, adapters, refresh_every=refresh_every, cache="recompute")
   for i, prompt in enumerate(PROMPTS):
     text, log_probs, gates = list(prompt), [], []
-    hidden = [*mixed_hidden(base, text, None, None)]
+    layers, nothing = adapters.layers, np.zeros((1, 3))
+    first = mixed_hidden(base, padded(text), layers, nothing)
+    hidden = [*np.asarray(first)[: len(text)]]
     for n in range(NEW):
       if n % refresh_every == 0:
-        mean = jnp.mean(jnp.array(hidden), axis=0, keepdims=True)
+        mean = np.mean(hidden, axis=0, keepdims=True)
         now = ROUTER.gates(1, (), mean)
       # Everything so far is read under the newest gates, whatever was before.
-      row = jax.nn.log_softmax(forward(base, [text], adapters, now)[0, -1])
+      row = read(base, text, adapters, now)[-1]
       gates.append(now[0])
       log_probs.append(row.max())
       if n > 0:
-        hidden.append(mixed_hidden(base, text, adapters, now)[-1])
+        read_anew = mixed_hidden(base, padded(text), layers, now)
+        hidden.append(np.asarray(read_anew)[len(text) - 1])
       text.append(int(row.argmax()))
     assert out.tokens[i].tolist() == text[len(prompt) :]
     np.testing.assert_allclose(out.gates[i], gates, atol=1e-4)
@@ -207,15 +220,12 @@ def test_recompute_is_a_plain_prefill_at_each_refresh(
   assert np.abs(np.diff(out.gates, axis=1)).max() > 0.05
 
 
-def mixed_hidden(base, text, adapters, gates):
+@jax.jit
+def mixed_hidden(base, tokens, loras, gates):
   """Last hidden states [T, D] of one text, all under the same gates."""
-  tokens = jnp.array([text])
-  adapt, loras = None, None
-  if adapters is not None:
-    adapt, loras = Mixture(get_rule("exact"), gates), adapters.layers
-  places = jnp.arange(len(text))[None]
+  mix, places = Mixture(get_rule("exact"), gates), jnp.arange(LENGTH)[None]
   mask = causal_mask(jnp.ones_like(tokens))
-  return base(tokens, places, mask, loras=loras, adapt=adapt)[0][0]
+  return base(tokens, places, mask, loras=loras, adapt=mix)[0][0]
 
 
 class TestRemix:
@@ -279,33 +289,36 @@ def full_lora(shape):
 
 def slow_remix(base, adapters, text, gates):
   """Log-probabilities [T, V], values built anew for each query's gates."""
-  config, count = base.config, len(text)
+  config, count = base.config, LENGTH
+  gates = np.concatenate([gates, np.zeros((count - len(text), 3))])
   frequencies = rope_frequencies(
     config.head_width, config.rope_theta, config.rope_scaling
   )
   angles = jnp.arange(count)[None, :, None, None] * frequencies
-  x = base.embedding[...][jnp.array([text])]
+  x = base.embedding[...][padded(text)]
   for layer, loras in zip(base.layers, adapters.layers, strict=True):
 
     def adapted(name, h, gates, loras=loras):
       matrices = [dense("exact", loras[name], g) for g in gates]
-      return jnp.stack([h[0, t] @ m for t, m in enumerate(matrices)])[None]
+      rows = [np.asarray(h)[0, t] @ m for t, m in enumerate(matrices)]
+      return np.array(rows, np.float32)[None]
 
     h = rms_norm(x, layer.attention_norm[...], config.norm_eps)
     q, k, v = layer.qkv(h)
     q = q + adapted("q", h, gates)
     q, k = (y.reshape(1, count, -1, config.head_width) for y in (q, k))
     q, k = (rotate(y, jnp.cos(angles), jnp.sin(angles)) for y in (q, k))
-    k = jnp.repeat(k, 2, axis=2)
+    q, k, v = np.array(q), np.repeat(k, 2, axis=2), np.array(v)
     rows = []
     for t in range(count):
       values = v + adapted("v", h, [gates[t]] * count)
       values = values.reshape(1, count, -1, config.head_width)
-      values = jnp.repeat(values, 2, axis=2)[0, : t + 1]
-      scores = jnp.einsum("nh,snh->ns", q[0, t], k[0, : t + 1])
-      weights = jax.nn.softmax(scores / math.sqrt(config.head_width))
-      rows.append(jnp.einsum("ns,snh->nh", weights, values).ravel())
-    x = x + layer.o(jnp.stack(rows)[None])
+      values = np.repeat(values, 2, axis=2)[0, : t + 1]
+      scores = np.einsum("nh,snh->ns", q[0, t], k[0, : t + 1])
+      weights = np.exp(scores / math.sqrt(config.head_width))
+      weights /= weights.sum(axis=-1, keepdims=True)
+      rows.append(np.einsum("ns,snh->nh", weights, values).ravel())
+    x = x + layer.o(jnp.asarray(rows)[None])
     h = rms_norm(x, layer.mlp_norm[...], config.norm_eps)
     x = x + layer.down(jax.nn.silu(layer.gate(h)) * layer.up(h))
   hidden = rms_norm(x, base.norm[...], config.norm_eps)
@@ -358,11 +371,7 @@ def test_a_text_router_moves_the_cache_too(base, adapters, cache):
       rows = slow_remix(base, adapters, text, gates)[len(prompt) - 1 :]
     else:
       rows = [
-        jax.nn.log_softmax(
-          forward(
-            base, [text[: len(prompt) + n]], adapters, out.gates[i, n][None]
-          )
-        )[0, -1]
+        read(base, text[: len(prompt) + n], adapters, out.gates[i, n][None])[-1]
         for n in range(NEW)
       ]
     want = np.array(rows)[np.arange(NEW), forced[i]]
@@ -377,8 +386,7 @@ def alone(base, adapters, text, first):
   """Log-probability of each token from `first` on by each expert, [N, E]."""
   rows = []
   for gates in np.eye(3):
-    logits = forward(base, [text], adapters, gates[None])[0]
-    log_probs = np.asarray(jax.nn.log_softmax(logits))
+    log_probs = read(base, text, adapters, gates[None])
     places = np.arange(first, len(text))
     rows.append(log_probs[places - 1, np.array(text)[places]])
   return np.array(rows).T

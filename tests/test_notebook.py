@@ -1,8 +1,8 @@
 """The notebook, run from its first cell to its last by a kernel of its own."""
 
-import os
 from pathlib import Path
 
+from child import devices
 import nbclient
 import nbformat
 import pytest
@@ -20,9 +20,7 @@ def cells(tmp_path_factory):
     notebook, timeout=600, resources={"metadata": {"path": NOTEBOOK.parent}}
   )
   # One device, as on a laptop.
-  env = os.environ | {
-    "CONFIG": "configs/tiny.py", "WORKDIR": str(workdir), "XLA_FLAGS": ""
-  }  # fmt: skip
+  env = devices(1) | {"CONFIG": "configs/tiny.py", "WORKDIR": str(workdir)}
   client.execute(env=env)
   return [cell for cell in notebook.cells if cell.cell_type == "code"]
 

@@ -5,13 +5,13 @@ import functools
 import io
 import itertools
 import json
-import os
 from pathlib import Path
 import socket
 import subprocess
 import sys
 from unittest import mock
 
+from child import devices
 import jax
 from jax.sharding import AxisType, Mesh
 import numpy as np
@@ -103,9 +103,7 @@ def runs(tmp_path_factory):
   flags = [*argv, str(two), "--mesh.processes", "2"]
   flags += ["--mesh.coordinator", f"localhost:{free_port()}"]
   flags += ["--mesh.process"]
-  environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2"
-  }
+  environment = devices(2)
   started = [
     subprocess.Popen(
       [sys.executable, "-c", PROGRAM, folder / f"{i}.json", *flags, str(i)],

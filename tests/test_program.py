@@ -30,6 +30,30 @@ def test_a_loop_counts_as_often_as_it_runs():
   assert program.flops == 15 * 2 * 8 * 16 * 16 + 2 * 8 * 16 * 4
 
 
+def test_the_tests_flags_leave_the_optimised_program_as_it_is():
+  """They save time in LLVM; plans and counts read what comes before it."""
+  real = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+  }
+
+  def steps(x, ws):
+    def step(x, w):
+      return jax.nn.softmax(x @ w) + x, x.sum()
+
+    return jax.lax.scan(step, x, ws)
+
+  shapes = ((8, 16), (5, 16, 16))
+  args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  lowered = jax.jit(jax.grad(lambda *x: steps(*x)[0].sum())).lower(*args)
+  quick, slow = (
+    lowered.compile(compiler_options=options).as_text()
+    for options in (None, real)
+  )
+  assert "fusion" in quick
+  assert quick == slow
+
+
 TPU = """HloModule m
 
 %body (p: (s32[], f32[4,8,5])) -> (s32[], f32[4,8,5]) {
