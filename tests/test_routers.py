@@ -221,3 +221,15 @@ def test_errors_where_router_meets_bank():
     router.gates(1, (), jnp.ones((1, 5)))
   with pytest.raises(InputError, match="expert 1 has no texts"):
     centroids(make_encoder(), [["a"], []])
+
+
+def test_a_routers_own_setting_may_have_the_name_of_a_shape():
+  @register_router("own-temperature")
+  def own(temperature: float = 5.0, names=("a", "b")):
+    return make_router("fixed", gates=[temperature, 1.0])
+
+  for settings, want in (({}, 5.0), ({"temperature": 0.5}, 0.5)):
+    gates = make_router("own-temperature", **settings).gates(1, (), None)
+    assert gates.tolist() == [[want, 1.0]]
+  shaped = make_router("own-temperature", temperature=3.0, top_k=1)
+  assert shaped.gates(1, (), None).tolist() == [[4.0, 0.0]]

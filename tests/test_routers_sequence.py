@@ -1,5 +1,8 @@
 """Routers for whole sequences, and what they are fitted with, against numpy."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,18 +179,46 @@ def test_a_classifier_is_where_the_penalised_loss_is_least():
 
 
 def test_hilora_keeps_the_parts_that_answer_most():
+  """Of each adapter's own: two of rank 3 stand beside two of rank 5."""
   adapters = random_adapters(make_base(), experts=4, rank=5)
+  small = np.array([3, 3, 5, 5])
+  real = np.arange(5) < small[:, None]
+  padded = tuple(
+    {
+      name: dataclasses.replace(
+        lora, a=lora.a * real[..., None], b=lora.b * real[..., None]
+      )
+      for name, lora in layer.items()
+    }
+    for layer in adapters.layers
+  )
+  adapters = dataclasses.replace(adapters, layers=padded)
   low = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
-  low[..., 3:] = 0  # As of adapters of rank 3 beside one of rank 5.
+  low *= real
   router, _ = make("hilora", 8, "hidden", 4, adapters)
-  found = np.asarray(router.position_gates((), None, None, low))
-  for parts, gates in zip(
-    np.abs(low).reshape(-1, 5), found.reshape(-1, 5), strict=True
-  ):
-    best = sorted(range(5), key=lambda j: -parts[j])[:2]
-    assert gates.tolist() == [float(j in best) for j in range(5)]
   maps = [sorted(layer) for layer in router.prototypes]
   assert maps == [["q", "v"], ["q", "v"]]
+  for known in router.prototypes[0].values():
+    found = np.asarray(router.position_gates(known, None, None, low))
+    for row, parts in zip(
+      found.reshape(-1, 4, 5), np.abs(low).reshape(-1, 4, 5), strict=True
+    ):
+      for own, gates, sizes in zip(small, row, parts, strict=True):
+        count = math.ceil(0.4 * own)
+        best = sorted(range(5), key=lambda j: -sizes[j])[:count]
+        assert gates.tolist() == [float(j in best) for j in range(5)]
+    # A share of 0.4: two of 5, and two of 3 (of which 1.2 is the share).
+    assert known.tolist() == [2, 2, 2, 2]
+  whole = make_router(
+    "hilora", means=np.eye(4), variances=np.ones((4, 4)), encoder="hidden",
+    adapters=adapters, rank_share=1.0,
+  )  # fmt: skip
+  assert whole.prototypes[0]["q"].tolist() == small.tolist()
+  some = make_router(
+    "hilora", means=np.eye(4), variances=np.ones((4, 4)), encoder="hidden",
+    adapters=adapters, rank_share=0.3,
+  )  # fmt: skip
+  assert some.prototypes[0]["q"].tolist() == [1, 1, 2, 2]
 
 
 # -----------------------------------------------------------------------------

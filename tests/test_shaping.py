@@ -127,14 +127,15 @@ def test_a_router_of_both_kinds_has_its_sequences_gates_shaped():
   plain, _ = make("hilora", 16, "hidden", 5, NO_ADAPTERS)
   raw = plain.router.gates(5, (), hidden)
   low = np.random.default_rng(1).normal(size=(1, 2, 5, 8)).astype(np.float32)
-  kept = plain.position_gates((), None, None, low)
+  parts = jnp.full(5, math.ceil(0.4 * 8))
+  kept = plain.position_gates(parts, None, None, low)
   assert (np.asarray(kept).sum(axis=-1) == math.ceil(0.4 * 8)).all()
   router = shape_gates(plain.router, top_k=1, temperature=0.5, smoothing=0.5)
   found = router.gates(5, (), hidden)
   expected = [shaped(row, 1, 0.5) for row in np.asarray(raw)]
   np.testing.assert_allclose(found, expected, atol=1e-5)
   np.testing.assert_array_equal(
-    router.position_gates((), None, None, low), kept
+    router.position_gates(parts, None, None, low), kept
   )
 
 

@@ -6,7 +6,9 @@ import math
 import numpy as np
 import pytest
 
+from tokenlora_jax import report
 from tokenlora_jax.config import InputError
+from tokenlora_jax.report import COLOURS
 from tokenlora_jax.report.trace import GateTrace, entropy, leaders
 
 
@@ -71,3 +73,36 @@ def test_a_record_is_json():
 def test_what_is_no_trace_is_refused(gates):
   with pytest.raises(InputError, match=r"gates of shape \[.*want finite"):
     GateTrace.of(gates)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_record_terminal_and_heat_map_tell_the_same(seed):
+  """Of gates with zeros, ties and negatives."""
+  rng = np.random.default_rng(seed)
+  gates = rng.choice([0.0, 0.25, 0.5, -0.5, 1.0], size=(24, 3))
+  gates[rng.integers(24, size=4)] = 0
+  names = ["a", "b", "c"]
+  record = GateTrace.of(gates).record()
+  one = report.HeatMap("p", ["x"] * 24, gates, names)
+  # Whom the coloured tokens name, against the heat map's leads.
+  spans = report.trace(list("x" * 24), gates, names).spans
+  coloured = {span.start: str(span.style) for span in spans if span.style}
+  led = np.flatnonzero(one.leads >= 0)
+  assert coloured == {int(n): COLOURS[one.leads[n]] for n in led}
+  shares = np.bincount(one.leads[led], minlength=3) / 24
+  np.testing.assert_allclose(record["leads"], shares, atol=1e-6)
+  assert record["switches"] == np.flatnonzero(one.starts)[1:].tolist()
+  count, entropy = len(record["switches"]), np.mean(record["entropy"])
+  said = report.summary(gates, names)
+  facts, means = one.about()
+  assert said.endswith(f"| {count} switch{'' if count == 1 else 'es'}")
+  assert f"the lead changes {count} time" in facts
+  assert f"entropy {entropy:.2f} ".replace("0.", ".") in said
+  assert f"entropy {entropy:.2f} nats" in facts
+  for i, (name, share) in enumerate(zip(names, record["shares"], strict=True)):
+    digits = f"{share:.2f}".replace("0.", ".", 1)
+    assert f"{name} {digits}" in said.partition("mean gates: ")[2]
+    assert f"{'ABC'[i]} {name} {share:.0%}" in means
+  found = report.gate_summary(gates)
+  assert found["switches"] == count
+  np.testing.assert_allclose(found["shares"], record["shares"], atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from tokenlora_jax.config.errors import check, check_literals
@@ -77,8 +78,8 @@ class RouterConfig:
       "router.top-k", self.top_k, "0 (all) or more",
     )  # fmt: skip
     check(
-      self.temperature is None or self.temperature > 0,
-      "router.temperature", self.temperature, "more than 0",
+      self.temperature is None or 0 < self.temperature < math.inf,
+      "router.temperature", self.temperature, "a finite number more than 0",
     )  # fmt: skip
     check(
       0 <= self.threshold <= 1,
@@ -113,7 +114,7 @@ class DecodeConfig:
     cache: what becomes of the keys and values read under older gates: `reuse`
       keeps them, `recompute` reads the text anew at each refresh, `remix` reads
       values under today's gates (adapters on v but not on k).
-    temperature: 0 is greedy.
+    temperature: 0, or less than 1.2e-38, is greedy.
     top_k: keep the k most likely tokens; 0 is all.
     top_p: keep the most likely tokens whose probabilities reach this sum.
     seed: of the sampling.
@@ -143,7 +144,8 @@ class DecodeConfig:
       "decode.refresh-every", self.refresh_every, "0 (once) or more",
     )  # fmt: skip
     check(
-      self.temperature >= 0, "decode.temperature", self.temperature, "0 or more"
-    )
+      0 <= self.temperature < math.inf,
+      "decode.temperature", self.temperature, "a finite number, 0 or more",
+    )  # fmt: skip
     check(self.top_k >= 0, "decode.top-k", self.top_k, "0 (all) or more")
     check(0 < self.top_p <= 1, "decode.top-p", self.top_p, "0 < p <= 1")

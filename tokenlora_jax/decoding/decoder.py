@@ -34,13 +34,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenlora_jax.config import DecodeConfig, InputError
-from tokenlora_jax.data.tokens import encode_prompt
+from tokenlora_jax.data.tokens import Tokenizer, encode_prompt
 from tokenlora_jax.decoding import graph
+from tokenlora_jax.decoding.finite import check_finite
 from tokenlora_jax.decoding.sampling import Sampler
 from tokenlora_jax.decoding.text import TextStream
-from tokenlora_jax.mixing.mixture import check_mixable
+from tokenlora_jax.mixing.mixture import resolve
 from tokenlora_jax.mixing.router import Router
-from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
 
@@ -116,7 +116,7 @@ class Decoder:
     adapters: Adapters | None = None,
     router: Router | None = None,
     config: DecodeConfig = DecodeConfig(),
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     chunked: bool = False,
     forced: np.ndarray | None = None,
   ):
@@ -128,10 +128,9 @@ class Decoder:
       adapters.check(base.config)
       if router is None:
         raise InputError("router: adapters need one, such as 'uniform'")
-      router = router.bind(adapters.names)
+      rule, router = resolve(config.rule, config.cache, router, adapters)
       # Once, not in every step.
       self._loras = adapters.astype(base.dtype).layers
-      rule = get_rule(config.rule)
     elif router is not None:
       raise InputError("router: there are no adapters to route among")
     self._router = router
@@ -163,8 +162,6 @@ class Decoder:
     )
     if reads_text and tokenizer is None:
       raise InputError("router: one that reads text needs a tokenizer")
-    if rule is not None:
-      check_mixable(rule, config.cache, router, adapters)
     # A router that reads text runs on the host's side, between chunks.
     self._host_router = router if needs == "text" and refreshes else None
     decides = refreshes and needs in ("text", "hidden", "evidence")
@@ -237,7 +234,7 @@ class Decoder:
     self.stats["router_seconds"] += time.perf_counter() - start
     return gates
 
-  def _ask_at_prompt(self, router: Router) -> tuple[jax.Array, jax.Array]:
+  def _ask_at_prompt(self, router: Router) -> tuple[jax.Array, Any]:
     """Returns the first gates, and what the router saw of the prompts."""
     whole = bucket(max(map(len, self._prompts)))
     tokens, pad = _left_pad(self._prompts, whole)
@@ -257,9 +254,14 @@ class Decoder:
         seen = router.learn(seen, told)
     return self._ask(router, seen=seen), seen
 
+  def at_prompt(self) -> tuple[jax.Array, Any]:
+    """Returns the gates [B, E] decided at the prompts, and what they are from:
+    of a router that weighs evidence its belief, float32[B, E], logarithms."""
+    return self._ask_at_prompt(self._router)
+
   def prompt_gates(self) -> np.ndarray:
     """Returns the gates that are decided at the prompts, float32[B, E]."""
-    return np.asarray(self._ask_at_prompt(self._router)[0])
+    return np.asarray(self.at_prompt()[0])
 
   def _start(self) -> graph.DecodeState:
     """Decides the first gates and reads the prompts."""
@@ -367,6 +369,7 @@ class Decoder:
         ended[i] |= stream.stopped
         texts.append(stream.text)
         pieces.append(list(stream.pieces))
+    check_finite(log_probs, gates, lengths)
     seconds = self.stats["decode_seconds"] + self.stats["router_seconds"]
     stats = {
       **self.stats,
@@ -397,7 +400,7 @@ def generate(
   adapters: Adapters | None = None,
   router: Router | None = None,
   config: DecodeConfig = DecodeConfig(),
-  tokenizer: Any = None,
+  tokenizer: Tokenizer | None = None,
 ) -> Generation:
   """Makes texts with a mixture of adapters.
 

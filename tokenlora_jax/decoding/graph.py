@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from tokenlora_jax.mixing.mixture import (
-  Mixture,
+  Read,
   expert_rows,
   one_hot_rows,
-  route_layers,
+  read,
 )
 from tokenlora_jax.mixing.rules import Rule, get_rule, mix_probabilities
 from tokenlora_jax.model.attention import causal_mask
@@ -62,6 +62,39 @@ class Reading:
       return rows
     rows = rows.reshape(batch, experts, experts)
     return jnp.append(rows, gates[:, None], axis=1).reshape(-1, experts)
+
+  def read(
+    self, base, loras, router, gates, tokens, places, mask, caches=(None, None)
+  ) -> Read:
+    """Reads tokens [B * M, T] under gates [B, E]; see `mixing.mixture.read`."""
+    return read(
+      base, tokens, places, mask,
+      rule=self.rule and self._each(gates.shape[-1]),
+      loras=loras,
+      gates=self.row_gates(gates),
+      router=router,
+      remix=self.cache == "remix",
+      caches=caches,
+    )  # fmt: skip
+
+  def _each(self, experts: int) -> Rule:
+    """Returns the rule of all rows: an expert that reads alone is itself."""
+    alone = get_rule("exact").mix
+    if not self.apart or self.rule.of_outputs or self.rule.mix is alone:
+      return self.rule
+
+    def mix(low, gates, scaling):
+      low, gates = (
+        x.reshape(-1, experts + 1, *x.shape[1:]) for x in (low, gates)
+      )
+      rows = [
+        alone(low[:, :-1], gates[:, :-1], scaling),
+        self.rule.mix(low[:, -1:], gates[:, -1:], scaling),
+      ]
+      mixed = jnp.concatenate(rows, axis=1)
+      return mixed.reshape(-1, *mixed.shape[2:])
+
+    return dataclasses.replace(self.rule, mix=mix)
 
   def join(
     self, gates: jax.Array, logits: jax.Array, hidden: jax.Array
@@ -108,7 +141,7 @@ class DecodeState:
     made: int32 scalar, tokens made of each text.
     done: bool[B], texts that have ended.
     tokens: int32[B, N], the tokens made; filler after the end.
-    log_probs: float32[B, N], their log-probabilities.
+    log_probs: float32[B, N], their log-probabilities; 0 after the end.
     trace: float32[B, N, E], the gates of each token made; of routers that
       decide in the layers their mean over the adapted maps.
     key: of the sampling.
@@ -137,45 +170,18 @@ class DecodeState:
     return self.hidden / read[:, None]
 
 
-def _read(reading, base, loras, router, gates, tokens, places, mask, caches):
-  """Reads tokens [B * M, T], after caches or alone.
-
-  Returns (hidden [B * M, T, D]; what was read, and what the base alone read,
-  as `Llama` gives them; the gates of the last token, [B, E]).
-  """
-  cache, looked = caches
-  if reading.rule is None:
-    hidden, cache = base(tokens, places, mask, cache)
-    return hidden, (cache, looked), gates
-  if router is not None and router.looks_first:
-    first, looked = base(tokens, places, mask, looked)
-    router = router.look(first)
-  seen = []
-  mixture = Mixture(reading.rule, reading.row_gates(gates), router, seen)
-  hidden, cache = base(
-    tokens, places, mask, cache,
-    loras=route_layers(loras, router),
-    adapt=mixture,
-    remix=mixture if reading.cache == "remix" else None,
-  )  # fmt: skip
-  if seen:
-    gates = jnp.mean(jnp.stack([x[:, -1] for x in seen]), axis=0)
-  return hidden, (cache, looked), gates
-
-
 def _read_whole(reading, base, loras, router, gates, tokens, pad):
   """Reads padded texts [B, P]; returns (hidden [B * M, P, D], a `KV` a layer
   of the rows, the same of the base alone)."""
   copies = reading.copies(gates.shape[-1])
   tokens, pad = expert_rows(tokens, copies), expert_rows(pad, copies)
   places = jnp.arange(tokens.shape[1]) - pad[:, None]
-  hidden, (layers, looked), _ = _read(
-    reading, base, loras, router, gates, tokens,
+  found = reading.read(
+    base, loras, router, gates, tokens,
     jnp.maximum(places, 0),
     causal_mask((places >= 0).astype(jnp.int32)),
-    (None, None),
   )  # fmt: skip
-  return hidden, layers, looked
+  return found.hidden, found.cache, found.looked
 
 
 @functools.partial(jax.jit, static_argnames=("reading", "slots"))
@@ -257,20 +263,24 @@ def decode(
     key, now = jax.random.split(state.key)
     cache = state.cache
     with jax.named_scope("step"):
-      hidden, (cache, looked), gates = _read(
-        reading, base, loras, router, state.gates,
+      found = reading.read(
+        base, loras, router, state.gates,
         expert_rows(state.token, copies)[:, None],
         cache.positions(1),
         cache.mask(1),
         (cache, state.looked),
       )  # fmt: skip
       logits, hidden, alone = reading.join(
-        state.gates, base.logits(hidden[:, 0]), hidden[:, 0]
+        state.gates, base.logits(found.hidden[:, 0]), found.hidden[:, 0]
       )
+      gates = state.gates
+      if router is not None and router.prototypes:
+        gates = found.gates[:, -1]
       token = sampler(logits, now) if forced is None else forced[:, state.made]
     token = jnp.where(state.done, jnp.maximum(end, 0), token)
     log_probs = jax.nn.log_softmax(logits)
     log_prob = jnp.take_along_axis(log_probs, token[:, None], axis=1)
+    log_prob = jnp.where(state.done[:, None], 0, log_prob)
     belief = state.belief
     if reading.evidence:
       told = jnp.take_along_axis(alone, token[:, None, None], axis=2)[..., 0]
@@ -279,8 +289,8 @@ def decode(
     fresh = jnp.where(state.made > 0, hidden, 0).astype(jnp.float32)
     at = (0, state.made)
     return DecodeState(
-      cache=cache,
-      looked=looked,
+      cache=found.cache,
+      looked=found.looked,
       token=token,
       gates=state.gates,
       belief=belief,
@@ -332,6 +342,8 @@ def decode(
   def more(carry):
     state, count = carry
     left = state.made < state.tokens.shape[1]
-    return (count < limit) & left & ~jnp.all(state.done)
+    # Gates or logits that are not finite make no token's log-probability so.
+    sound = jnp.all(jnp.isfinite(state.log_probs))
+    return (count < limit) & left & sound & ~jnp.all(state.done)
 
   return jax.lax.while_loop(more, one_chunk, (state, jnp.int32(0)))[0]

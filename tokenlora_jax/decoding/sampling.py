@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +15,8 @@ class Sampler:
 
   With temperature t > 0, of softmax(z / t) restricted to the `top_k` most
   likely tokens and to the most likely ones whose probabilities reach `top_p`
-  (nucleus sampling, Holtzman et al., 2020, eq. 2-3); with t = 0, argmax z.
+  (nucleus sampling, Holtzman et al., 2020, eq. 2-3); with t = 0, or too small
+  for float32, argmax z.
 
   Args:
     logits: float32[B, V].
@@ -33,8 +35,11 @@ class Sampler:
   top_p: float = 1.0
 
   def __call__(self, logits: jax.Array, key: jax.Array) -> jax.Array:
-    if self.temperature == 0:
+    # What float32 takes for 0: nothing can be divided by it.
+    if self.temperature < np.finfo(np.float32).tiny:
       return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # The largest is 0, so that none overflows.
+    logits = logits - logits.max(axis=-1, keepdims=True)
     logits = logits / self.temperature
     if 0 < self.top_k < logits.shape[-1]:
       least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]

@@ -29,7 +29,9 @@ def _embed(base, tokens, lengths):
   real = positions < lengths[:, None]
   hidden, _ = base(tokens, positions, causal_mask(real.astype(jnp.int32)))
   mean = jnp.sum(hidden * real[..., None], axis=1, dtype=jnp.float32)
-  return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
+  # A text of no tokens has no direction: it stays 0.
+  norm = jnp.linalg.norm(mean, axis=-1, keepdims=True)
+  return mean / jnp.where(norm > 0, norm, 1)
 
 
 @dataclasses.dataclass(frozen=True)

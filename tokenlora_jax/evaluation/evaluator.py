@@ -16,11 +16,12 @@ Axis letters: B batch, T length, N answer tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 import dataclasses
 import functools
+import hashlib
 import itertools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,10 @@ import numpy as np
 
 from tokenlora_jax.config import DecodeConfig
 from tokenlora_jax.data.examples import LENGTH_STEP, Example
+from tokenlora_jax.data.tokens import Tokenizer
 from tokenlora_jax.decoding import Decoder
-from tokenlora_jax.mixing.mixture import Mixture, check_mixable, route_layers
+from tokenlora_jax.decoding.finite import check_finite
+from tokenlora_jax.mixing.mixture import read, resolve
 from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.rules import Rule, get_rule, mix_probabilities
 from tokenlora_jax.model.attention import causal_mask
@@ -83,21 +86,11 @@ def _states(
   """
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   mask = causal_mask((positions < lengths[:, None]).astype(jnp.int32))
-  if rule is None:
-    hidden, _ = base(tokens, positions, mask)
-    return hidden, gates
-  if router is not None and router.looks_first:
-    router = router.look(base(tokens, positions, mask)[0])
-  mixture = Mixture(rule, gates, router)
-  hidden, _ = base(
-    tokens, positions, mask,
-    loras=route_layers(loras, router),
-    adapt=mixture,
-    remix=mixture if remix else None,
+  found = read(
+    base, tokens, positions, mask,
+    rule=rule, loras=loras, gates=gates, router=router, remix=remix,
   )  # fmt: skip
-  if mixture.seen:
-    gates = jnp.mean(jnp.stack(mixture.seen), axis=0)
-  return hidden, gates
+  return found.hidden, found.gates
 
 
 @functools.partial(jax.jit, static_argnames="count")
@@ -122,6 +115,34 @@ def _learn(router, belief, log_probs):
   return router.learn(belief, log_probs)
 
 
+class _Decided(NamedTuple):
+  """What a router decided of one text.
+
+  Attributes:
+    gates: float32[E].
+    belief: float32[E], logarithms, of one that weighs evidence: before its
+      gates are shaped. Of others the gates again.
+  """
+
+  gates: np.ndarray
+  belief: np.ndarray
+
+
+def _key(tokens: np.ndarray) -> bytes:
+  """Returns what a text of tokens is known by: short, and for ever the same."""
+  return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+
+
+def _identity(router: Router) -> Hashable:
+  """Returns what a router is known by: its structure and all its numbers."""
+  leaves, structure = jax.tree.flatten(router)
+  numbers = hashlib.blake2b(digest_size=16)
+  for leaf in map(np.asarray, leaves):
+    numbers.update(f"{leaf.dtype}{leaf.shape}".encode())
+    numbers.update(leaf.tobytes())
+  return structure, numbers.digest()
+
+
 def _alone_throughout(gates: np.ndarray) -> int | None:
   """Returns the expert that gates [N, E] leave alone all the time, or None."""
   expert = int(np.argmax(gates[0]))
@@ -141,17 +162,18 @@ class Evaluator:
     tokenizer: the base's.
   """
 
-  def __init__(self, base: Llama, adapters: Adapters, tokenizer: Any):
+  def __init__(
+    self, base: Llama, adapters: Adapters, tokenizer: Tokenizer | None
+  ):
     adapters.check(base.config)
     self._base = base
     self._adapters = adapters
     self._tokenizer = tokenizer
-    # By tokens and expert alone: a place of the text, and the losses of
+    # By tokens, expert alone and rule: a place of the text, and the losses of
     # predicting from there on.
-    self._told: dict[tuple[bytes, int], tuple[int, np.ndarray]] = {}
-    # By the router's id, with the router, so that the id is not given again:
-    # the router bound to the adapters, and its gates by text.
-    self._routed: dict[int, tuple[Router, Router, dict[bytes, np.ndarray]]] = {}
+    self._told: dict[tuple[bytes, int, Rule], tuple[int, np.ndarray]] = {}
+    # By what a router is, and by text: what it decided there.
+    self._asked: dict[Hashable, dict[bytes, _Decided]] = {}
 
   def score(
     self, variant: Variant, examples: Sequence[Example]
@@ -169,15 +191,16 @@ class Evaluator:
     Raises:
       InputError: rule, cache policy and router do not fit together.
     """
-    router, pace = variant.router, variant.refresh_every
+    router, pace, rule = variant.router, variant.refresh_every, None
     if router is not None:
-      router, _ = self._memory(router)
+      rule, router = resolve(
+        variant.rule, variant.cache, router, self._adapters
+      )
       pace = 0 if router.at_prompt_only else pace
-      rule = get_rule(variant.rule)
-      check_mixable(rule, variant.cache, router, self._adapters)
     follow = router is not None and (
       pace and (variant.cache == "recompute" or router.needs == "hidden")
     )
+    remix = variant.cache == "remix"
     order = sorted(
       (i for i, e in enumerate(examples) if len(e.tokens) > e.prompt_length),
       key=lambda i: -len(examples[i].tokens),
@@ -185,13 +208,16 @@ class Evaluator:
     for start in range(0, len(order), BATCH):
       places = order[start : start + BATCH]
       batch = [examples[i] for i in places]
-      if router is None:
-        found = self._read(batch, variant, None, None)
+      if rule is None:
+        found = self._read(batch)
       elif follow:
         found = self._decode(batch, variant, router)
       else:
-        gates = self.gates(variant.router, pace, batch)
-        found = self._score(batch, variant, router, gates)
+        gates = self.gates(router, pace, batch)
+        found = self._score(batch, rule, remix, router, gates)
+      for place, (losses, gates) in zip(places, found, strict=True):
+        known = gates if gates is not None else np.zeros((len(losses), 0))
+        check_finite([losses], [known], [len(losses)], [place])
       yield [
         Scored(place, losses, gates)
         for place, (losses, gates) in zip(places, found, strict=True)
@@ -207,88 +233,95 @@ class Evaluator:
       refresh_every: tokens between two calls; 0 is once, at the prompt.
       examples: rows as tokens.
     """
+    router = router.bind(self._adapters.names)
     if router.at_prompt_only or router.needs in ("hidden", "prompt"):
       refresh_every = 0
     if router.needs == "evidence" and refresh_every:
       return self._believed(router, refresh_every, examples)
-    asked, texts = [], {}
+    asked = []
     for example in examples:
       count = len(example.tokens) - example.prompt_length
       pace = refresh_every or count
-      prefixes = [
-        example.tokens[: example.prompt_length + n // pace * pace].tobytes()
-        for n in range(count)
-      ]
-      asked.append(prefixes)
-      texts |= dict.fromkeys(prefixes)
-    router, known = self._memory(router)
-    new = [text for text in texts if text not in known]
-    # By length, so that little is padding; a short batch is filled up, so
-    # that it does not compile anew.
-    new.sort(key=len)
-    size = 4 * BATCH if router.needs in ("nothing", "text") else BATCH
-    for start in range(0, len(new), size):
-      part = new[start : start + size]
-      filled = part + part[-1:] * (size - len(part))
-      tokens = [np.frombuffer(text, np.int32).tolist() for text in filled]
-      known |= dict(zip(part, self._ask(router, tokens), strict=False))
+      asked.append(
+        [
+          example.tokens[: example.prompt_length + n // pace * pace]
+          for n in range(count)
+        ]
+      )
+    known = self._decided(router, [text for row in asked for text in row])
     return [self._smoothed(router, row, known) for row in asked]
 
-  def _ask(self, router: Router, texts: list[list[int]]) -> np.ndarray:
-    """Returns the router's gates [B, E] for texts as tokens."""
+  def _decided(
+    self, router: Router, texts: Iterable[np.ndarray]
+  ) -> dict[bytes, _Decided]:
+    """Returns what a router decides of texts as tokens, each asked once."""
+    known = self._asked.setdefault(_identity(router), {})
+    new = {_key(text): text for text in texts}
+    # By length, so that little is padding; a short batch is filled up, so
+    # that it does not compile anew.
+    new = sorted(
+      (item for item in new.items() if item[0] not in known),
+      key=lambda item: len(item[1]),
+    )
+    size = 4 * BATCH if router.needs in ("nothing", "text") else BATCH
+    for start in range(0, len(new), size):
+      keys, part = zip(*new[start : start + size], strict=True)
+      filled = part + part[-1:] * (size - len(part))
+      gates, seen = self._ask(router, [text.tolist() for text in filled])
+      belief = seen if router.needs == "evidence" else gates
+      rows = map(_Decided, np.asarray(gates), np.asarray(belief))
+      known |= zip(keys, rows, strict=False)
+    return known
+
+  def _ask(self, router: Router, texts: list[list[int]]):
+    """Returns the router's gates [B, E] for texts as tokens, and what it saw."""
     if router.needs not in ("nothing", "text"):
       decoder = Decoder(
         self._base, texts, self._adapters, router,
         DecodeConfig(1, refresh_every=0), self._tokenizer,
       )  # fmt: skip
-      return decoder.prompt_gates()
-    words = [
-      self._tokenizer.decode(text, skip_special_tokens=True) for text in texts
-    ]
-    observation = router.observe(words)
-    return np.asarray(_gates(router, observation, np.zeros(len(texts))))
-
-  def _memory(self, router: Router) -> tuple[Router, dict[bytes, np.ndarray]]:
-    """Returns the router bound to the adapters, and its gates by text."""
-    if id(router) not in self._routed:
-      bound = router.bind(self._adapters.names)
-      self._routed[id(router)] = router, bound, {}
-    return self._routed[id(router)][1:]
+      return decoder.at_prompt()
+    observation = ()
+    if router.needs == "text":
+      observation = router.observe(
+        [self._tokenizer.decode(x, skip_special_tokens=True) for x in texts]
+      )
+    return np.asarray(_gates(router, observation, np.zeros(len(texts)))), None
 
   def _smoothed(self, router, texts, known) -> np.ndarray:
     """Returns the gates [N, E] of an answer, given those of its prefixes."""
-    gates = [known[texts[0]]]
+    gates = [known[_key(texts[0])].gates]
     for before, text in itertools.pairwise(texts):
       now = gates[-1]
-      if text != before:
-        now = np.asarray(router.smooth(now, known[text]))
+      if len(text) != len(before):
+        now = np.asarray(router.smooth(now, known[_key(text)].gates))
       gates.append(now)
     return np.stack(gates)
 
   def _believed(self, router, refresh_every, examples) -> list[np.ndarray]:
     """Returns the gates [N, E] of answers by a router that weighs evidence."""
-    firsts = self.gates(router, 0, examples)
-    router, gates = self._memory(router)[0], []
+    prompts = [e.tokens[: e.prompt_length] for e in examples]
+    known, gates = self._decided(router, prompts), []
     for start in range(0, len(examples), BATCH):
       batch = examples[start : start + BATCH]
-      for first, losses in zip(
-        firsts[start:], self._by_each(batch), strict=False
+      for prompt, losses in zip(
+        prompts[start:], self._by_each(batch, get_rule("exact")), strict=False
       ):
-        pace = refresh_every or len(losses)
-        belief, found = jnp.log(first[:1]), [first[0]]
+        first = known[_key(prompt)]
+        belief, found = first.belief[None], [first.gates]
         for n, loss in enumerate(losses[:-1], 1):
           belief, now = _learn(router, belief, -loss[None]), found[-1]
-          if n % pace == 0:
+          if n % refresh_every == 0:
             new = _gates(router, (), np.zeros(1), belief)[0]
             now = np.asarray(router.smooth(now, new))
           found.append(now)
         gates.append(np.stack(found))
     return gates
 
-  def _alone(self, batch, experts: Sequence[int]) -> list[np.ndarray]:
-    """Returns the losses [N] of each answer by one expert alone."""
+  def _alone(self, batch, experts: Sequence[int], rule: Rule):
+    """Returns the losses [N] of each answer by one expert alone, in a list."""
     keys = [
-      (example.tokens.tobytes(), expert)
+      (_key(example.tokens), expert, rule)
       for example, expert in zip(batch, experts, strict=True)
     ]
     starts = [example.prompt_length - 1 for example in batch]
@@ -304,7 +337,7 @@ class Evaluator:
         np.tile(one_hot[experts[i]], (len(text.tokens) - starts[i] - 1, 1))
         for i, text in zip(new, texts, strict=True)
       ]
-      found = self._read(texts, Variant(None), None, gates)
+      found = self._read(texts, rule, gates)
       for i, (losses, _) in zip(new, found, strict=True):
         self._told[keys[i]] = starts[i], losses
     told = [self._told[key] for key in keys]
@@ -313,30 +346,32 @@ class Evaluator:
       for (first, losses), start in zip(told, starts, strict=True)
     ]
 
-  def _by_each(self, batch) -> list[np.ndarray]:
+  def _by_each(self, batch, rule: Rule) -> list[np.ndarray]:
     """Returns the losses [N, E] of each answer by each expert alone."""
     told = [
-      self._alone(batch, [expert] * len(batch))
+      self._alone(batch, [expert] * len(batch), rule)
       for expert in range(len(self._adapters.names))
     ]
     return [np.stack(losses, axis=1) for losses in zip(*told, strict=True)]
 
-  def _score(self, batch, variant, router, gates):
+  def _score(self, batch, rule, remix, router, gates):
     """Scores texts under the gates [N, E] of each: [(losses, gates)]."""
-    if get_rule(variant.rule).of_outputs:
+    # Where rules mean the same by an expert alone, they share its losses.
+    exact = get_rule("exact")
+    alone = exact if rule.mix is exact.mix else rule
+    if rule.of_outputs:
       mixed = [
         np.asarray(mix_probabilities(-told.T[None], now.T[None])[0])
-        for told, now in zip(self._by_each(batch), gates, strict=True)
+        for told, now in zip(self._by_each(batch, alone), gates, strict=True)
       ]
       return [(-x, now) for x, now in zip(mixed, gates, strict=True)]
     experts = [_alone_throughout(now) for now in gates]
-    alone = None not in experts and not router.prototypes
-    if variant.rule == "exact" and alone:
+    if rule == exact and None not in experts and not router.prototypes:
       # As `own`, an adapter by name and `top1` have it: often read already.
-      return list(zip(self._alone(batch, experts), gates, strict=True))
-    return self._read(batch, variant, router, gates)
+      return list(zip(self._alone(batch, experts, rule), gates, strict=True))
+    return self._read(batch, rule, gates, router, remix)
 
-  def _read(self, batch, variant, router, gates):
+  def _read(self, batch, rule=None, gates=None, router=None, remix=False):
     """Reads texts once, under the gates [N, E] of each: [(losses, gates)]."""
     lengths = np.ones(BATCH, np.int32)
     lengths[: len(batch)] = [len(e.tokens) for e in batch]
@@ -344,9 +379,9 @@ class Evaluator:
     tokens = np.zeros((BATCH, size), np.int32)
     for row, example in zip(tokens, batch, strict=False):
       row[: len(example.tokens)] = example.tokens
-    loras = rule = table = None
+    loras = table = None
     if gates is not None:
-      loras, rule = self._adapters.layers, get_rule(variant.rule)
+      loras = self._adapters.layers
       table = np.zeros((BATCH, size, len(self._adapters.names)), np.float32)
       for row, example, answer in zip(table, batch, gates, strict=False):
         # Token n is made at the position before it.
@@ -357,7 +392,7 @@ class Evaluator:
       self._base, loras,
       router if router is not None and router.prototypes else None,
       table, tokens, lengths,
-      rule=rule, remix=variant.cache == "remix" and rule is not None,
+      rule=rule, remix=remix,
     )  # fmt: skip
     starts = np.zeros(BATCH, np.int32)
     starts[: len(batch)] = [e.prompt_length - 1 for e in batch]

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ import numpy as np
 
 from tokenlora_jax.config import DecodeConfig
 from tokenlora_jax.data.examples import Example
+from tokenlora_jax.data.tokens import Tokenizer
 from tokenlora_jax.decoding import Decoder
 from tokenlora_jax.decoding.decoder import bucket
 from tokenlora_jax.evaluation.evaluator import Evaluator
@@ -112,7 +114,7 @@ class Scorer:
   """
 
   base: Llama
-  tokenizer: Any = None
+  tokenizer: Tokenizer | None = None
   adapters: Adapters | None = None
   router: Router | None = None
   refresh_every: int = 0
@@ -145,6 +147,11 @@ class Scorer:
       ]
       yield from self._score(batch, gates, asked, size)
 
+  @functools.cached_property
+  def _evaluator(self) -> Evaluator:
+    """Knows the gates of texts that were asked about before."""
+    return Evaluator(self.base, self.adapters, self.tokenizer)
+
   def _with_gates(
     self, rows: list[_Row], size: int
   ) -> Iterator[tuple[list[_Row], list[np.ndarray] | None]]:
@@ -156,9 +163,8 @@ class Scorer:
       part = rows[start : start + step]
       gates = None
       if self.adapters is not None and self.router.needs != "hidden":
-        evaluator = Evaluator(self.base, self.adapters, self.tokenizer)
         examples = [row.example for row in part]
-        gates = evaluator.gates(self.router, self.refresh_every, examples)
+        gates = self._evaluator.gates(self.router, self.refresh_every, examples)
       for i in range(0, len(part), size):
         batch = part[i : i + size]
         if gates is not None:

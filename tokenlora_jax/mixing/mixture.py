@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +74,8 @@ class Mixture:
     gates: float32[B, E] or [B, T, E].
     router: decides gates in the layers too, which multiply `gates`; or none.
     seen: a list that gets what it decided, float32[B, T, E] a map, in the order
-      they run; or None. Only for layers in a list: of those in a scan, nothing
-      that is decided can be told outside.
+      they run; or None. Only for layers in a list: what is decided in a scan
+      cannot be told outside.
   """
 
   rule: Rule
@@ -158,29 +158,54 @@ def one_hot_rows(batch: int, experts: int) -> jax.Array:
   return jnp.tile(jnp.eye(experts), (batch, 1))
 
 
-def check_mixable(
-  rule: Rule, cache: str, router: Router, adapters: Adapters
-) -> None:
-  """Raises `InputError` unless rule, cache policy and router fit together.
+def resolve(
+  rule: str, cache: str, router: Router, adapters: Adapters
+) -> tuple[Rule, Router]:
+  """Returns the rule of a name, and the router bound to the experts.
+
+  All that reads tokens under gates begins here, so that a rule, a cache policy
+  and a router that do not fit together are refused in one way.
 
   Args:
-    rule: what gates mean.
+    rule: what gates mean, by name.
     cache: the cache policy.
     router: who decides them.
     adapters: the experts.
+
+  Raises:
+    InputError: there is no such rule, or they do not fit together.
+
+  Example:
+    >>> from tokenlora_jax import load_base, make_router, random_adapters
+    >>> adapters = random_adapters(load_base("random:tiny"), experts=2, rank=4)
+    >>> rule, router = resolve(
+    ...   "exact", "reuse", make_router("uniform"), adapters
+    ... )
+    >>> rule.name, router.experts
+    ('exact', 2)
   """
-  if rule.of_outputs and router.prototypes:
+  found, router = get_rule(rule), router.bind(adapters.names)
+  if found.of_outputs and router.prototypes:
     raise InputError(
-      f"decode.rule: {rule.name!r} is not allowed; want another with a router"
+      f"decode.rule: {rule!r} is not allowed; want another with a router"
       " that decides inside the layers, since here each expert reads alone"
     )
-  if rule.of_outputs and router.may_be_zero:
+  if found.of_outputs and router.may_be_zero:
     raise InputError(
-      f"decode.rule: {rule.name!r} is not allowed; want another with this"
+      f"decode.rule: {rule!r} is not allowed; want another with this"
       " router (base, or a threshold): where all gates are 0 no expert predicts"
     )
-  if cache != "remix":
-    return
+  if found.of_outputs and router.may_be_negative:
+    raise InputError(
+      f"decode.rule: {rule!r} is not allowed; want another with this"
+      " router: its gates may be negative, and probabilities are not"
+    )
+  if cache == "remix":
+    _check_remix(router, adapters)
+  return found, router
+
+
+def _check_remix(router: Router, adapters: Adapters) -> None:
   adapted = {name for layer in adapters.layers for name in layer}
   reason = ""
   if "k" in adapted:
@@ -194,6 +219,72 @@ def check_mixable(
       f"decode.cache: 'remix' is not allowed; want reuse or recompute, since"
       f" {reason}"
     )
+
+
+class Read(NamedTuple):
+  """What a pass over tokens gave.
+
+  Attributes:
+    hidden: [B, T, D], the last hidden states.
+    cache: what was read, as `Llama` gives it.
+    looked: what the base alone read, for a router that looks first; or None.
+    gates: float32[B, T, E] of a router that decides in the layers, the mean
+      over the adapted maps; otherwise the gates that were given.
+  """
+
+  hidden: jax.Array
+  cache: Any
+  looked: Any
+  gates: jax.Array | None
+
+
+def read(
+  base: Llama,
+  tokens: jax.Array,
+  positions: jax.Array,
+  mask: jax.Array,
+  *,
+  rule: Rule | None = None,
+  loras: Sequence[LayerLoras] | None = None,
+  gates: jax.Array | None = None,
+  router: Router | None = None,
+  remix: bool = False,
+  caches: tuple[Any, Any] = (None, None),
+) -> Read:
+  """Reads tokens under gates, after what was read before; pure.
+
+  Decoding, evaluation and `forward` all read here.
+
+  Args:
+    base: the Llama.
+    tokens: int32[B, T].
+    positions: int32[B, T].
+    mask: bool[B, T, S], what each token attends to.
+    rule: what gates mean; None is the base alone.
+    loras: the adapters of each layer.
+    gates: float32[B, E] or [B, T, E].
+    router: one that decides inside the layers too; its gates multiply `gates`.
+    remix: whether values are read under today's gates.
+    caches: what was read before, and what the base alone read.
+  """
+  cache, looked = caches
+  if rule is None:
+    hidden, cache = base(tokens, positions, mask, cache)
+    return Read(hidden, cache, looked, gates)
+  if router is not None and router.looks_first:
+    first, looked = base(tokens, positions, mask, looked)
+    router = router.look(first)
+  seen: list[jax.Array] = []
+  mixture = Mixture(rule, gates, router, seen)
+  hidden, cache = base(
+    tokens, positions, mask, cache,
+    loras=route_layers(loras, router),
+    adapt=mixture,
+    remix=mixture if remix else None,
+  )  # fmt: skip
+  if seen:
+    gates = jnp.mean(jnp.stack(seen), axis=0)
+  return Read(hidden, cache, looked, gates)
 
 
 def forward(
@@ -264,22 +355,17 @@ def check_gates(gates, shape: tuple[int, int], experts: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="rule")
 def _forward(base, tokens, loras, gates, router, rule):
-  batch, experts = tokens.shape[0], 0
-  adapt, read, mixing = None, tokens, gates
-  if rule is not None:
+  batch, rows, mixing = tokens.shape[0], tokens, gates
+  if rule is not None and rule.of_outputs:
     experts = gates.shape[-1]
-    if rule.of_outputs:
-      read = expert_rows(tokens, experts)
-      mixing = one_hot_rows(batch, experts)
-  positions = jnp.broadcast_to(jnp.arange(read.shape[1]), read.shape)
-  mask = causal_mask(jnp.ones_like(read))
-  if rule is not None:
-    if router is not None and router.looks_first:
-      router = router.look(base(read, positions, mask)[0])
-    loras = route_layers(loras, router)
-    adapt = Mixture(rule, mixing, router)
-  hidden, _ = base(read, positions, mask, loras=loras, adapt=adapt)
-  logits = base.logits(hidden)
+    rows, mixing = expert_rows(tokens, experts), one_hot_rows(batch, experts)
+  positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
+  mask = causal_mask(jnp.ones_like(rows))
+  found = read(
+    base, rows, positions, mask,
+    rule=rule, loras=loras, gates=mixing, router=router,
+  )  # fmt: skip
+  logits = base.logits(found.hidden)
   if rule is None or not rule.of_outputs:
     return logits
   log_probs = jax.nn.log_softmax(logits)

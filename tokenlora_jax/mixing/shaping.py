@@ -5,10 +5,12 @@ Axis letters: B batch, T length, E experts, R rank.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tokenlora_jax.config import InputError, check
 from tokenlora_jax.mixing.router import Router
@@ -37,106 +39,35 @@ def keep_top(gates: jax.Array, k: int) -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ShapedRouter(Router):
-  """A router whose gates are shaped after it has decided.
+class Shaping:
+  """What becomes of gates after a router has decided them.
 
-  These are the gates of whole sequences, or of a router that decides in the
-  layers alone those that it decides there. First gates^(1 / temperature) (a
-  softmax becomes that of its logits divided by the temperature), then the
-  `top_k` largest, both scaled to the sum there was; then zeros, the base alone,
-  where no gate reaches `threshold`. At a refresh `smoothing` times the gates
-  before stays.
+  First gates^(1 / temperature) (a softmax becomes that of its logits divided by
+  the temperature), then the `top_k` largest, both scaled to the sum there was;
+  then zeros, the base alone, where no gate reaches `threshold`. At a refresh
+  `smoothing` times the gates before stays.
 
   Attributes:
-    router: who decides.
     temperature: float32[], or None.
     threshold: float32[], or None.
     smoothing: float32[], or None.
     top_k: how many gates stay; 0 is all.
   """
 
-  router: Router
-  temperature: jax.Array | None
-  threshold: jax.Array | None
-  smoothing: jax.Array | None
-  top_k: int = dataclasses.field(metadata={"static": True})
+  temperature: jax.Array | None = None
+  threshold: jax.Array | None = None
+  smoothing: jax.Array | None = None
+  top_k: int = dataclasses.field(default=0, metadata={"static": True})
 
-  @property
-  def needs(self):
-    return self.router.needs
-
-  @property
-  def looks_first(self):
-    return self.router.looks_first
-
-  @property
-  def at_prompt_only(self):
-    return self.router.at_prompt_only
-
-  @property
-  def experts(self):
-    return self.router.experts
-
-  @property
-  def prototypes(self):
-    return self.router.prototypes
-
-  @property
-  def may_be_zero(self):
-    return self.threshold is not None or self.router.may_be_zero
-
-  @property
-  def may_be_negative(self):
-    return self.router.may_be_negative
-
-  @property
-  def prior(self):
-    return self.router.prior
-
-  @property
-  def counts_prompt(self):
-    return self.router.counts_prompt
-
-  def read_prompt(self, base, layers, tokens, pad):
-    return self.router.read_prompt(base, layers, tokens, pad)
-
-  def learn(self, belief, log_probs):
-    return self.router.learn(belief, log_probs)
-
-  def bind(self, names):
-    bound = self.router.bind(names)
-    check(
-      self.top_k <= len(names),
-      "router.top-k", self.top_k, f"at most the {len(names)} experts",
-    )  # fmt: skip
-    return dataclasses.replace(self, router=bound)
-
-  def observe(self, texts):
-    return self.router.observe(texts)
-
-  def look(self, hidden):
-    return dataclasses.replace(self, router=self.router.look(hidden))
-
-  def gates(self, batch, observation, seen):
-    gates = self.router.gates(batch, observation, seen)
-    return gates if _by_position(self.router) else self._shaped(gates)
-
-  def position_gates(self, prototype, lora, x, low):
-    gates = self.router.position_gates(prototype, lora, x, low)
-    return self._shaped(gates) if _by_position(self.router) else gates
-
-  def smooth(self, before, gates):
-    gates = self.router.smooth(before, gates)
-    if self.smoothing is None:
-      return gates
-    return self.smoothing * before + (1 - self.smoothing) * gates
-
-  def _shaped(self, gates):
+  def shape(self, gates: jax.Array) -> jax.Array:
+    """Returns gates float32[.., E], shaped."""
     total = gates.sum(axis=-1, keepdims=True)
     if self.temperature is not None:
-      # Of zero gates the logarithm is -inf, and of a row of them the softmax
-      # is not a number; they stay zero.
-      sharp = jax.nn.softmax(jnp.log(gates) / self.temperature, axis=-1)
+      # The largest logit is 0, so that none overflows however it is divided;
+      # a row of zeros has none, and stays.
+      highest = gates.max(axis=-1, keepdims=True)
+      logits = jnp.log(gates / jnp.where(highest > 0, highest, 1))
+      sharp = jax.nn.softmax(logits / self.temperature, axis=-1)
       gates = jnp.where(total > 0, total * sharp, gates)
     if 0 < self.top_k < gates.shape[-1]:
       gates = keep_top(gates, self.top_k)
@@ -144,6 +75,67 @@ class ShapedRouter(Router):
       highest = gates.max(axis=-1, keepdims=True)
       gates = jnp.where(highest >= self.threshold, gates, 0.0)
     return gates
+
+  def smooth(self, before: jax.Array, gates: jax.Array) -> jax.Array:
+    """Returns the gates of a refresh, given those before it."""
+    if self.smoothing is None:
+      return gates
+    return self.smoothing * before + (1 - self.smoothing) * gates
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ShapedRouter(Router):
+  """A router, and how its gates are shaped after it has decided.
+
+  These are the gates of whole sequences, or of a router that decides in the
+  layers alone those that it decides there. All else that a router has is the
+  router's own.
+
+  Attributes:
+    router: who decides.
+    shaping: what becomes of its gates.
+  """
+
+  router: Router
+  shaping: Shaping
+
+  @property
+  def may_be_zero(self):
+    return self.shaping.threshold is not None or self.router.may_be_zero
+
+  def bind(self, names):
+    check(
+      self.shaping.top_k <= len(names),
+      "router.top-k", self.shaping.top_k, f"at most the {len(names)} experts",
+    )  # fmt: skip
+    return dataclasses.replace(self, router=self.router.bind(names))
+
+  def look(self, hidden):
+    return dataclasses.replace(self, router=self.router.look(hidden))
+
+  def gates(self, batch, observation, seen):
+    gates = self.router.gates(batch, observation, seen)
+    return gates if _by_position(self.router) else self.shaping.shape(gates)
+
+  def position_gates(self, prototype, lora, x, low):
+    gates = self.router.position_gates(prototype, lora, x, low)
+    return self.shaping.shape(gates) if _by_position(self.router) else gates
+
+  def smooth(self, before, gates):
+    return self.shaping.smooth(before, self.router.smooth(before, gates))
+
+
+def _own(name: str) -> property:
+  return property(lambda shaped: getattr(shaped.router, name))
+
+
+# What shaping does not touch is the router's own, whatever a router comes to
+# have.
+for _name in vars(Router).keys() - vars(ShapedRouter).keys():
+  if not _name.startswith("_"):
+    setattr(ShapedRouter, _name, _own(_name))
+abc.update_abstractmethods(ShapedRouter)
 
 
 def _by_position(router: Router) -> bool:
@@ -158,7 +150,7 @@ def shape_gates(
   threshold: float = 0.0,
   smoothing: float = 0.0,
 ) -> Router:
-  """Returns a router with its gates shaped; see `ShapedRouter`.
+  """Returns a router with its gates shaped; see `Shaping`.
 
   Args:
     router: any.
@@ -179,7 +171,10 @@ def shape_gates(
     [[0.625, 0.375, 0.0]]
   """
   check(top_k >= 0, "router.top-k", top_k, "0 (all) or more")
-  check(temperature > 0, "router.temperature", temperature, "more than 0")
+  check(
+    0 < temperature < float("inf"),
+    "router.temperature", temperature, "a finite number more than 0",
+  )  # fmt: skip
   check(0 <= threshold <= 1, "router.threshold", threshold, "0 (off) to 1")
   check(0 <= smoothing < 1, "router.smoothing", smoothing, "0 <= s < 1")
   if smoothing and _by_position(router):
@@ -197,10 +192,11 @@ def shape_gates(
   def array(value, off):
     return None if value == off else jnp.float32(value)
 
-  return ShapedRouter(
-    router,
-    array(temperature, 1),
-    array(threshold, 0),
-    array(smoothing, 0),
-    top_k,
+  if temperature != 1:
+    # Nearer 0 or farther, float32 has no number for it or for its inverse.
+    least = float(np.finfo(np.float32).tiny)
+    temperature = min(max(temperature, least), 0.5 / least)
+  shaping = Shaping(
+    array(temperature, 1), array(threshold, 0), array(smoothing, 0), top_k
   )
+  return ShapedRouter(router, shaping)

@@ -17,6 +17,8 @@ import unicodedata
 
 import numpy as np
 
+from tokenlora_jax.report.trace import GateTrace
+
 LEGEND = (
   "A token has the colour of the expert with the largest gate, the stronger the"
   " further it is ahead of the next; a letter stands where the lead changes."
@@ -70,22 +72,27 @@ class HeatMap:
       raise ValueError("gates: not all of them are finite")
 
   @functools.cached_property
+  def trace(self) -> GateTrace:
+    """What the gates come to, as terminal and JSONL tell it too."""
+    return GateTrace.of(self.gates)
+
+  @functools.cached_property
   def strengths(self) -> np.ndarray:
     """float[N]: how far the first is ahead of the next, from 0 to 1."""
     alone = len(self.experts) == 1
-    ordered = np.sort(self.gates, axis=1)
+    ordered = np.sort(np.abs(self.gates), axis=1)
     return np.clip(ordered[:, -1] - (0 if alone else ordered[:, -2]), 0, 1)
 
-  @functools.cached_property
+  @property
   def leads(self) -> np.ndarray:
-    """int[N]: who leads each token; -1 where nobody is ahead."""
-    first = np.argmax(self.gates, axis=1)
-    return np.where(self.strengths > 1e-6, first, -1)
+    """int[N]: who leads each token; -1 where all gates are 0."""
+    return self.trace.leaders
 
   @functools.cached_property
   def starts(self) -> np.ndarray:
-    """bool[N]: whether another expert leads than before."""
-    return np.diff(self.leads, prepend=-1) != 0
+    """bool[N]: whether the lead is taken here: at first, and at a switch."""
+    led = np.flatnonzero(self.leads >= 0)[:1]
+    return np.isin(np.arange(len(self.leads)), [*led, *self.trace.switches])
 
   @functools.cached_property
   def heights(self) -> np.ndarray:
@@ -99,21 +106,21 @@ class HeatMap:
 
   def about(self) -> list[str]:
     """Returns two lines: what it is a map of, and its summary."""
-    found = gate_summary(self.gates)
     tokens, experts = np.shape(self.gates)
     facts = [f"{label} {value}" for label, value in self.facts.items()]
     facts += [
       _count(tokens, "token"),
-      f"entropy {found['entropy']:.2f} nats of at most {np.log(experts):.2f}",
-      f"the lead changes {_count(found['switches'], 'time')}",
+      f"entropy {self.trace.entropy.mean():.2f} nats of at most"
+      f" {np.log(experts):.2f}",
+      f"the lead changes {_count(len(self.trace.switches), 'time')}",
     ]
     shares = [
       f"{letter(i)} {short(name, 32)} {share:.0%}"
       for i, (name, share) in enumerate(
-        zip(self.experts, found["shares"], strict=True)
+        zip(self.experts, self.trace.shares, strict=True)
       )
     ]
-    return [" · ".join(facts), f"shares of the gates: {', '.join(shares)}"]
+    return [" · ".join(facts), f"mean gates: {', '.join(shares)}"]
 
   @property
   def edged(self) -> bool:
@@ -154,23 +161,20 @@ def gate_summary(gates: np.ndarray) -> dict[str, Any]:
     gates: float[N, E].
 
   Returns:
-    `entropy`, the mean of each token's -sum(p log p) in nats, where p are its
-    gates over their sum; `switches`, how often another expert leads than
-    before; `shares`, float[E], the mean of p.
+    Of the `GateTrace` of these gates: `entropy`, the mean over tokens, in nats;
+    `switches`, how often another expert leads than before; `shares`, float[E],
+    the mean gates.
 
   Example:
     >>> found = gate_summary(np.array([[0.5, 0.5], [0.0, 1.0]]))
     >>> found["entropy"], found["switches"], found["shares"].tolist()
     (0.3466, 1, [0.25, 0.75])
   """
-  kept = np.maximum(gates, 0)
-  shares = kept / np.maximum(kept.sum(axis=1, keepdims=True), 1e-12)
-  logs = np.log(np.where(shares > 0, shares, 1))
-  leads = np.argmax(gates, axis=1)
+  trace = GateTrace.of(gates)
   return {
-    "entropy": abs(float(-(shares * logs).sum(axis=1).mean())),
-    "switches": int((np.diff(leads) != 0).sum()),
-    "shares": shares.mean(axis=0),
+    "entropy": float(trace.entropy.mean()),
+    "switches": len(trace.switches),
+    "shares": trace.shares,
   }
 
 

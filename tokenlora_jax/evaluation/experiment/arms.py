@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from tokenlora_jax.config import InputError, RouterConfig, check_choice, nearest
 from tokenlora_jax.evaluation.evaluator import Variant
-from tokenlora_jax.mixing.mixture import check_mixable
+from tokenlora_jax.mixing.mixture import resolve
 from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.mixing.rules import get_rule
@@ -67,8 +67,6 @@ class Arm(NamedTuple):
 
 class Routers:
   """Who decides in each arm; each router is made once.
-
-  An `Evaluator` remembers what the very router said that it is given.
 
   Attributes:
     named: the routers that arms may have, by name.
@@ -185,8 +183,7 @@ def make_arms(
       router = routers.variant(arm, adapters.names[0]).router
       if not why and router is not None:
         try:
-          rule, bound = get_rule(arm.rule), router.bind(adapters.names)
-          check_mixable(rule, arm.cache, bound, adapters)
+          resolve(arm.rule, arm.cache, router, adapters)
         except InputError as error:
           why = str(error)
       if why:

@@ -39,8 +39,11 @@ class ConstantRouter(Router):
 
   @property
   def may_be_zero(self) -> bool:
-    # Of a mixture of predictions, weights are at least 0 too.
-    return bool(jnp.any(self.values < 0) | ~jnp.any(self.values))
+    return not np.any(self.values)
+
+  @property
+  def may_be_negative(self) -> bool:
+    return bool(np.any(np.asarray(self.values) < 0))
 
   def gates(self, batch, observation, seen):
     return jnp.broadcast_to(self.values, (batch, self.experts))

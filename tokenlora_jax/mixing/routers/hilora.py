@@ -8,7 +8,7 @@ Axis letters: B batch, T length, E experts, R rank, D_enc width of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 
@@ -25,7 +25,7 @@ from tokenlora_jax.mixing.routers.embedding import (
   check_table,
 )
 from tokenlora_jax.mixing.routers.registry import register_router
-from tokenlora_jax.model.lora import Adapters
+from tokenlora_jax.model.lora import Adapters, Lora
 
 # The least variance, where all texts have one vector. The numbers of a vector
 # of length 1 have a mean square of 1 / D_enc.
@@ -44,20 +44,16 @@ class HiloraRouter(EmbeddingRouter):
   Attributes:
     table: float32[E, D_enc], the means.
     variances: float32[E, D_enc].
-    rank_share: how many of R parts stay, rounded up.
-    maps: the adapted maps of each layer.
+    kept: of each layer {projection: int32[E]}, how many rank-one parts of each
+      adapter stay.
   """
 
   variances: jax.Array
-  rank_share: float = dataclasses.field(metadata={"static": True})
-  maps: tuple[tuple[str, ...], ...] = dataclasses.field(
-    metadata={"static": True}
-  )
+  kept: tuple[Mapping[str, jax.Array], ...]
 
   @property
   def prototypes(self):
-    # Nothing is known of a map but what its adapters are.
-    return tuple(dict.fromkeys(layer, ()) for layer in self.maps)
+    return self.kept
 
   def gates(self, batch, observation, seen):
     del batch
@@ -68,12 +64,30 @@ class HiloraRouter(EmbeddingRouter):
       return jax.nn.softmax(logs.mean(axis=-1), axis=-1)
 
   def position_gates(self, prototype, lora, x, low):
-    del prototype, lora, x
-    kept = math.ceil(self.rank_share * low.shape[-1])
-    # A part that padded a smaller rank gives 0, and stays last.
+    del lora, x
     size = jnp.abs(low)
-    least = jax.lax.top_k(size, kept)[0][..., -1:]
-    return (size >= least).astype(jnp.float32)
+    # How many parts answer more; where two are equal, the first goes first.
+    places = jnp.argsort(jnp.argsort(-size, axis=-1), axis=-1)
+    return (places < prototype[:, None]).astype(jnp.float32)
+
+
+def own_ranks(lora: Lora) -> np.ndarray:
+  """Returns the ranks that adapters had before they were padded to one R.
+
+  Args:
+    lora: the adapters of one map.
+
+  Returns:
+    int[E]: the last part that is not 0 in both A and B.
+
+  Example:
+    >>> a = np.array([[[1.0], [2.0]], [[3.0], [0.0]]])
+    >>> own_ranks(Lora(a, np.zeros_like(a), np.ones(2))).tolist()
+    [2, 1]
+  """
+  parts = np.any(np.asarray(lora.a) != 0, axis=-1)
+  parts |= np.any(np.asarray(lora.b) != 0, axis=-1)
+  return (parts * np.arange(1, parts.shape[1] + 1)).max(axis=1)
 
 
 @register_router("hilora", top_k=3, temperature=0.1)
@@ -100,7 +114,7 @@ def hilora(
     encoder: what turns the running text into a vector, or `hidden` for the
       base's own mean last hidden state.
     adapters: the experts.
-    rank_share: share of an adapter's rank-one parts that stays at a token.
+    rank_share: share of an adapter's own rank-one parts that stays at a token.
 
   Raises:
     InputError: a setting is not allowed, or widths differ.
@@ -126,8 +140,13 @@ def hilora(
     jnp.asarray(table),
     check_encoder(encoder, "means", table),
     jnp.asarray(spread),
-    float(rank_share),
-    tuple(tuple(layer) for layer in adapters.layers),
+    tuple(
+      {
+        name: jnp.asarray(np.ceil(rank_share * own_ranks(lora)), jnp.int32)
+        for name, lora in layer.items()
+      }
+      for layer in adapters.layers
+    ),
   )
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from tokenlora_jax.config import check, check_choice
+from tokenlora_jax.config import InputError, check, check_choice
 from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers.registry import make_router, register_router
 
@@ -51,7 +51,7 @@ class PosteriorRouter(Router):
     return self.prior.experts
 
   def bind(self, names):
-    return dataclasses.replace(self, prior=self.prior.bind(names))
+    return dataclasses.replace(self, prior=_weighs(self.prior.bind(names)))
 
   def gates(self, batch, observation, seen):
     return jax.nn.softmax(seen, axis=-1)
@@ -98,4 +98,15 @@ def posterior(
     "router.prior", type(prior).__name__,
     "a router that decides at the prompt",
   )  # fmt: skip
-  return PosteriorRouter(prior, jnp.float32(share), evidence)
+  return PosteriorRouter(_weighs(prior), jnp.float32(share), evidence)
+
+
+def _weighs(prior: Router) -> Router:
+  """Returns a prior whose gates are shares, or raises `InputError`."""
+  if prior.may_be_zero or prior.may_be_negative:
+    raise InputError(
+      "router.prior: is not allowed where all gates may be 0 or one negative"
+      " (base, a threshold, fixed gates below 0); want gates that are shares,"
+      " such as uniform"
+    )
+  return prior

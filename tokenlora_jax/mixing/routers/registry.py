@@ -68,7 +68,8 @@ def make_router(name: str, **settings: Any) -> Router:
     name: such as `uniform` or `centroid`; `RouterConfig` lists all of ours.
     **settings: what that router takes, and what shapes the gates of any:
       `top_k`, `temperature`, `threshold` and `smoothing` (see `shape_gates`);
-      left out or None, they are the router's own.
+      left out or None, they are the router's own. Where a router takes one
+      of these names itself, it means what it means there.
 
   Returns:
     The router.
@@ -89,7 +90,9 @@ def make_router(name: str, **settings: Any) -> Router:
         f"{', '.join(every)}{nearest(setting, every)}"
       )
   make, shaping = _MAKERS[name]
-  told = {k: settings.pop(k) for k in SHAPING if k in settings}
+  # A router's own setting may have the name of one that shapes gates.
+  shapes = [k for k in SHAPING if k not in allowed]
+  told = {k: settings.pop(k) for k in shapes if k in settings}
   shaping = shaping | {k: v for k, v in told.items() if v is not None}
   missing = [
     parameter.name

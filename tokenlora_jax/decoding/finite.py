@@ -1,0 +1,45 @@
+"""Stops a text whose gates or logits are not numbers.
+
+Axis letters: N tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def check_finite(
+  log_probs: Sequence[np.ndarray],
+  gates: Sequence[np.ndarray],
+  lengths: Sequence[int],
+  names: Sequence[int] | None = None,
+) -> None:
+  """Raises `FloatingPointError` where gates or logits are not finite.
+
+  Args:
+    log_probs: float32[N] of each row.
+    gates: float32[N, E] of each row; no E is the base alone.
+    lengths: how many tokens of each row count.
+    names: the rows' numbers; left out, their places.
+
+  Raises:
+    FloatingPointError: names the row and the token.
+
+  Example:
+    >>> check_finite(np.zeros((1, 2)), np.array([[[1.0], [np.nan]]]), [2])
+    Traceback (most recent call last):
+    ...
+    FloatingPointError: the gates of row 0 are not finite at token 1
+  """
+  for row, length in enumerate(lengths):
+    sound = np.isfinite(gates[row][:length]).all(axis=-1)
+    for what, fine in (
+      ("gates", sound), ("logits", np.isfinite(log_probs[row][:length]))
+    ):  # fmt: skip
+      if not fine.all():
+        raise FloatingPointError(
+          f"the {what} of row {names[row] if names else row} are not finite at"
+          f" token {int(np.argmin(fine))}"
+        )
