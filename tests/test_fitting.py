@@ -5,6 +5,7 @@ import functools
 import io
 import string
 
+from banks import edit_about
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +14,17 @@ from rich.console import Console
 import tiny
 from tiny import TWO, Tokenizer, make_base, make_config, one_device
 
-from tokenlora_jax.bank.bank import Bank, load_bank, save_bank
+from tokenlora_jax.bank.bank import Bank, Expert, load_bank, save_bank
 from tokenlora_jax.commands import training
-from tokenlora_jax.config import InputError, MeshConfig, RouterConfig
+from tokenlora_jax.config import (
+  DataConfig,
+  InputError,
+  MeshConfig,
+  RouterConfig,
+)
 from tokenlora_jax.data.batches import batches
 from tokenlora_jax.data.examples import tokenize
-from tokenlora_jax.data.rows import Row
+from tokenlora_jax.data.rows import Row, load_rows
 from tokenlora_jax.formats.load import load_base
 from tokenlora_jax.mixing.mixture import forward
 from tokenlora_jax.mixing.routers import make_router
@@ -279,3 +285,51 @@ def test_the_program_fits_a_router_and_saves_it(tmp_path, capsys, monkeypatch):
     InputError, match=r"data\.tasks: gsm8k, squad is .* codealpaca"
   ):
     train.main([*argv, "--data.tasks", "gsm8k", "squad"])
+
+
+def test_an_expert_of_another_name_reads_its_tasks_rows(tmp_path, monkeypatch):
+  """Three experts of two tasks, two of which are not named for theirs."""
+  base = load_base("random:tiny", "float32")
+  names = ("maths", "codealpaca", "gsm8k-2")
+  layers = random_adapters(base, experts=3, rank=2).layers
+  about = {"maths": Expert("gsm8k"), "gsm8k-2": Expert("gsm8k")}
+  folder = tmp_path / "bank"
+  bank = Bank(
+    Adapters(names, layers), "random:tiny", base.fingerprint,
+    {"hidden": np.ones((3, 64), np.float32)}, about,
+  )  # fmt: skip
+  save_bank(folder, bank)
+  seen = []
+
+  def fit(work):
+    batch = next(iter(work.batches))
+    seen.extend([work.config.data.tasks, work.rows, batch["tokens"]])
+    return {}, {"weights": np.ones(3)}
+
+  monkeypatch.setattr(training, "get_fit", lambda name: fit)
+  monkeypatch.setattr(training, "load_base", functools.cache(load_base))
+  argv = [*SETTINGS, "--bank", str(folder), "--fit-router", "lora-flow"]
+  argv += ["--data.rows", "8", "--mesh.expert", "1"]
+  train.main(argv)
+  experts, rows, tokens = seen
+  assert experts == names == load_bank(folder).fitted["lora-flow"].experts
+  data = DataConfig(source="builtin", train_rows=8)
+  for some, task in zip(rows, ("gsm8k", "codealpaca", "gsm8k"), strict=True):
+    known = {row.text for row in load_rows(data, task, "train")}
+    assert some and {row.text for row in some} <= known
+  assert tokens.shape[0] == 3
+
+  # What is not known here is said, and nothing is written.
+  before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+  with pytest.raises(InputError, match=r"tasks .* experts, gsm8k, codealpaca"):
+    train.main([*argv, "--data.tasks", "maths", "codealpaca", "gsm8k-2"])
+  for task, told in (
+    ("sums", "of task 'sums', which"),
+    ("", "of task 'maths'"),
+  ):
+    edit_about(folder, "experts", 0, task=task)
+    with pytest.raises(InputError, match=rf"expert 'maths' is {told}"):
+      train.main(argv)
+  edit_about(folder, "experts", 0, task="gsm8k")
+  after = {p: p.read_bytes() for p in before if p.name != "bank.json"}
+  assert after.items() <= before.items()

@@ -13,12 +13,12 @@ from rich.pretty import pprint
 from tokenlora_jax.bank.arrays import Fitted
 from tokenlora_jax.bank.bank import Bank, Expert, load_bank, save_bank
 from tokenlora_jax.bank.edit import save_fitted
-from tokenlora_jax.bank.record import read_record
+from tokenlora_jax.bank.record import BankRecord, read_record
 from tokenlora_jax.commands import cli
 from tokenlora_jax.config import Config, InputError
 from tokenlora_jax.data.batches import batches, held_out_batches
 from tokenlora_jax.data.rows import Row, load_rows, sample_rows
-from tokenlora_jax.data.tasks import get_task
+from tokenlora_jax.data.tasks import TASKS, get_task
 from tokenlora_jax.encoders import HiddenEncoder
 from tokenlora_jax.formats.load import load_base
 from tokenlora_jax.formats.minilm import load_minilm
@@ -42,7 +42,7 @@ class Run:
     config: the settings.
     mesh: the devices.
     tokenizer: the base's.
-    rows: the training rows of each task.
+    rows: the training rows of each expert.
     base: with stacked layers, spread over the mesh.
   """
 
@@ -61,11 +61,12 @@ class Run:
     return HiddenEncoder(self.base, self.tokenizer, self.config.data.length)
 
 
-def set_up(config: Config, console: Console) -> Run:
+def set_up(config: Config, tasks: Mapping[str, str], console: Console) -> Run:
   """Starts the processes, then reads the rows and the base.
 
   Args:
-    config: the settings.
+    config: the settings; `data.tasks` are the experts' names.
+    tasks: by expert, the task whose rows it reads.
     console: falls silent in all processes but the first.
 
   Raises:
@@ -76,9 +77,11 @@ def set_up(config: Config, console: Console) -> Run:
   cli.keep_programs(config.compilation_cache, console)
   mesh = make_mesh(config.mesh, config.data.rows // config.accumulate)
   tokenizer = load_tokenizer(config.base.path)
-  rows = {
-    task: load_rows(config.data, task, "train") for task in config.data.tasks
+  by_task = {
+    task: load_rows(config.data, task, "train")
+    for task in dict.fromkeys(tasks.values())
   }
+  rows = {name: by_task[task] for name, task in tasks.items()}
   base = load_base(
     config.base.path,
     config.base.dtype,
@@ -101,7 +104,7 @@ def train_bank(config: Config, console: Console) -> None:
   """
   # ---- Whatever can be wrong is found out before anything is written. ----
   tasks = config.data.tasks
-  run = set_up(config, console)
+  run = set_up(config, dict(zip(tasks, tasks, strict=True)), console)
   held_out = {task: load_rows(config.data, task, "test") for task in tasks}
   encoders = {}
   if config.router.encoder == "minilm":
@@ -160,7 +163,7 @@ def fit_router(config: Config, name: str, bank: str, console: Console) -> None:
   """Fits a router to a bank, and saves it there.
 
   Args:
-    config: as in training; `data.tasks` are the bank's experts.
+    config: as in training; `data.tasks` are those of the bank's experts.
     name: the router's.
     bank: the bank's folder; "" is WORKDIR/bank.
     console: where progress is shown.
@@ -170,15 +173,17 @@ def fit_router(config: Config, name: str, bank: str, console: Console) -> None:
   """
   fit = get_fit(name)
   folder = Path(bank or Path(config.workdir) / "bank")
-  experts = read_record(folder).names
-  if set(config.data.tasks) != set(experts):
+  tasks = experts_tasks(folder, read_record(folder))
+  experts = tuple(tasks)
+  if set(config.data.tasks) != set(tasks.values()):
+    want = ", ".join(dict.fromkeys(tasks.values()))
     raise InputError(
       f"data.tasks: {', '.join(config.data.tasks)} is not allowed; want the"
-      f" bank's experts, {', '.join(experts)}"
+      f" tasks of the bank's experts, {want}"
     )
   data = dataclasses.replace(config.data, tasks=experts)
   config = dataclasses.replace(config, data=data)
-  run = set_up(config, console)
+  run = set_up(config, tasks, console)
   encoder = run.hidden_encoder
   if config.router.encoder == "minilm":
     encoder = functools.partial(load_minilm, config.router.minilm)
@@ -204,9 +209,31 @@ def fit_router(config: Config, name: str, bank: str, console: Console) -> None:
     )
 
 
+def experts_tasks(folder: Path, record: BankRecord) -> dict[str, str]:
+  """Returns by expert the task whose rows it was trained on.
+
+  Args:
+    folder: the bank's.
+    record: its bank.json. An expert of which it says no task is the task of its
+      own name.
+
+  Raises:
+    InputError: the rows of an expert's task are not known here.
+  """
+  tasks = {expert.name: expert.task or expert.name for expert in record.experts}
+  for name, task in tasks.items():
+    if task not in TASKS:
+      raise InputError(
+        f"--bank {folder}: expert {name!r} is of task {task!r}, which has no"
+        f" training rows here; known are {', '.join(TASKS)}; drop it, and add"
+        " it again with --task"
+      )
+  return tasks
+
+
 def centroid_rows(
   config: Config, rows: Mapping[str, Sequence[Row]]
 ) -> list[list[Row]]:
-  """Returns the training rows of each task that its vectors are made of."""
+  """Returns the training rows of each expert that its vectors are made of."""
   count = config.router.centroid_rows
-  return [sample_rows(rows[task], count) for task in config.data.tasks]
+  return [sample_rows(rows[name], count) for name in config.data.tasks]
