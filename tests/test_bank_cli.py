@@ -155,7 +155,7 @@ def test_mistakes_are_one_line_and_overwrite_nothing(
     (["bank-add", *CONFIG, "--name", "delta"], "--adapter: is needed"),
     (
       ["bank-add", *CONFIG, *named, "--base", "random:smollm2-135m"],
-      "trained on random:tiny .* give --base that one",
+      "trained on random:tiny .* give --base.path that one, .*--same-base",
     ),
     (
       ["bank-add", *CONFIG, *named, "--texts-file", tmp_path / "empty"],

@@ -364,3 +364,24 @@ def test_the_package_carries_smollm2():
   table = reader.read("embedding", (slice(0, 2000), slice(None)))
   assert table.shape == (2000, 576)
   assert 0.05 < table.std() < 0.5
+
+
+@pytest.mark.parametrize(
+  ("kind", "told"),
+  [
+    (
+      Type.F32,
+      "5185a91f9c755e34a75d0fb72301d60b9e61ce9e093db38b8f3d7841768f9cfe"
+      " d0cc14bc6bcdc9b8255eef33694c49e337534e0410066993669d4afedbbfcd10",
+    ),
+    (
+      Type.Q8_0,
+      "ebdcc72f41fef05376e866f2efd19c0923ceb943d1dd4e246d952c18e2be4cea"
+      " 45de463ec9cb261b9e06150128cc7cf6f19b859cda3165f0115621c8a71b4bb7",
+    ),
+  ],
+)
+def test_fingerprints_stay_what_banks_on_disk_say(path, kind, told):
+  """The second is version 0.1.0's of the same file."""
+  reader = open_base(write(path, draw(), kind=kind))
+  assert f"{reader.fingerprint()} {reader.fingerprint_1()}" == told

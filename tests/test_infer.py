@@ -284,7 +284,11 @@ def test_bad_banks_are_one_line(run, workdir, tmp_path):
   about = json.loads((bank / "bank.json").read_text())
   about["base"] = {"path": "his/base", "fingerprint": "random:other"}
   (bank / "bank.json").write_text(json.dumps(about))
-  refused(run, *one, bank=bank, told="trained on his/base")
+  for argv in (one, ["evaluate"]):
+    refused(run, *argv, bank=bank, told="trained on his/base.* --same-base")
+  assert "tokens/s" in run(*one, "--same-base", bank=bank)
+  shown = run("evaluate", "--same-base", "--variants", "uniform", bank=bank)
+  assert "uniform" in shown
 
   shutil.rmtree(bank)
   shutil.copytree(workdir / "bank", bank)

@@ -209,6 +209,7 @@ def test_every_setting_of_a_router_can_be_said():
     ({"bank": "x", "sharpen": "high"}, "sharpen: 'high' is not .* a number"),
     ({"bank": "x", "gates": "[0.5"}, r"gates: '\[0.5' is not .* numbers"),
     ({"bank": True}, "bank: True is not allowed; want a text"),
+    ({"same_base": 1}, "same_base: 1 is not .* true or false"),
     ({"add_bos_token": "yes"}, "add_bos_token: 'yes' is not .* true or false"),
     ({"max_length": 4097}, "max_length: 4097 is not .* 2 to the base's 32"),
     ({"max_length": 1}, "max_length: 1 is not allowed"),

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.loading import BOUND, write_checkpoint
 from tokenlora_jax.config import InputError, MeshConfig
 from tokenlora_jax.formats.hf import HfReader
-from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.load import identify_base, load_base
 from tokenlora_jax.formats.locate import open_base
 from tokenlora_jax.formats.reader import parameter_shapes
 from tokenlora_jax.mixing.mixture import forward
@@ -214,3 +214,9 @@ def test_little_memory_beside_the_base(larger, settings, hoard):
   found = json.loads(out)
   above = found["peak"] - found["floor"] - found["base"]
   assert (above <= BOUND * largest) != hoard, found
+
+
+def test_banks_on_disk_know_random_bases_by_their_names():
+  base = load_base("random:tiny", "float32")
+  assert base.fingerprint == identify_base("random:tiny").fingerprint
+  assert base.fingerprint == "random:tiny"

@@ -265,7 +265,10 @@ def figures(
 
 
 def load_bank(
-  folder: str | Path | Sequence[str | Path], base: Llama | None = None
+  folder: str | Path | Sequence[str | Path],
+  base: Llama | None = None,
+  *,
+  same_base: bool = False,
 ) -> Bank:
   """Reads a bank, or several of one base as one.
 
@@ -277,6 +280,8 @@ def load_bank(
   Args:
     folder: what `save_bank` wrote, or a list of such.
     base: checked to be the base the bank was trained on.
+    same_base: go on although the fingerprint of `base`, or of several banks'
+      bases, is another; the adapters' shapes are checked all the same.
 
   Returns:
     The bank, in the decoding layout.
@@ -286,7 +291,7 @@ def load_bank(
       another base, or banks that do not go together.
   """
   several = [folder] if isinstance(folder, (str, Path)) else list(folder)
-  records = _read_records(several, base)
+  records = _read_records(several, base, same_base)
   experts = _locate(records)
   for place, expert in experts.values():
     for file, digest in expert.sha256.items():
@@ -317,7 +322,7 @@ def load_bank(
 
 
 def _read_records(
-  folders: Sequence[str | Path], base: Llama | None
+  folders: Sequence[str | Path], base: Llama | None, same_base: bool
 ) -> dict[Path, BankRecord]:
   """Reads each folder's bank.json, and checks that all have one base."""
   if not folders:
@@ -327,14 +332,16 @@ def _read_records(
     if folder in records:
       raise InputError(f"--bank {folder}: is given twice; want it once")
     record = records[folder] = read_record(folder)
-    check_base(folder, record, base)
+    check_base(folder, record, base, same_base)
     first = next(iter(records.values()))
     # Two versions may name one base; both were compared with it then.
-    if base is None and record.fingerprint != first.fingerprint:
+    is_other = base is None and record.fingerprint != first.fingerprint
+    if is_other and not same_base:
       raise InputError(
         f"--bank {folder}: was trained on {record.base} (fingerprint"
         f" {record.fingerprint[:12]}), but {folders[0]} on {first.base}"
-        f" ({first.fingerprint[:12]}); want banks of one base"
+        f" ({first.fingerprint[:12]}); want banks of one base, or, where these"
+        " are the same weights, load_bank(..., same_base=True)"
       )
   return records
 
@@ -354,7 +361,10 @@ def _locate(
 
 
 def check_base(
-  folder: Path, record: BankRecord, base: Llama | BaseIdentity | None
+  folder: Path,
+  record: BankRecord,
+  base: Llama | BaseIdentity | None,
+  same_base: bool = False,
 ) -> None:
   """Raises `InputError` if a bank was trained on another base.
 
@@ -362,17 +372,23 @@ def check_base(
     folder: the bank's.
     record: its bank.json.
     base: None is not checked.
+    same_base: whether a person says that it is the same.
   """
-  if base is None or record.fingerprint in (
-    base.fingerprint,
-    base.fingerprint_1,
+  if (
+    base is None
+    or same_base
+    or record.fingerprint
+    in (
+      base.fingerprint,
+      base.fingerprint_1,
+    )
   ):
     return
   raise InputError(
     f"{folder / BANK}: the bank was trained on {record.base} (fingerprint"
     f" {record.fingerprint[:12]}), not on this base ({base.fingerprint[:12]});"
-    " give --base that one, or, where both are the same weights, write"
-    f" {base.fingerprint} into {BANK}'s base.fingerprint"
+    " give --base.path that one, or, where both are the same weights, say"
+    " --same-base (in Python, same_base=True)"
   )
 
 

@@ -69,8 +69,8 @@ def add_expert(
     encoders: what embeds them, by the bank's names of encoders.
     base: the bank's, which the adapter's shapes are compared with; otherwise
       they are compared with those of the other experts alone.
-    same_base: whether the base that the adapter's config names is the bank's,
-      under another name.
+    same_base: whether `base`, and the base that the adapter's config names,
+      are the bank's, under another name or in another form.
 
   Returns:
     The encoders of which the expert has no centroid.
@@ -100,7 +100,7 @@ def add_expert(
     )
   with drafting(folder) as scratch:
     record = _completed(folder, read_record(folder))
-    check_base(folder, record, base)
+    check_base(folder, record, base, same_base)
     _check_new(folder, record, name)
     for encoder in encoders:
       check_choice("encoders", encoder, tuple(record.centroids))

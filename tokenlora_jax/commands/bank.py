@@ -99,8 +99,8 @@ class Add(Config):
     task: whose rows it was trained on; those of a task that is known here give
       its centroids.
     texts_file: a file with a training text a line, for its centroids, instead.
-    same_base: the base that the adapter's config names is the bank's, under
-      another name.
+    same_base: the base that is given, and the one that the adapter's config
+      names, are the bank's, under another name or in another form.
   """
 
   bank: str = ""
@@ -119,7 +119,7 @@ def add(argv: Sequence[str], console: Console) -> None:
       raise InputError(f"--{flag}: is needed; see --help")
   record = read_record(args.bank)
   base = identify_base(args.base.path)
-  check_base(Path(args.bank), record, base)
+  check_base(Path(args.bank), record, base, args.same_base)
   texts = _texts(args) if record.centroids else []
   encoders = _encoders(args, record.centroids) if texts else {}
   with writing(Path(args.bank), _AGAIN):

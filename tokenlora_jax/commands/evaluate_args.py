@@ -11,6 +11,8 @@ class Evaluation(Config):
 
   Attributes:
     bank: the folder that train.py wrote; WORKDIR/bank by default.
+    same_base: go on with a bank whose base has another fingerprint, because it
+      is this base in another form.
     tasks: whose held-out rows are scored; those of the config by default.
     rows: how many rows a task; 0 is data.eval-rows.
     variants: what is compared: `base`; `own`, the adapter of a row's own task
@@ -31,6 +33,7 @@ class Evaluation(Config):
   """
 
   bank: str = ""
+  same_base: bool = False
   tasks: tuple[str, ...] = ()
   rows: int = 0
   variants: tuple[str, ...] = (

@@ -14,6 +14,8 @@ class Arguments(Config):
 
   Attributes:
     bank: the folder that train.py wrote; WORKDIR/bank by default.
+    same_base: go on with a bank whose base has another fingerprint, because it
+      is this base in another form.
     prompt: a prompt; may be given several times.
     prompts_file: a file with a prompt a line.
     examples: take the first so many held-out prompts of each task.
@@ -31,6 +33,7 @@ class Arguments(Config):
   """
 
   bank: str = ""
+  same_base: bool = False
   prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
   prompts_file: str = ""
   examples: int = 0

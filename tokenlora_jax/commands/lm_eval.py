@@ -86,7 +86,7 @@ class TokenLoraLM(TemplateLM):
     )  # fmt: skip
     self._adapters = self._router = None
     if args.bank:
-      bank = load_bank(args.bank, self._base)
+      bank = load_bank(args.bank, self._base, same_base=args.same_base)
       self._adapters, self._router = bank.adapters, bank.router(args.router)
     # A router that looks at nothing need not be asked again.
     looks = self._router is not None and self._router.needs != "nothing"

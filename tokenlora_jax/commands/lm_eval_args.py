@@ -29,6 +29,7 @@ class ModelArgs:
     base: `base` is its path; `dtype` and `quantize` are named as they are.
     router: `router` is its name; the other fields are named as they are.
     bank: the folder of a bank; empty is the base alone.
+    same_base: go on with a bank whose base has another fingerprint.
     refresh_every: tokens between two router calls; 0 is once, at the context.
     rule: what the gates mean.
     batch_size: texts that are read, or made, at once.
@@ -40,6 +41,7 @@ class ModelArgs:
   base: BaseConfig
   router: RouterConfig
   bank: str = ""
+  same_base: bool = False
   refresh_every: int = DecodeConfig.refresh_every
   rule: str = "exact"
   batch_size: int = 8
@@ -107,7 +109,7 @@ def _typed(name: str, value: Any, default: Any) -> Any:
   """Returns a value in its default's type; the command line guesses types."""
   field = f"model_args {name}"
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
-  if default is None:
+  if default is None or isinstance(default, bool):
     check(isinstance(value, bool), field, value, "true or false")
     return value
   if isinstance(default, str):

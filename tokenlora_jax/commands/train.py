@@ -34,12 +34,15 @@ class Arguments(Config):
     plan_json: write the plan to this new JSON file too.
     fit_router: do not train, but fit this router to a bank and save it there.
     bank: of fit_router: the bank's folder; WORKDIR/bank by default.
+    same_base: of fit_router: go on with a bank whose base has another
+      fingerprint, because it is this base in another form.
   """
 
   plan: str = ""
   plan_json: str = ""
   fit_router: str = ""
   bank: str = ""
+  same_base: bool = False
 
 
 def main(argv: Sequence[str]) -> None:
@@ -60,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
   from tokenlora_jax.commands.training import fit_router, train_bank
 
   if args.fit_router:
-    fit_router(config, args.fit_router, args.bank, console)
+    fit_router(config, args.fit_router, args.bank, console, args.same_base)
   else:
     train_bank(config, console)
 

@@ -159,7 +159,13 @@ def train_bank(config: Config, console: Console) -> None:
       )
 
 
-def fit_router(config: Config, name: str, bank: str, console: Console) -> None:
+def fit_router(
+  config: Config,
+  name: str,
+  bank: str,
+  console: Console,
+  same_base: bool = False,
+) -> None:
   """Fits a router to a bank, and saves it there.
 
   Args:
@@ -167,6 +173,7 @@ def fit_router(config: Config, name: str, bank: str, console: Console) -> None:
     name: the router's.
     bank: the bank's folder; "" is WORKDIR/bank.
     console: where progress is shown.
+    same_base: go on although the fingerprint of the bank's base is another.
 
   Raises:
     InputError: something of these does not fit together.
@@ -191,7 +198,7 @@ def fit_router(config: Config, name: str, bank: str, console: Console) -> None:
     Work(
       config,
       run.base,
-      load_bank(folder, run.base).adapters,
+      load_bank(folder, run.base, same_base=same_base).adapters,
       run.mesh,
       run.batches(),
       centroid_rows(config, run.rows),

@@ -28,4 +28,5 @@ def load(args: Arguments | Evaluation):
   if len(devices) > 1:
     mesh = decoding_mesh(base_shape(path), devices, quantize)
   base = load_base(path, args.base.dtype, mesh, quantize=quantize)
-  return base, tokenizer, load_bank(bank_folder(args), base)
+  bank = load_bank(bank_folder(args), base, same_base=args.same_base)
+  return base, tokenizer, bank
