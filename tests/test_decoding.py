@@ -407,3 +407,34 @@ def test_texts_in_texts_out(base, adapters, tokenizer, routers):
   count = told.lengths[0]
   row = told.tokens[0, :count].tolist()
   assert told.texts == [tokenizer.decode(row, skip_special_tokens=True)]
+
+
+def test_a_text_compiles_once_and_its_pace_leaves_that_out(
+  base, adapters, tokenizer, routers
+):
+  settings = config(refresh_every=2)
+  # Programs of this test alone.
+  prompts = [[1, 5], [7, 8, 9], [4]] * 3
+  before = graph.decode._cache_size()
+  decoder = Decoder(
+    base, prompts, adapters, routers["letters"], settings, tokenizer,
+    chunked=True,
+  )  # fmt: skip
+  stats = [out.stats for out in decoder]
+  assert len(stats) == NEW / 2
+  # The state that a call returns is placed as the first one was.
+  assert graph.decode._cache_size() == before + 1
+  made = [each["new_tokens"] for each in stats]
+  # The first call compiles what decodes, the second what is asked of a router
+  # again.
+  assert [each["timed_tokens"] for each in stats[:2]] == [0, 0]
+  assert [each["timed_tokens"] for each in stats[2:]] == [
+    n - made[1] for n in made[2:]
+  ]
+  first = stats[0]
+  spent = first["decode_seconds"] + first["router_seconds"]
+  assert first["tokens_per_second"] == pytest.approx(made[0] / spent)
+  again = generate(
+    base, prompts, adapters, routers["letters"], settings, tokenizer
+  )
+  assert again.stats["timed_tokens"] == again.stats["new_tokens"] == made[-1]

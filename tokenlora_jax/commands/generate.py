@@ -70,7 +70,7 @@ def generate(args: Arguments, console: Console) -> None:
       )  # fmt: skip
       shown = len(pieces)
     gates = out.gates[0, : out.lengths[0]]
-    speed = f"{out.stats['tokens_per_second']:.1f} tokens/s"
+    speed = report.speed(out.stats)
     console.print(
       f"\n{report.summary(gates, names)}", style="dim", markup=False
     )

@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 import dataclasses
 import math
-import time
 from typing import Any
 
 import jax
@@ -37,6 +36,7 @@ from tokenlora_jax.config import DecodeConfig, InputError
 from tokenlora_jax.data.tokens import Tokenizer, encode_prompt
 from tokenlora_jax.decoding import graph
 from tokenlora_jax.decoding.finite import check_finite
+from tokenlora_jax.decoding.generation import Generation, Pace
 from tokenlora_jax.decoding.sampling import Sampler
 from tokenlora_jax.decoding.text import TextStream
 from tokenlora_jax.mixing.mixture import resolve
@@ -46,35 +46,6 @@ from tokenlora_jax.model.lora import Adapters
 
 # Steps of a chunk where the gates are decided once, at the prompt.
 UNREFRESHED_CHUNK = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-  """What `generate` returns.
-
-  Attributes:
-    tokens: int32[B, N], the tokens made; the end token after the end.
-    log_probs: float32[B, N], the log-probability of each, before temperature
-      and restriction; 0 after the end.
-    gates: float32[B, N, E], the gates under which each was made.
-    lengths: int32[B], how many tokens of each row count, the end token
-      included.
-    texts: what the tokens say, without end token and stop string; None
-      without a tokenizer.
-    stats: `prompt_tokens`, `new_tokens`, `prefill_seconds`, `router_seconds`
-      (on the host's side), `decode_seconds` and `tokens_per_second`; the first
-      call of a shape compiles.
-    pieces: what each token that counts adds to its text; None without a
-      tokenizer.
-  """
-
-  tokens: np.ndarray
-  log_probs: np.ndarray
-  gates: np.ndarray
-  lengths: np.ndarray
-  texts: list[str] | None
-  stats: dict[str, float]
-  pieces: list[list[str]] | None = None
 
 
 def bucket(length: int) -> int:
@@ -134,6 +105,9 @@ class Decoder:
     elif router is not None:
       raise InputError("router: there are no adapters to route among")
     self._router = router
+    devices = base.embedding[...].sharding.device_set
+    # Where the state goes; several devices decide that between themselves.
+    self._place = next(iter(devices)) if len(devices) == 1 else None
     new = config.max_new_tokens
     refreshes = 0 < config.refresh_every < new
     refreshes &= router is None or not router.at_prompt_only
@@ -171,16 +145,14 @@ class Decoder:
       config.cache if decides else "reuse",
       evidence=refreshes and needs == "evidence",
       refresh=refreshes and needs in ("hidden", "evidence"),
-      split=len(base.embedding[...].sharding.device_set) > 1,
+      split=len(devices) > 1,
     )
     # What the compiled loop needs of the router, if anything.
     inside = self._reading.refresh or (router is not None and router.prototypes)
     self._graph_router = router if inside else None
     stops = self._host_router is not None or bool(config.stop) or chunked
     self._chunks_a_call = 1 if stops else chunks
-    self.stats = dict.fromkeys(
-      ("prefill_seconds", "router_seconds", "decode_seconds"), 0.0
-    )
+    self._pace = Pace()
 
   def _encode(self, prompts) -> list[list[int]]:
     if isinstance(prompts, str):
@@ -218,20 +190,21 @@ class Decoder:
       seen: what else it looks at.
       before: the gates until now; None at the prompt.
     """
-    start = time.perf_counter()
     observation = ()
-    if router.needs == "text":
-      made = made or [[]] * len(self._prompts)
-      observation = router.observe(
-        [
-          self.tokenizer.decode([*prompt, *more], skip_special_tokens=True)
-          for prompt, more in zip(self._prompts, made, strict=True)
-        ]
-      )
-    batch = np.zeros(len(self._prompts))
-    gates = graph.route(router, observation, seen, batch, before)
-    gates.block_until_ready()
-    self.stats["router_seconds"] += time.perf_counter() - start
+    with self._pace.timing("router"):
+      if router.needs == "text":
+        made = made or [[]] * len(self._prompts)
+        observation = router.observe(
+          [
+            self.tokenizer.decode([*prompt, *more], skip_special_tokens=True)
+            for prompt, more in zip(self._prompts, made, strict=True)
+          ]
+        )
+      batch = np.zeros(len(self._prompts))
+      gates = graph.route(router, observation, seen, batch)
+      if before is not None:
+        gates = graph.smooth(router, before, gates)
+      gates.block_until_ready()
     return gates
 
   def _ask_at_prompt(self, router: Router) -> tuple[jax.Array, Any]:
@@ -276,69 +249,66 @@ class Decoder:
     batch = len(self._prompts)
     lengths = np.array([len(p) for p in self._prompts], np.int32)
     size = bucket(int(lengths.max()) - 1)
-    gates, seen = jnp.zeros((batch, 0)), None
+    gates, seen = np.zeros((batch, 0), np.float32), None
     if self._router is not None:
       gates, seen = self._ask_at_prompt(self._router)
-    hidden = jnp.zeros((batch, self._base.config.width))
+    hidden = np.zeros((batch, self._base.config.width), np.float32)
     if self._needs == "hidden":
       hidden = seen * lengths[:, None]
-    start = time.perf_counter()
     tokens, pad = _left_pad([p[:-1] for p in self._prompts], size)
     last = np.array([p[-1] for p in self._prompts], np.int32)
     self._padded = np.append(tokens, last[:, None], axis=1)
-    cache, looked = graph.prefill(
-      self._base,
-      self._loras,
-      self._graph_router,
-      gates,
-      tokens,
-      pad,
-      reading=self._reading,
-      slots=size + self._room,
+    with self._pace.timing("prefill"):
+      cache, looked = graph.prefill(
+        self._base, self._loras, self._graph_router, gates, tokens, pad,
+        reading=self._reading, slots=size + self._room,
+      )  # fmt: skip
+      jax.block_until_ready(cache)
+    room = batch, self._room
+    # Arrays of NumPy, since JAX compiles a program for each way to fill one;
+    # and placed like the state that a call returns, or the next call would be
+    # another program.
+    return self._placed(
+      graph.DecodeState(
+        cache=cache,
+        looked=looked,
+        token=last,
+        gates=gates,
+        belief=(
+          seen
+          if self._needs == "evidence"
+          else np.zeros((batch, 0), np.float32)
+        ),
+        hidden=hidden,
+        lengths=lengths,
+        made=np.int32(0),
+        done=np.zeros(batch, bool),
+        tokens=np.full(room, max(self._end, 0), np.int32),
+        log_probs=np.zeros(room, np.float32),
+        trace=np.zeros((*room, gates.shape[1]), np.float32),
+        key=jax.random.key(self.config.seed),
+      )
     )
-    jax.block_until_ready(cache)
-    self.stats["prefill_seconds"] += time.perf_counter() - start
-    return graph.DecodeState(
-      cache=cache,
-      looked=looked,
-      token=jnp.asarray(last),
-      gates=gates,
-      belief=seen if self._needs == "evidence" else jnp.zeros((batch, 0)),
-      hidden=hidden,
-      lengths=jnp.asarray(lengths),
-      made=jnp.int32(0),
-      done=jnp.zeros(batch, bool),
-      tokens=jnp.full((batch, self._room), max(self._end, 0), jnp.int32),
-      log_probs=jnp.zeros((batch, self._room)),
-      trace=jnp.zeros((batch, self._room, gates.shape[1])),
-      key=jax.random.key(self.config.seed),
-    )
+
+  def _placed(self, tree):
+    return jax.device_put(tree, self._place)
 
   def __iter__(self) -> Iterator[Generation]:
     """Makes the texts; yields all that is made so far, again and again."""
     state = self._start()
     while True:
-      start = time.perf_counter()
-      state = graph.decode(
-        self._base,
-        self._loras,
-        self._graph_router,
-        state,
-        self._padded,
-        self._forced,
-        self._chunks_a_call,
-        self._end,
-        reading=self._reading,
-        sampler=self._sampler,
-        chunk=self._chunk,
-      )
-      made = min(int(state.made), self.config.max_new_tokens)
-      self.stats["decode_seconds"] += time.perf_counter() - start
+      with self._pace.timing("decode"):
+        state = graph.decode(
+          self._base, self._loras, self._graph_router, state, self._padded,
+          self._forced, self._chunks_a_call, self._end,
+          reading=self._reading, sampler=self._sampler, chunk=self._chunk,
+        )  # fmt: skip
+        made = min(int(state.made), self.config.max_new_tokens)
       so_far, ended = self._read_out(state, made)
       yield so_far
       if made == self.config.max_new_tokens or ended.all():
         return
-      state = dataclasses.replace(state, done=jnp.asarray(ended))
+      state = dataclasses.replace(state, done=self._placed(ended))
       if self._host_router is not None:
         texts = zip(so_far.tokens.tolist(), so_far.lengths, strict=True)
         gates = self._ask(
@@ -346,16 +316,17 @@ class Decoder:
           made=[row[:n] for row, n in texts],
           before=state.gates,
         )
-        state = dataclasses.replace(state, gates=gates)
+        state = dataclasses.replace(state, gates=self._placed(gates))
 
   def _read_out(
     self, state: graph.DecodeState, made: int
   ) -> tuple[Generation, np.ndarray]:
     """Returns what is made so far, and bool[B], which texts have ended."""
     # Copies, since the state's buffers are given to the next call.
-    tokens = np.array(state.tokens[:, :made])
-    log_probs = np.array(state.log_probs[:, :made])
-    gates = np.array(state.trace[:, :made])
+    tokens, log_probs, gates = (
+      np.asarray(array)[:, :made].copy()
+      for array in (state.tokens, state.log_probs, state.trace)
+    )
     at_end = tokens == self._end
     ended = at_end.any(axis=1)
     lengths = np.where(ended, at_end.argmax(axis=1) + 1, made).astype(np.int32)
@@ -370,12 +341,9 @@ class Decoder:
         texts.append(stream.text)
         pieces.append(list(stream.pieces))
     check_finite(log_probs, gates, lengths)
-    seconds = self.stats["decode_seconds"] + self.stats["router_seconds"]
     stats = {
-      **self.stats,
       "prompt_tokens": sum(map(len, self._prompts)),
-      "new_tokens": int(lengths.sum()),
-      "tokens_per_second": int(lengths.sum()) / max(seconds, 1e-9),
+      **self._pace.count(int(lengths.sum())),
     }
     after = np.arange(made)[None] >= lengths[:, None]
     tokens[after], log_probs[after] = max(self._end, 0), 0

@@ -232,14 +232,16 @@ def read_prompt(router, base, loras, tokens, pad) -> Any:
 
 
 @jax.jit
-def route(router, observation, seen, batch, before):
-  """Asks a router: float32[B, E]. Only the length of `batch` [B] matters.
-
-  `before` are the gates until now, or None.
-  """
+def route(router, observation, seen, batch):
+  """Asks a router: float32[B, E]. Only the length of `batch` [B] matters."""
   with jax.named_scope("router"):
-    gates = router.gates(batch.shape[0], observation, seen)
-    return gates if before is None else router.smooth(before, gates)
+    return router.gates(batch.shape[0], observation, seen)
+
+
+@jax.jit
+def smooth(router, before, gates):
+  """Smooths a router's new gates with those until now: float32[B, E]."""
+  return router.smooth(before, gates)
 
 
 @functools.partial(

@@ -4,7 +4,13 @@ from tokenlora_jax.report.colours import COLOURS
 from tokenlora_jax.report.heatmap import HeatMap, gate_summary
 from tokenlora_jax.report.page import heatmap_html
 from tokenlora_jax.report.picture import heatmap_png
-from tokenlora_jax.report.terminal import legend, summary, token_pieces, trace
+from tokenlora_jax.report.terminal import (
+  legend,
+  speed,
+  summary,
+  token_pieces,
+  trace,
+)
 
 __all__ = [
   "COLOURS",
@@ -13,6 +19,7 @@ __all__ = [
   "heatmap_html",
   "heatmap_png",
   "legend",
+  "speed",
   "summary",
   "token_pieces",
   "trace",

@@ -5,7 +5,7 @@ Axis letters: N tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import itertools
 from typing import Any
 
@@ -82,6 +82,25 @@ def _short(number: float) -> str:
   """Two digits, and no zero before the point."""
   text = f"{number:.2f}"
   return text.replace("0.", ".", 1) if abs(number) < 1 else text
+
+
+def speed(stats: Mapping[str, float]) -> str:
+  """Returns the tokens a second of a `Generation.stats`, in words.
+
+  Example:
+    >>> speed({"tokens_per_second": 2.0, "timed_tokens": 4, "new_tokens": 4})
+    '2.0 tokens/s'
+    >>> speed({"tokens_per_second": 2.0, "timed_tokens": 4, "new_tokens": 6})
+    '2.0 tokens/s (without compiling)'
+    >>> speed({"tokens_per_second": 2.0, "timed_tokens": 0, "new_tokens": 6})
+    '2.0 tokens/s (compiling included)'
+  """
+  rate = f"{stats['tokens_per_second']:.1f} tokens/s"
+  if not stats["timed_tokens"]:
+    return f"{rate} (compiling included)"
+  if stats["timed_tokens"] < stats["new_tokens"]:
+    return f"{rate} (without compiling)"
+  return rate
 
 
 def token_pieces(tokenizer: Any, tokens: Sequence[int], text: str) -> list[str]:
