@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tokenlora_jax.config import InputError, nearest
+from tokenlora_jax.formats.gguf_header import Header, Tensor, read_header
 from tokenlora_jax.formats.reader import (
   END,
   BaseReader,
@@ -24,9 +26,6 @@ from tokenlora_jax.formats.reader import (
 )
 from tokenlora_jax.formats.tensors import check_fetched
 from tokenlora_jax.model.config import LlamaConfig, RopeScaling
-
-if TYPE_CHECKING:
-  from gguf import GGUFReader
 
 # Our modules and theirs; {} is the layer's number.
 _MODULES = {
@@ -48,46 +47,23 @@ _MODELS = ("llama", "qwen2")
 _ROPE_FREQS = "rope_freqs.weight"
 
 
-def open_gguf(path: Path) -> GGUFReader:
-  """Maps a GGUF file and reads its header.
+def open_gguf(path: Path) -> Header:
+  """Reads a GGUF file's header.
 
   Args:
     path: the file.
 
   Raises:
-    InputError: it is not a whole GGUF file of this machine's byte order.
+    InputError: it is not a whole GGUF file of this machine's byte order, or
+      one of a model's several.
   """
-  import gguf
-
   check_fetched(path)
-
-  class Bounded(gguf.GGUFReader):
-    """Fails at the file's end, where the library would go on with nothing."""
-
-    def _get(self, offset, dtype, count=1, override_order=None):
-      # The library's own is as strict as this, but makes five views of a memory
-      # map each time; a vocabulary's header asks 250,000 times.
-      dtype = np.dtype(dtype)
-      end = int(offset) + int(count) * dtype.itemsize
-      if end > len(self.data):
-        raise ValueError(f"ends at byte {len(self.data)}, before byte {end}")
-      order = override_order or self.byte_order
-      if order != "I":
-        dtype = dtype.newbyteorder(order)
-      return np.ndarray(int(count), dtype, self.data.base, int(offset))
-
   try:
-    with np.errstate(over="raise"):
-      file = Bounded(path)
-  # A damaged header can trip the library anywhere.
-  except (
-    ArithmeticError, LookupError, OSError, RecursionError, TypeError, ValueError,
-  ) as error:  # fmt: skip
+    file = read_header(path)
+  except (OSError, RecursionError, ValueError) as error:
     raise InputError(
       f"{path}: not a whole GGUF file ({one_line(error)})"
     ) from error
-  if file.byte_order != "I":
-    raise InputError(f"{path}: is in the other byte order; want little-endian")
   if metadata(file, "split.count", 0) not in (0, 1):
     raise split_error(path, path)
   return file
@@ -107,7 +83,7 @@ def split_error(where: Path, first: Path) -> InputError:
   )
 
 
-def metadata(file: GGUFReader, name: str, default: Any = None) -> Any:
+def metadata(file: Header, name: str, default: Any = None) -> Any:
   """Returns a metadata value of an open file, or `default` if it has none.
 
   Args:
@@ -118,15 +94,20 @@ def metadata(file: GGUFReader, name: str, default: Any = None) -> Any:
   Raises:
     InputError: a text is no UTF-8.
   """
-  field = file.fields.get(name)
   try:
-    return default if field is None else field.contents()
+    return _decoded(file.fields.get(name, default))
   except UnicodeDecodeError as error:
     raise InputError(f"GGUF {name}: no UTF-8 ({one_line(error)})") from error
 
 
+def _decoded(value: Any) -> Any:
+  if isinstance(value, list):
+    return [_decoded(each) for each in value]
+  return value.decode() if isinstance(value, bytes) else value
+
+
 def parse_metadata(
-  file: GGUFReader, stored: Mapping[str, Stored], where: str
+  file: Header, stored: Mapping[str, Stored], where: str
 ) -> LlamaConfig:
   """Reads the shape of the Llama from GGUF metadata.
 
@@ -265,19 +246,20 @@ class GgufReader(BaseReader):
     where = str(path)
     file = open_gguf(path)
     self._path = path
-    self._tensors = {t.name: t for t in file.tensors}
+    self._tensors = file.tensors
     stored = {
-      name: Stored(tuple(reversed(t.shape.tolist())), t.tensor_type.name)
-      for name, t in self._tensors.items()
+      name: Stored(tensor.shape, tensor.kind.name)
+      for name, tensor in file.tensors.items()
     }
     config = parse_metadata(file, stored, where)
     # Converters turn q and k into the order of llama.cpp's rotary
     # embedding, which rotates neighbours; for Qwen2 it rotates halves.
     self._interleaved = metadata(file, "general.architecture") == "llama"
-    types = {t.tensor_type for t in file.tensors}
+    types = {tensor.kind for tensor in file.tensors.values()}
     readable = {t.name for t in types if _is_readable(t)}
     if _ROPE_FREQS in stored and stored[_ROPE_FREQS].dtype == "F32":
-      scaling = _llama3_scaling(self._tensors[_ROPE_FREQS].data, config, where)
+      divisors = self._blocks(self._tensors[_ROPE_FREQS])
+      scaling = _llama3_scaling(divisors, config, where)
       config = dataclasses.replace(config, rope_scaling=scaling)
     super().__init__(
       where, config, _MODULES, stored, readable, lambda key: key == _ROPE_FREQS
@@ -287,22 +269,22 @@ class GgufReader(BaseReader):
     tensor = self._tensors[key]
     rows = index[0]
     if self._interleaved and key.split(".")[2:3] in (["attn_q"], ["attn_k"]):
-      rows = _half_order(tensor.data.shape[0], self.config.head_width)[rows]
-    values = _dequantize(self._blocks(tensor, rows), tensor.tensor_type)
+      rows = _half_order(tensor.shape[0], self.config.head_width)[rows]
+    values = _dequantize(self._blocks(tensor, rows), tensor.kind)
     return values[:, index[1]] if len(index) > 1 else values
 
-  def _blocks(self, tensor, rows):
-    data = tensor.data
+  def _blocks(self, tensor: Tensor, rows: Any = slice(None)) -> np.ndarray:
     return part_of_file(
-      self._path, data.dtype, tensor.data_offset, data.shape, rows
+      self._path, tensor.dtype, tensor.offset, tensor.stored, rows
     )
 
   def _ends(self, key):
-    data, offset = self._tensors[key].data, self._tensors[key].data_offset
-    size = (data.nbytes,)
+    tensor = self._tensors[key]
+    size = (math.prod(tensor.stored) * tensor.dtype.itemsize,)
     ends = slice(END), slice(-END, None)
     head, tail = (
-      part_of_file(self._path, np.uint8, offset, size, end) for end in ends
+      part_of_file(self._path, np.uint8, tensor.offset, size, end)
+      for end in ends
     )
     return head.tobytes(), tail.tobytes()
 
