@@ -325,6 +325,30 @@ def test_routers_of_a_bank(bank):
   assert mine.gates(1, (), None).tolist() == [[0, 1, 0]]
 
 
+def test_a_router_of_ones_own_keeps_its_own_settings(bank):
+  """A setting of the config that nobody gave is no reason to change them."""
+  reached = []
+
+  @register_router("mine")
+  def mine(
+    centroids, gates, encoder="hidden", sharpen=9.0, prior="sum", other=3
+  ):
+    reached.append((centroids, gates, encoder, sharpen, prior, other))
+    return ConstantRouter(jnp.asarray(gates))
+
+  gates = (0.5, 0.25, 0.25)
+  bank.router(RouterConfig(name="mine", gates=gates))
+  bank.router(
+    RouterConfig(name="mine", gates=gates, sharpen=2.0, prior="fixed")
+  )
+  (table, *left_out), (_, *given) = reached
+  np.testing.assert_array_equal(table, bank.centroids["hidden"])
+  assert left_out == [gates, "hidden", 9.0, "sum", 3]
+  assert given[:3] == [gates, "hidden", 2.0]
+  # A prior that is given is a router already.
+  assert given[3].gates(1, (), None).tolist() == [list(gates)]
+
+
 @pytest.mark.parametrize(
   ("settings", "told"),
   [

@@ -178,6 +178,28 @@ def test_a_classifier_is_where_the_penalised_loss_is_least():
 # HiLoRA's parts.
 
 
+def test_hilora_sorts_once_and_ties_go_to_the_first():
+  """Beside the obvious: each part's place in a stable order."""
+  adapters = random_adapters(make_base(), experts=3, rank=6)
+  router, _ = make("hilora", 8, "hidden", 3, adapters)
+  rng = np.random.default_rng(1)
+  # Small whole numbers, so that most rows have ties.
+  low = rng.integers(-2, 3, (4, 50, 3, 6)).astype(np.float32)
+  for kept in ([0, 1, 2], [3, 4, 5], [6, 6, 1]):
+    found = router.position_gates(jnp.array(kept), None, None, low)
+    order = np.argsort(-np.abs(low), axis=-1, kind="stable")
+    places = np.argsort(order, axis=-1)
+    np.testing.assert_array_equal(found, places < np.array(kept)[:, None])
+  told = str(
+    jax.make_jaxpr(
+      lambda kept, x: router.position_gates(kept, None, None, x)
+    )(jnp.array(kept), low)
+  )  # fmt: skip
+  assert told.count("sort[") == 1
+  # Of values alone, not of their places with them.
+  assert "num_keys=1" in told and "iota" not in told
+
+
 def test_hilora_keeps_the_parts_that_answer_most():
   """Of each adapter's own: two of rank 3 stand beside two of rank 5."""
   adapters = random_adapters(make_base(), experts=4, rank=5)

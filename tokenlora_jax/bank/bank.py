@@ -37,7 +37,11 @@ from tokenlora_jax.formats.load import BaseIdentity
 from tokenlora_jax.formats.minilm import load_minilm
 from tokenlora_jax.formats.peft import expert_maps, load_adapters, save_adapter
 from tokenlora_jax.mixing.router import Router
-from tokenlora_jax.mixing.routers import make_router, router_settings
+from tokenlora_jax.mixing.routers import (
+  make_router,
+  router_defaults,
+  router_settings,
+)
 from tokenlora_jax.mixing.shaping import SHAPING
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
@@ -115,7 +119,8 @@ class Bank:
     """Returns the router of these settings, for this bank's experts.
 
     A router that something was fitted for is made with those arrays and
-    settings.
+    settings. A setting that is the config's default is left to the router's
+    own function, which may have another: one of a person's own.
 
     Raises:
       InputError: the router does not exist, or the bank lacks its centroids or
@@ -123,9 +128,14 @@ class Bank:
     """
     taken = router_settings(config.name)
     fitted = self.fitted.get(config.name)
+    own, unset = router_defaults(config.name), RouterConfig()
     settings: dict[str, Any] = {
-      name: getattr(config, name) for name in taken if hasattr(config, name)
+      name: getattr(config, name)
+      for name in taken
+      if hasattr(config, name)
+      and not (name in own and getattr(config, name) == getattr(unset, name))
     }
+    encoder = settings.get("encoder", own.get("encoder"))
     if fitted is not None:
       fitted = self.fitted_for(config.name)
       # Its vectors are compared with those of its own encoder alone.
@@ -136,7 +146,9 @@ class Bank:
     elif fitted is not None:
       settings |= fitted.arrays
     elif "centroids" in taken:
-      settings["centroids"] = self._table(config.encoder)
+      settings["centroids"] = self._table(
+        encoder if isinstance(encoder, str) else config.encoder
+      )
     elif "encoder" in taken:
       # What it compares vectors with can only have been fitted.
       self.fitted_for(config.name)
@@ -144,7 +156,7 @@ class Bank:
       settings["encoder"] = _encoder(settings["encoder"], config)
     if "adapters" in taken:
       settings["adapters"] = self.adapters
-    if "prior" in taken:
+    if "prior" in settings:
       prior = dataclasses.replace(
         config, name=config.prior, prior="uniform", top_k=None,
         temperature=None, threshold=0.0, smoothing=0.0,

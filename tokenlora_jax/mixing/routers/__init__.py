@@ -30,6 +30,7 @@ from tokenlora_jax.mixing.routers.posterior import PosteriorRouter
 from tokenlora_jax.mixing.routers.registry import (
   make_router,
   register_router,
+  router_defaults,
   router_settings,
 )
 from tokenlora_jax.mixing.routers.spectr import SpectrRouter, output_factors
@@ -77,6 +78,7 @@ __all__ = [
   "output_factors",
   "read_table",
   "register_router",
+  "router_defaults",
   "router_settings",
   "shape_gates",
   "sharpened_softmax",

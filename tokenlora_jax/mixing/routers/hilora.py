@@ -66,9 +66,18 @@ class HiloraRouter(EmbeddingRouter):
   def position_gates(self, prototype, lora, x, low):
     del lora, x
     size = jnp.abs(low)
-    # How many parts answer more; where two are equal, the first goes first.
-    places = jnp.argsort(jnp.argsort(-size, axis=-1), axis=-1)
-    return (places < prototype[:, None]).astype(jnp.float32)
+    # The least answer that stays, of one sort; where several parts answer just
+    # so, the first of them stay.
+    last = jnp.maximum(prototype, 1)[:, None] - 1
+    least = jnp.take_along_axis(
+      -jnp.sort(-size, axis=-1),
+      jnp.broadcast_to(last, (*size.shape[:3], 1)),
+      -1,
+    )
+    more, equal = size > least, size == least
+    left = prototype[:, None] - more.sum(axis=-1, keepdims=True)
+    stays = more | (equal & (jnp.cumsum(equal, axis=-1) <= left))
+    return stays.astype(jnp.float32)
 
 
 def own_ranks(lora: Lora) -> np.ndarray:

@@ -61,6 +61,27 @@ def router_settings(name: str) -> tuple[str, ...]:
   return tuple(inspect.signature(_MAKERS[name][0]).parameters)
 
 
+def router_defaults(name: str) -> dict[str, Any]:
+  """Returns what a router's settings are where they are left out.
+
+  Args:
+    name: the router's.
+
+  Returns:
+    By setting; those without a default are not in it.
+
+  Raises:
+    InputError: there is no such router.
+
+  Example:
+    >>> router_defaults("posterior")
+    {'prior': 'uniform', 'evidence': 'answer', 'share': 0.0}
+  """
+  check_choice("router", name, sorted(_MAKERS))
+  parameters = inspect.signature(_MAKERS[name][0]).parameters.values()
+  return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
 def make_router(name: str, **settings: Any) -> Router:
   """Makes a router by name.
 
