@@ -12,7 +12,7 @@ import infer
 from tokenlora_jax.bank.arrays import Fitted
 from tokenlora_jax.bank.bank import Bank, Expert, load_bank, save_bank
 from tokenlora_jax.config import InputError
-from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.load import Base, load_base
 from tokenlora_jax.formats.peft import load_adapters, save_adapter
 from tokenlora_jax.model.lora import Adapters, random_adapters
 
@@ -46,9 +46,7 @@ def folder(base, tmp_path):
 @pytest.fixture
 def run(folder, base, monkeypatch, capsys):
   """Gives infer.py a command on the bank, and returns what it prints."""
-  monkeypatch.setattr(
-    "tokenlora_jax.commands.bank.load_base", lambda *_, **__: base
-  )
+  monkeypatch.setattr(Base, "weights", lambda *_, **__: base)
   monkeypatch.setenv("COLUMNS", "120")
 
   def run(command, *argv):

@@ -25,7 +25,7 @@ from tokenlora_jax.config import (
 from tokenlora_jax.data.batches import batches
 from tokenlora_jax.data.examples import tokenize
 from tokenlora_jax.data.rows import Row, load_rows
-from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.load import Base, load_base
 from tokenlora_jax.mixing.mixture import forward
 from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.mixing.shaping import keep_top
@@ -268,7 +268,7 @@ def test_the_program_fits_a_router_and_saves_it(tmp_path, capsys, monkeypatch):
   before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
   argv = [*SETTINGS, "--bank", str(folder), "--fit-router", "lora-flow"]
-  monkeypatch.setattr(training, "load_base", functools.cache(load_base))
+  monkeypatch.setattr(Base, "weights", functools.cache(Base.weights))
   train.main(argv)
   told = capsys.readouterr().out
   assert "lora-flow: fitted to gsm8k, codealpaca, in " in told
@@ -307,7 +307,7 @@ def test_an_expert_of_another_name_reads_its_tasks_rows(tmp_path, monkeypatch):
     return {}, {"weights": np.ones(3)}
 
   monkeypatch.setattr(training, "get_fit", lambda name: fit)
-  monkeypatch.setattr(training, "load_base", functools.cache(load_base))
+  monkeypatch.setattr(Base, "weights", functools.cache(Base.weights))
   argv = [*SETTINGS, "--bank", str(folder), "--fit-router", "lora-flow"]
   argv += ["--data.rows", "8", "--mesh.expert", "1"]
   train.main(argv)

@@ -13,7 +13,7 @@ import pytest
 
 import infer
 from tokenlora_jax.bank.bank import load_bank, save_bank
-from tokenlora_jax.commands import training, wiring
+from tokenlora_jax.commands import wiring
 from tokenlora_jax.commands.generate_args import Arguments
 from tokenlora_jax.config import (
   BaseConfig,
@@ -23,7 +23,7 @@ from tokenlora_jax.config import (
 )
 from tokenlora_jax.decoding import generate
 from tokenlora_jax.evaluation.experiment.results import summarise
-from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.load import Base, load_base
 from tokenlora_jax.formats.tokenizers import load_tokenizer
 from tokenlora_jax.model.lora import Adapters
 from tokenlora_jax.report.trace import GateTrace
@@ -45,8 +45,7 @@ def workdir(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("runs") / "tiny"
   with pytest.MonkeyPatch.context() as patch:
     # The random base is drawn once a layout: drawing is what takes time.
-    for program in (training, wiring):
-      patch.setattr(program, "load_base", functools.cache(load_base))
+    patch.setattr(Base, "weights", functools.cache(Base.weights))
     train.main([*SETTINGS, "--workdir", str(workdir)])
     yield workdir
 
@@ -87,7 +86,7 @@ def test_examples_are_decoded_and_recorded(run, workdir, tmp_path):
   )  # fmt: skip
   found = records(output)
   assert len(found) == 2
-  base = wiring.load_base("random:tiny", "float32")
+  base = load_base("random:tiny", "float32")
   tokenizer = load_tokenizer("random:tiny")
   bank = load_bank(workdir / "bank", base)
   assert bank.experts["gsm8k"].template == "Question: {question}\n\nAnswer:"

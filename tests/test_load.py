@@ -1,5 +1,6 @@
 """Loading: onto a mesh, each device its own part, and with little memory."""
 
+import dataclasses
 import json
 from pathlib import Path
 import subprocess
@@ -10,13 +11,19 @@ import numpy as np
 import pytest
 
 from benchmarks.loading import BOUND, write_checkpoint
-from tokenlora_jax.config import InputError, MeshConfig
+from tokenlora_jax import formats
+from tokenlora_jax.bank.bank import Bank, save_bank
+from tokenlora_jax.commands import wiring
+from tokenlora_jax.commands.generate_args import Arguments
+from tokenlora_jax.config import BaseConfig, InputError, MeshConfig
 from tokenlora_jax.formats.hf import HfReader
-from tokenlora_jax.formats.load import identify_base, load_base
-from tokenlora_jax.formats.locate import open_base
+from tokenlora_jax.formats.load import base_shape, identify_base, load_base
+from tokenlora_jax.formats.locate import locate, open_base
 from tokenlora_jax.formats.reader import parameter_shapes
+from tokenlora_jax.formats.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.mixture import forward
 from tokenlora_jax.model.config import PRESETS, LlamaConfig
+from tokenlora_jax.model.lora import random_adapters
 from tokenlora_jax.model.quantize import QUANTIZERS
 from tokenlora_jax.parallel.sharding import make_mesh, tree_shardings
 
@@ -214,6 +221,35 @@ def test_little_memory_beside_the_base(larger, settings, hoard):
   found = json.loads(out)
   above = found["peak"] - found["floor"] - found["base"]
   assert (above <= BOUND * largest) != hoard, found
+
+
+def test_a_command_finds_its_base_once(monkeypatch, tmp_path):
+  """Tokenizer, shape, fingerprint and weights are of one look at the path."""
+  write_checkpoint(tmp_path, PRESETS["tiny"], "float32", 2**30)
+  load_tokenizer("random:tiny").save_pretrained(tmp_path)
+  looks = []
+
+  def look(path, *args):
+    looks.append(path)
+    return locate(path, *args)
+
+  for module in (formats.locate, formats.tokenizers):
+    monkeypatch.setattr(module, "locate", look)
+  args = Arguments(base=BaseConfig(path=str(tmp_path), dtype="float32"))
+  adapters = random_adapters(load_base(str(tmp_path), "float32"), 2, 2)
+  identity = identify_base(str(tmp_path))
+  bank = Bank(adapters, str(tmp_path), identity.fingerprint, {})
+  save_bank(tmp_path / "bank", bank)
+  looks.clear()
+  args = dataclasses.replace(args, bank=str(tmp_path / "bank"))
+  base, tokenizer, _ = wiring.load(args)
+  assert looks == [str(tmp_path)]
+  # The thin functions over it give the same, with a look each.
+  assert base.config == base_shape(str(tmp_path)) == PRESETS["tiny"]
+  assert base.fingerprint == identity.fingerprint
+  theirs = load_tokenizer(tmp_path)
+  assert tokenizer.get_vocab() == theirs.get_vocab()
+  assert len(looks) == 3
 
 
 def test_banks_on_disk_know_random_bases_by_their_names():

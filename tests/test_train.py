@@ -13,9 +13,8 @@ import safetensors.numpy
 
 from tokenlora_jax.bank.bank import load_bank
 from tokenlora_jax.commands import cli
-from tokenlora_jax.commands import training as training_command
 from tokenlora_jax.config import Config, InputError
-from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.load import Base, load_base
 from tokenlora_jax.parallel.sharding import make_mesh
 from tokenlora_jax.training import step as training
 from tokenlora_jax.training.checkpoint import Checkpoints
@@ -43,9 +42,7 @@ config = Config(
 @pytest.fixture(scope="module", autouse=True)
 def base_once():
   """The base is drawn once for all runs."""
-  with mock.patch.object(
-    training_command, "load_base", functools.cache(load_base)
-  ):
+  with mock.patch.object(Base, "weights", functools.cache(Base.weights)):
     yield
 
 
@@ -76,9 +73,7 @@ def test_the_bank_holds_the_last_checkpoints_adapters(run):
   assert np.ptp(bank.centroids["hidden"], axis=0).max() > 1e-3
 
   mesh = make_mesh(config.mesh)
-  base = training_command.load_base(
-    "random:tiny", "float32", mesh, stacked=True
-  )
+  base = load_base("random:tiny", "float32", mesh, stacked=True)
   checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
   state, _ = checkpoints.restore(training.init_state(config, base, mesh), mesh)
   checkpoints.close()

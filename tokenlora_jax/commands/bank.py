@@ -20,9 +20,8 @@ from tokenlora_jax.data.rows import load_rows, sample_rows
 from tokenlora_jax.data.tasks import TASKS, get_task
 from tokenlora_jax.encoders import HiddenEncoder
 from tokenlora_jax.files import check_new_file, read_lines, writing
-from tokenlora_jax.formats.load import identify_base, load_base
+from tokenlora_jax.formats.load import Base
 from tokenlora_jax.formats.minilm import load_minilm
-from tokenlora_jax.formats.tokenizers import load_tokenizer
 
 # What follows, in an error, when a disk is well again.
 _AGAIN = "give the command again; the bank is whole"
@@ -118,10 +117,10 @@ def add(argv: Sequence[str], console: Console) -> None:
     if not getattr(args, flag):
       raise InputError(f"--{flag}: is needed; see --help")
   record = read_record(args.bank)
-  base = identify_base(args.base.path)
-  check_base(Path(args.bank), record, base, args.same_base)
+  base = Base.open(args.base.path)
+  check_base(Path(args.bank), record, base.identity, args.same_base)
   texts = _texts(args) if record.centroids else []
-  encoders = _encoders(args, record.centroids) if texts else {}
+  encoders = _encoders(args, base, record.centroids) if texts else {}
   with writing(Path(args.bank), _AGAIN):
     lacking = add_expert(
       args.bank,
@@ -131,7 +130,7 @@ def add(argv: Sequence[str], console: Console) -> None:
       template=get_task(args.task).template if args.task in TASKS else "",
       texts=texts if encoders else [],
       encoders=encoders,
-      base=base,
+      base=base.identity,
       same_base=args.same_base,
     )
   console.print(f"added {args.name} to {args.bank}", markup=False)
@@ -144,14 +143,15 @@ def add(argv: Sequence[str], console: Console) -> None:
     )
 
 
-def _encoders(args: Add, wanted: Iterable[str]) -> dict:
+def _encoders(args: Add, base: Base, wanted: Iterable[str]) -> dict:
   encoders = {}
   if "minilm" in wanted:
     encoders["minilm"] = load_minilm(args.router.minilm)
   if "hidden" in wanted:
-    base, tokenizer = args.base, load_tokenizer(args.base.path)
-    model = load_base(base.path, base.dtype, quantize=base.quantize)
-    encoders["hidden"] = HiddenEncoder(model, tokenizer, args.data.length)
+    model = base.weights(args.base.dtype, quantize=args.base.quantize)
+    encoders["hidden"] = HiddenEncoder(
+      model, base.tokenizer(), args.data.length
+    )
   return encoders
 
 

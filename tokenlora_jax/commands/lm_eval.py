@@ -35,8 +35,7 @@ from tokenlora_jax.commands.lm_eval_args import (
 from tokenlora_jax.config import DecodeConfig, InputError, check
 from tokenlora_jax.decoding import Decoder
 from tokenlora_jax.evaluation.likelihood import Scorer
-from tokenlora_jax.formats.load import load_base
-from tokenlora_jax.formats.tokenizers import load_tokenizer
+from tokenlora_jax.formats.load import Base
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +63,8 @@ class TokenLoraLM(TemplateLM):
   def __init__(self, **model_args: Any):
     super().__init__()
     self._args = args = parse_model_args(model_args)
-    self.tokenizer = load_tokenizer(args.base.path)
+    found = Base.open(args.base.path)
+    self.tokenizer = found.tokenizer()
     if self.prefix_token_id is None:
       raise InputError(
         f"{args.base.path}: its tokenizer has neither BOS nor EOS"
@@ -75,9 +75,7 @@ class TokenLoraLM(TemplateLM):
         "model_args add_bos_token", True, "false: the tokenizer has no BOS",
       )  # fmt: skip
       self.tokenizer.add_bos_token = args.add_bos_token
-    self._base = load_base(
-      args.base.path, args.base.dtype, quantize=args.base.quantize
-    )
+    self._base = found.weights(args.base.dtype, quantize=args.base.quantize)
     longest = self._base.config.max_length
     self.max_length = args.max_length or longest
     check(

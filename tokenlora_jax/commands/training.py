@@ -20,9 +20,8 @@ from tokenlora_jax.data.batches import batches, held_out_batches
 from tokenlora_jax.data.rows import Row, load_rows, sample_rows
 from tokenlora_jax.data.tasks import TASKS, get_task
 from tokenlora_jax.encoders import HiddenEncoder
-from tokenlora_jax.formats.load import load_base
+from tokenlora_jax.formats.load import Base
 from tokenlora_jax.formats.minilm import load_minilm
-from tokenlora_jax.formats.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.routers import centroids
 from tokenlora_jax.model.fused_attention import choose_kernel
 from tokenlora_jax.model.llama import Llama
@@ -76,18 +75,15 @@ def set_up(config: Config, tasks: Mapping[str, str], console: Console) -> Run:
   console.quiet = jax.process_index() > 0
   cli.keep_programs(config.compilation_cache, console)
   mesh = make_mesh(config.mesh, config.data.rows // config.accumulate)
-  tokenizer = load_tokenizer(config.base.path)
+  found = Base.open(config.base.path)
+  tokenizer = found.tokenizer()
   by_task = {
     task: load_rows(config.data, task, "train")
     for task in dict.fromkeys(tasks.values())
   }
   rows = {name: by_task[task] for name, task in tasks.items()}
-  base = load_base(
-    config.base.path,
-    config.base.dtype,
-    mesh,
-    stacked=True,
-    quantize=config.base.quantize,
+  base = found.weights(
+    config.base.dtype, mesh, stacked=True, quantize=config.base.quantize
   )
   return Run(config, mesh, tokenizer, rows, base)
 

@@ -7,8 +7,7 @@ import jax
 from tokenlora_jax.bank.bank import load_bank
 from tokenlora_jax.commands.evaluate_args import Evaluation
 from tokenlora_jax.commands.generate_args import Arguments
-from tokenlora_jax.formats.load import base_shape, load_base
-from tokenlora_jax.formats.tokenizers import load_tokenizer
+from tokenlora_jax.formats.load import Base
 from tokenlora_jax.parallel.sharding import decoding_mesh
 
 
@@ -22,11 +21,10 @@ def load(args: Arguments | Evaluation):
 
   The base is split between this machine's devices, by its kv heads.
   """
-  tokenizer = load_tokenizer(args.base.path)
-  path, quantize, mesh = args.base.path, args.base.quantize, None
-  devices = jax.local_devices()
+  folder, devices = bank_folder(args), jax.local_devices()
+  found, quantize, mesh = Base.open(args.base.path), args.base.quantize, None
+  tokenizer = found.tokenizer()
   if len(devices) > 1:
-    mesh = decoding_mesh(base_shape(path), devices, quantize)
-  base = load_base(path, args.base.dtype, mesh, quantize=quantize)
-  bank = load_bank(bank_folder(args), base, same_base=args.same_base)
-  return base, tokenizer, bank
+    mesh = decoding_mesh(found.shape, devices, quantize)
+  base = found.weights(args.base.dtype, mesh, quantize=quantize)
+  return base, tokenizer, load_bank(folder, base, same_base=args.same_base)

@@ -14,6 +14,7 @@ import functools
 import math
 from pathlib import Path
 import re
+from typing import TYPE_CHECKING
 import zlib
 
 import jax
@@ -22,7 +23,8 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 import numpy as np
 
 from tokenlora_jax.config import check_choice
-from tokenlora_jax.formats.locate import BaseReader, open_base
+from tokenlora_jax.formats.locate import BaseReader, locate_base, read_base
+from tokenlora_jax.formats.tokenizers import load_tokenizer, read_tokenizer
 from tokenlora_jax.model.config import HUB_PRESETS, PRESETS, LlamaConfig
 from tokenlora_jax.model.llama import Llama, join_heads
 from tokenlora_jax.model.quantize import (
@@ -33,9 +35,117 @@ from tokenlora_jax.model.quantize import (
 )
 from tokenlora_jax.parallel.sharding import check_heads, tree_shardings
 
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerFast
+
 # A host array that starts at a multiple of it becomes a CPU device's own
 # without a copy.
 _ALIGNMENT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseIdentity:
+  """Which base it is, without its weights.
+
+  Attributes:
+    config: its shape.
+    fingerprint: of its weights, as a `Llama` has it.
+    fingerprint_1: as banks of earlier versions hold it; "" if it is the same.
+  """
+
+  config: LlamaConfig
+  fingerprint: str
+  fingerprint_1: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+  """A base on disk: found and opened once, read as often as need be.
+
+  Attributes:
+    path: as it was given.
+    shape: of its layers.
+    place: its folder or .gguf file; None is `random:PRESET`.
+    reader: of its tensors; None likewise.
+
+  Example:
+    >>> base = Base.open("random:tiny")
+    >>> base.shape.layers, base.identity.fingerprint, base.tokenizer().encode("h")
+    (2, 'random:tiny', [1, 108])
+    >>> base.weights("float32").config == base.shape
+    True
+  """
+
+  path: str
+  shape: LlamaConfig
+  place: Path | None = None
+  reader: BaseReader | None = dataclasses.field(default=None, compare=False)
+
+  @classmethod
+  def open(cls, path: str) -> Base:
+    """Finds a base and reads its files' headers.
+
+    Args:
+      path: as `load_base` takes it.
+
+    Raises:
+      InputError: there is no base at the path.
+    """
+    if path.startswith("random:"):
+      return cls(path, _preset(path))
+    place = locate_base(path)
+    reader = read_base(place)
+    return cls(path, reader.config, place, reader)
+
+  @functools.cached_property
+  def identity(self) -> BaseIdentity:
+    """Which base it is: its shape and fingerprints."""
+    if self.reader is None:
+      return BaseIdentity(self.shape, self.path)
+    prints = self.reader.fingerprint(), self.reader.fingerprint_1()
+    return BaseIdentity(self.shape, *prints)
+
+  def tokenizer(self) -> PreTrainedTokenizerFast:
+    """Returns its tokenizer.
+
+    Raises:
+      InputError: it has none, or one that cannot be read exactly.
+    """
+    if self.place is None:
+      return load_tokenizer(self.path)
+    return read_tokenizer(self.place)
+
+  def weights(
+    self,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    stacked: bool = False,
+    quantize: str = "none",
+  ) -> Llama:
+    """Loads it, tensor by tensor, straight onto its devices: see `load_base`.
+
+    Args:
+      dtype: float32 or bfloat16.
+      mesh: where the weights go; one device by default.
+      stacked: the layout: stacked layers for training, a list for decoding.
+      quantize: `none` (dtype), `int8` or `nf4`.
+
+    Raises:
+      InputError: a tensor is not what it should be, or the shape cannot be
+        quantised or split so.
+    """
+    check_choice("base.dtype", dtype, ("float32", "bfloat16"))
+    check_choice("base.quantize", quantize, QUANTIZERS)
+    check_blocks(self.shape, quantize)
+    if mesh is not None:
+      check_heads(self.shape, mesh)
+    if self.reader is None:
+      read = functools.partial(_draw, self.shape)
+    else:
+      read = functools.partial(_read, self.reader)
+    make = _Factory(read, dtype, mesh, quantize)
+    prints = self.identity.fingerprint, self.identity.fingerprint_1
+    return Llama(self.shape, make, stacked, *prints)
 
 
 def load_base(
@@ -70,21 +180,7 @@ def load_base(
     >>> load_base("random:tiny").config.layers
     2
   """
-  check_choice("base.dtype", dtype, ("float32", "bfloat16"))
-  check_choice("base.quantize", quantize, QUANTIZERS)
-  if path.startswith("random:"):
-    config, fingerprints = _preset(path), (path, "")
-    read = functools.partial(_draw, config)
-  else:
-    reader = open_base(path)
-    config = reader.config
-    fingerprints = reader.fingerprint(), reader.fingerprint_1()
-    read = functools.partial(_read, reader)
-  check_blocks(config, quantize)
-  if mesh is not None:
-    check_heads(config, mesh)
-  make = _Factory(read, dtype, mesh, quantize)
-  return Llama(config, make, stacked, *fingerprints)
+  return Base.open(path).weights(dtype, mesh, stacked, quantize)
 
 
 def base_shape(path: str) -> LlamaConfig:
@@ -100,26 +196,9 @@ def base_shape(path: str) -> LlamaConfig:
     >>> base_shape("meta-llama/Llama-2-7b-hf").layers
     32
   """
-  if path.startswith("random:"):
-    return _preset(path)
   if path in HUB_PRESETS and not Path(path).exists():
     return PRESETS[HUB_PRESETS[path]]
-  return open_base(path).config
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseIdentity:
-  """Which base it is, without its weights.
-
-  Attributes:
-    config: its shape.
-    fingerprint: of its weights, as a `Llama` has it.
-    fingerprint_1: as banks of earlier versions hold it; "" if it is the same.
-  """
-
-  config: LlamaConfig
-  fingerprint: str
-  fingerprint_1: str = ""
+  return Base.open(path).shape
 
 
 def identify_base(path: str) -> BaseIdentity:
@@ -135,12 +214,7 @@ def identify_base(path: str) -> BaseIdentity:
     >>> identify_base("random:tiny").fingerprint
     'random:tiny'
   """
-  if path.startswith("random:"):
-    return BaseIdentity(_preset(path), path)
-  reader = open_base(path)
-  return BaseIdentity(
-    reader.config, reader.fingerprint(), reader.fingerprint_1()
-  )
+  return Base.open(path).identity
 
 
 def _preset(path: str) -> LlamaConfig:

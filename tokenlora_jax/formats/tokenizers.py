@@ -67,7 +67,18 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     check_choice("base.path random:", preset, tuple(PRESETS))
     with _as_input_error(text):
       return _bytes_tokenizer()
-  place = locate(path, TOKENIZER_FILES)
+  return read_tokenizer(locate(path, TOKENIZER_FILES))
+
+
+def read_tokenizer(place: Path) -> PreTrainedTokenizerFast:
+  """Reads the tokenizer that was found, as `load_tokenizer` does.
+
+  Args:
+    place: a folder or a .gguf file, from `locate`.
+
+  Raises:
+    InputError: there is no tokenizer, or it cannot be read exactly.
+  """
   with _as_input_error(str(place)):
     if place.is_file():
       return _from_gguf(place)
