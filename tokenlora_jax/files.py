@@ -1,4 +1,4 @@
-"""Files: writes that survive kills, locks, new files, lines."""
+"""Atomic file writes, folder locks, and reading of text lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError:  # Windows.
   fcntl = None
 
-# What a file system answers that cannot lock files.
+# Error numbers of a file system that does not support locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 _log = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ def lock(place: int) -> None:
 
   Raises:
     BlockingIOError: another process holds the lock.
-    OSError: it cannot be locked; `errno` is one of `NO_LOCKS` where nothing on
-      this disk, or in this system, can be.
+    OSError: it cannot be locked; `errno` is one of `NO_LOCKS` if the disk or
+      the operating system does not support locks.
   """
   if fcntl is None:
     raise OSError(errno.ENOSYS, "this system has no flock")
@@ -43,15 +43,15 @@ def lock(place: int) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, flag: str, does: str) -> Iterator[None]:
-  """Holds a folder's lock, which says who has it and dies with the process.
+  """Locks a folder; the lock file names the process, whose end frees it.
 
   Args:
-    folder: which is there.
-    flag: that names it in errors.
-    does: what its owner does in it, a verb.
+    folder: an existing folder.
+    flag: the flag that errors name.
+    does: a verb for errors: what the owner does in the folder.
 
   Raises:
-    InputError: another process holds it.
+    InputError: another process holds the lock.
   """
   with (folder / ".lock").open("a+") as file:
     try:
@@ -84,11 +84,11 @@ def writing(
   folder: Path,
   then: str = "the same command goes on from its newest checkpoint",
 ) -> Iterator[None]:
-  """Puts an error of the disk that a folder is on into one line.
+  """Turns disk errors while writing to a folder into a one-line `InputError`.
 
   Args:
-    folder: what is written to.
-    then: what follows once the disk is well again.
+    folder: the folder that is written to.
+    then: the end of the error: what works again once the disk does.
 
   Raises:
     InputError: the disk is full or fails.
@@ -101,7 +101,7 @@ def writing(
   """
   try:
     yield
-  except BrokenPipeError:  # Of whoever reads what is printed.
+  except BrokenPipeError:  # The reader of our output left: no disk error.
     raise
   except Exception as error:
     number = _error_number(error)
@@ -116,16 +116,16 @@ def writing(
 
 
 def _error_number(error: Exception) -> int:
-  """Returns the `errno` of an error of the operating system, else 0."""
+  """Returns an error's `errno`, or 0 if it has none."""
   if isinstance(error, OSError):
     return error.errno or 0
-  # Orbax's and safetensors' native code say it in the text of other types.
+  # Native code of Orbax and safetensors puts it into other errors' messages.
   found = re.search(r"\bos[_ ]error(?:_code='| )(\d+)", str(error))
   return int(found[1]) if found else 0
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-  """Writes a file, text as UTF-8, so that it is there whole or not at all."""
+  """Writes a file atomically, text as UTF-8: the whole file or nothing."""
   data = content.encode() if isinstance(content, str) else content
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   try:
@@ -140,11 +140,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def check_new_file(flag: str, path: str) -> None:
-  """Raises `InputError` unless a file can be written there and none is there.
+  """Raises `InputError` if a file exists already or its folder does not.
 
   Args:
-    flag: names the file in errors.
-    path: of the file; nothing is to be written where it is empty.
+    flag: the flag that errors name.
+    path: the file's path; "" means that no file is written.
   """
   file = Path(path)
   if path and file.exists():
@@ -154,23 +154,23 @@ def check_new_file(flag: str, path: str) -> None:
 
 
 def read_lines(source: Path | TextIO, name: str, what: str) -> list[str]:
-  """Returns the lines that are not blank.
+  """Returns the lines of a UTF-8 text file that are not blank.
 
-  Lines end at LF or CRLF alone, and a byte order mark in front is dropped.
+  Lines end at LF or CRLF only; a byte order mark at the start is dropped.
 
   Args:
-    source: a file's path, or an open one.
-    name: names it in errors.
-    what: a line holds.
+    source: a file's path, or an open file.
+    name: the file's name in errors.
+    what: what a line holds, for errors.
 
   Raises:
-    InputError: it cannot be read, is no UTF-8, or holds no such line.
+    InputError: the file cannot be read, is not UTF-8, or has only blank lines.
   """
   try:
     if isinstance(source, Path):
       text = source.read_bytes()
     else:
-      # Text files were decoded in the machine's own way, and cut at CR too.
+      # Reads bytes: an open text file uses the locale and also splits at CR.
       text = getattr(source, "buffer", source).read()
     if isinstance(text, bytes):
       text = text.decode()

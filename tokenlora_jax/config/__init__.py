@@ -1,7 +1,10 @@
-"""Typed, frozen settings, and the one-line errors that bad input gets.
+"""Frozen settings of a run, and one-line errors for bad input.
 
-Everything here is plain data: no JAX, no files. An experiment is one `Config`
-instance in a file of `configs/`; the command line overrides single fields.
+  config = Config(workdir="runs/a", lora=LoraConfig(rank=8))
+  config.lora.scaling  # 2.0
+
+Plain data: no JAX, no files. Each file of `configs/` holds one `Config`; flags
+on the command line override single fields.
 """
 
 from tokenlora_jax.config.decoding import DecodeConfig, RouterConfig

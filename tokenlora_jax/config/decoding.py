@@ -1,4 +1,4 @@
-"""How gates are decided and text is made."""
+"""Frozen settings of routers and of decoding."""
 
 from __future__ import annotations
 
@@ -11,45 +11,46 @@ from tokenlora_jax.config.errors import check, check_literals
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
-  """Who decides the gates.
+  """Settings of the router, which computes the experts' gates.
 
-  The first settings shape the gates of any router; those that are left out are
-  the router's own, as its paper has them.
+  The first five apply to any router. Where `top_k` or `temperature` is None,
+  the router uses the value of its own paper.
 
   Attributes:
-    name: for whole sequences: base, one-hot, uniform, sum, fixed, centroid (the
-      paper's), cbtm, classifier, posterior, ariadne, lorauter, logo, hilora; for
-      each position inside the layers: arrow, spectr, phatgoose, lora-flow,
-      x-lora, switch.
-    top_k: keep the k largest gates, scaled to the same sum; 0 is all.
+    name: the router. Gates for whole sequences: base, one-hot, uniform, sum,
+      fixed, centroid (the paper's), cbtm, classifier, posterior, ariadne,
+      lorauter, logo, hilora. Gates for each position inside the layers: arrow,
+      spectr, phatgoose, lora-flow, x-lora, switch.
+    top_k: keep the k largest gates, scaled to the same sum; 0 keeps all.
     temperature: gates^(1 / temperature), scaled to the same sum: below 1 is
       sharper, above 1 flatter.
-    threshold: where no gate reaches this, all are 0: the base alone.
-    smoothing: share of the last gates that stays at a refresh.
-    encoder: of centroid, cbtm, classifier, ariadne, lorauter and hilora: `minilm`
-      (all-MiniLM-L6-v2, the paper's) or `hidden` (the base's own mean-pooled
-      last hidden state, inside the graph).
-    minilm: where all-MiniLM-L6-v2 is: a folder, a hub id or `package:NAME`.
-    window: what MiniLM reads of a text of more than 256 word pieces: its
-      `start` (as the paper) or its `end`.
-    clusters: of centroid, cbtm and ariadne: how many centroids an expert has,
-      found by k-means; 1 is the mean.
-    sharpen: of centroid: what the largest similarity is multiplied by before
-      the softmax (4 in the paper).
-    expert: of one-hot: the expert's name.
-    gates: of fixed: one number an expert.
-    prior: of posterior: the router whose gates at the prompt it starts from.
-    evidence: of posterior: what counts for an expert, the `answer` as it is
-      made, or `all`, the prompt too (for adapters trained with
+    threshold: if no gate reaches this, all are set to 0: the base alone.
+    smoothing: weight of the old gates at a refresh: s old + (1 - s) new.
+    encoder: text encoder of centroid, cbtm, classifier, ariadne, lorauter and
+      hilora: `minilm` (all-MiniLM-L6-v2, the paper's) or `hidden` (the base's
+      own mean-pooled last hidden state, inside the graph).
+    minilm: all-MiniLM-L6-v2's folder, hub id or `package:NAME`.
+    window: the part of a text that MiniLM reads if it has more than 256 word
+      pieces: its `start` (as in the paper) or its `end`.
+    clusters: centroid, cbtm, ariadne: centroids per expert, found by k-means;
+      1 is the mean.
+    sharpen: centroid: factor on the largest similarity before the softmax (4 in
+      the paper).
+    expert: one-hot: the expert's name.
+    gates: fixed: one gate per expert.
+    prior: posterior: the router that gives the first gates, at the prompt.
+    evidence: posterior: the tokens that update the belief: the `answer` as it
+      is decoded, or `all`, which adds the prompt (for adapters trained with
       `data.loss-on all`).
-    share: of posterior: how much of the belief is shared out evenly after each
-      token, so that the lead can change (Herbster and Warmuth's fixed share).
-    measure: of logo: what of an adapter's output counts, its `norm` or the
-      inverse of its `entropy`.
-    rank_share: of hilora: the share of an adapter's rank-one parts that stays
-      at a token.
-    centroid_rows: training rows a task whose texts are averaged into a
-      centroid, or fitted to.
+    share: posterior: share of the belief that is spread evenly over the experts
+      after each token, so that the lead can change (Herbster and Warmuth's
+      fixed share).
+    measure: logo: score of an adapter's output: its `norm`, or the inverse of
+      its `entropy`.
+    rank_share: hilora: share of an adapter's rank-one components that are used
+      at each token.
+    centroid_rows: training rows per task from which centroids are averaged and
+      routers are fitted.
   """
 
   name: str = "centroid"
@@ -102,23 +103,26 @@ class RouterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-  """How text is made.
+  """Settings of decoding: router calls, mixing, KV cache, sampling, stops.
 
   Attributes:
-    max_new_tokens: the most tokens to make.
-    refresh_every: tokens between two router calls; 0 is once, at the prompt.
-    rule: what gates mean: `exact` (the weighted sum of the adapters),
-      `peft_linear` and `peft040` (what PEFT's combination "linear" makes of
-      them, today and in 0.4.0), or `probabilities` (each expert predicts alone,
-      and the predictions are mixed).
-    cache: what becomes of the keys and values read under older gates: `reuse`
-      keeps them, `recompute` reads the text anew at each refresh, `remix` reads
-      values under today's gates (adapters on v but not on k).
-    temperature: 0, or less than 1.2e-38, is greedy.
-    top_k: keep the k most likely tokens; 0 is all.
-    top_p: keep the most likely tokens whose probabilities reach this sum.
-    seed: of the sampling.
-    stop_at_eos: whether the end token ends a sequence.
+    max_new_tokens: the most tokens to decode.
+    refresh_every: tokens between two router calls; 0 calls it once, at the
+      prompt.
+    rule: how gates mix the adapters: `exact` (their weighted sum),
+      `peft_linear` and `peft040` (PEFT's combination "linear", as of today and
+      of 0.4.0), or `probabilities` (each expert predicts alone, and the
+      predictions are mixed).
+    cache: keys and values in the KV cache that were computed under older gates:
+      `reuse` keeps them, `recompute` runs the whole text again at each refresh,
+      `remix` applies the current gates to the cached values (for adapters on v
+      but not on k).
+    temperature: of the sampling; 0, or less than 1.2e-38, is greedy.
+    top_k: sample from the k most likely tokens; 0 is all.
+    top_p: sample from the most likely tokens whose probabilities reach this
+      sum.
+    seed: seeds the sampling.
+    stop_at_eos: whether an end token ends a sequence.
     stop: strings that end a sequence (they are cut from the text).
   """
 

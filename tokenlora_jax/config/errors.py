@@ -7,19 +7,19 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 
 class InputError(ValueError):
-  """Bad input from a person: one line that says what, where and what to do."""
+  """An error in a person's input; one line: place, fault and remedy."""
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str:
   """Returns " (did you mean 'x'?)" for the nearest name, or "".
 
-  A name is near when a third of its letters or fewer were mistyped, or when
-  only the section before its last dot is missing. Of paths, the folder that
-  both share does not count; what was given is never proposed.
+  A name is near if at most a third of its letters are mistyped, or if only the
+  part up to its last dot is missing. A folder that two paths share is not
+  compared. `value` itself is never proposed.
 
   Args:
-    value: what was given.
-    allowed: the names that exist.
+    value: the given name.
+    allowed: the existing names.
 
   Example:
     >>> nearest("centriod", ["centroid", "uniform"])
@@ -53,12 +53,12 @@ def nearest(value: str, allowed: Iterable[str]) -> str:
 
 
 def _plain(name: str) -> str:
-  """Returns a name without what people mix up: case, dashes, underscores."""
+  """Returns a name in lower case, underscores as dashes, no leading dashes."""
   return name.casefold().replace("_", "-").lstrip("-")
 
 
 def _edits(one: str, other: str) -> int:
-  """Returns how many letters differ, are missing, too many, or swapped."""
+  """Returns the edit distance of two names; a swap of neighbours counts 1."""
   before: list[int] = []
   last = list(range(len(other) + 1))
   for i, a in enumerate(one, 1):
@@ -73,7 +73,7 @@ def _edits(one: str, other: str) -> int:
 
 
 def first_line(error: Exception) -> str:
-  """Returns the first line of what an error says, or else its type's name.
+  """Returns the first line of an error's message, or its type if it has none.
 
   Example:
     >>> first_line(ValueError("no such row\\n  at line 3")), first_line(OSError())
@@ -86,12 +86,12 @@ def check_choice(field: str, value: str, allowed: Sequence[str]) -> None:
   """Raises `InputError` unless `value` is one of `allowed`.
 
   Args:
-    field: the name of the setting, as a person would write it.
-    value: what was given.
-    allowed: the names that exist.
+    field: the setting's name, as a person would write it.
+    value: the given value.
+    allowed: the allowed values.
 
   Raises:
-    InputError: naming field, value, the allowed names and the nearest one.
+    InputError: names the field, the value, the allowed values and the nearest.
 
   Example:
     >>> check_choice("router.name", "uniform", ["centroid", "uniform"])
@@ -104,7 +104,9 @@ def check_choice(field: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def check(condition: bool, field: str, value: object, allowed: str) -> None:
-  """Raises `InputError` naming field, value and what is allowed, unless true.
+  """Raises `InputError` unless `condition` is true.
+
+  The error names the field, the value and what is allowed.
 
   Example:
     >>> check(3 > 0, "data.rows", 3, "at least 1")
@@ -114,14 +116,14 @@ def check(condition: bool, field: str, value: object, allowed: str) -> None:
 
 
 def check_literals(settings: object, section: str) -> None:
-  """Checks every field of a dataclass that allows only some words.
+  """Checks every field of a dataclass that is annotated as a `Literal`.
 
   Args:
-    settings: the dataclass.
-    section: what stands before its fields' names, such as `data.`.
+    settings: an instance of the dataclass.
+    section: prefix of the field's name in errors, such as `data.`.
 
   Raises:
-    InputError: naming field, value, the allowed words and the nearest one.
+    InputError: names the field, the value, the allowed values and the nearest.
   """
   for field, hint in get_type_hints(type(settings)).items():
     if get_origin(hint) is Literal:

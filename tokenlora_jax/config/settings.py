@@ -1,4 +1,4 @@
-"""Typed, frozen settings of training, and the `Config` that holds all."""
+"""Frozen settings of a run: `Config` and its sections."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from typing import Literal
 from tokenlora_jax.config.decoding import DecodeConfig, RouterConfig
 from tokenlora_jax.config.errors import check, check_choice, check_literals
 
-# The seven linear maps of a Llama layer, by our names, in the order they run.
+# The seven linear maps of a Llama layer under our names, in execution order.
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseConfig:
-  """The frozen language model.
+  """Settings of the frozen base model.
 
   Attributes:
     path: a Hugging Face folder, a .gguf file, a hub id, `package:NAME` (the
-      .gguf or folder that an installed Python package carries), or
-      `random:PRESET`.
-    dtype: what its weights are kept and multiplied in.
-    quantize: what its layers' kernels are kept in instead, for training as for
+      .gguf or folder inside an installed Python package), or `random:PRESET`.
+    dtype: dtype of the weights and of the products with them.
+    quantize: quantisation of the layers' frozen kernels, in training and in
       decoding: `int8` (half the bytes of bfloat16), `nf4` (4-bit floats for
-      normal weights, more than a quarter) or `none`.
+      normal weights, a little over a quarter) or `none`.
   """
 
   path: str = "random:tiny"
@@ -38,13 +37,13 @@ class BaseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """The adapters, alike for every expert of a run.
+  """Settings of the LoRA adapters, the same for every expert of a run.
 
   Attributes:
-    rank: R.
-    alpha: scaling is alpha / R (alpha / sqrt(R) with `rslora`).
+    rank: R, the rank of each adapter.
+    alpha: the scaling is alpha / R (alpha / sqrt(R) with `rslora`).
     rslora: rank-stabilised scaling (Kalajdzievski, 2023).
-    dropout: share of the adapter's inputs zeroed in training.
+    dropout: share of the adapter's inputs set to zero in training.
     targets: the linear maps that get an adapter, of
       q, k, v, o, gate, up, down.
   """
@@ -64,31 +63,32 @@ class LoraConfig:
 
   @property
   def scaling(self) -> float:
-    """alpha / R, or alpha / sqrt(R) for rank-stabilised LoRA."""
+    """The factor alpha / R, or alpha / sqrt(R) for rank-stabilised LoRA."""
     return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where rows come from and what a batch is.
+  """Settings of the data: source, tasks and batches.
 
   Attributes:
     source: `builtin` (our own seeded generators), `local` (the original files
       under `dir`), `hub` (Hugging Face datasets) or `tfds`.
     dir: the folder of `local`, or the data_dir of `tfds`.
-    tasks: one expert each, in this order: gsm8k, arc_challenge, codealpaca,
-      squad.
-    loss_on: `answer` (the answer and the end token) or `all` (as the paper).
-    rows: B, rows an expert a step.
+    tasks: one expert is trained on each, in this order: gsm8k, arc_challenge,
+      codealpaca, squad.
+    loss_on: tokens in the loss: `answer` (the answer and the end token) or
+      `all` (as in the paper).
+    rows: B, rows per expert and step.
     length: T, the most tokens a row may have.
-    packing: put several short rows of a task into one row of the batch, where
-      they neither see nor predict each other: fewer steps a pass, of more rows.
-    too_long: what happens to a row of more tokens: `skip`, `truncate` (its
-      end is cut) or `fatal`.
-    bad_rows: what happens to a row that breaks its schema: `fatal` or `skip`.
-    train_rows: how many training rows a task uses at most; 0 is all.
-    eval_rows: how many held-out rows a task uses at most: its first that fit.
-    seed: of the order of rows, and of the built-in rows.
+    packing: pack several short rows of a task into one row of the batch. They
+      do not attend to each other, and an epoch takes fewer steps.
+    too_long: a row longer than `length`: `skip` it, `truncate` its end, or
+      stop (`fatal`).
+    bad_rows: a row that breaks its schema: stop (`fatal`) or `skip` it.
+    train_rows: the most training rows per task; 0 is all.
+    eval_rows: the most held-out rows per task: the first that fit.
+    seed: seeds the order of the rows, and the built-in rows.
   """
 
   source: Literal["builtin", "local", "hub", "tfds"] = "builtin"
@@ -128,12 +128,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """AdamW on the adapters, each expert for itself.
+  """Settings of the optimizer: AdamW, separately for each expert.
 
   Attributes:
     steps: optimizer steps of the whole run.
-    learning_rate: at the end of the warm-up.
-    warmup_steps: linear from 0.
+    learning_rate: the peak, reached at the end of the warm-up.
+    warmup_steps: steps over which the learning rate rises linearly from 0.
     schedule: after the warm-up: `cosine` (to zero) or `constant`.
     weight_decay: decoupled, on the adapters.
     clip: largest global norm of an expert's gradient; 0 is no clipping.
@@ -162,20 +162,20 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """How many devices each axis of the mesh takes, and in which processes.
+  """Settings of the device mesh and of its processes.
 
-  The hosts of a TPU pod find each other. Elsewhere each process is given the
-  same `coordinator` and `processes`, and its own number as `process`.
+  The hosts of a TPU pod find each other. Elsewhere give each process the same
+  `coordinator` and `processes`, and its own number as `process`.
 
   Attributes:
-    expert: devices over which experts are split; they never communicate.
-    data: devices over which rows are split.
-    fsdp: devices over which rows and the frozen weights are split.
+    expert: devices over which experts are sharded; they never communicate.
+    data: devices over which rows are sharded.
+    fsdp: devices over which rows and the frozen weights are sharded;
       0 takes the devices that the other axes leave.
-    tensor: devices over which heads and the MLP are split.
+    tensor: devices over which heads and the MLP are sharded.
     coordinator: HOST:PORT on which process 0 waits for the others.
-    processes: how many processes there are.
-    process: which of them this one is, from 0.
+    processes: number of processes.
+    process: number of this process, from 0.
   """
 
   expert: int = 1
@@ -209,27 +209,28 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """One experiment.
+  """Settings of one experiment.
 
   Attributes:
-    workdir: where checkpoints, logs and the bank of this run go.
+    workdir: the folder for this run's checkpoints, logs and bank.
     base: the frozen model.
     lora: the adapters.
     data: the rows.
     optim: the optimizer.
     mesh: the devices.
-    router: who decides the gates.
-    decode: how text is made.
-    seed: of the adapters' first weights and of dropout.
-    remat: what of a layer the backward pass recomputes: `none`, `elementwise`
-      (all but the matrix products with weights: little work, a third of the
-      memory) or `full` (half as much work again, the least memory).
-    accumulate: parts in which a step's rows run, one after the other: as many
-      times less memory for activations, and the same result.
+    router: the router, which computes the gates.
+    decode: decoding.
+    seed: seeds the adapters' initial weights and dropout.
+    remat: activations of a layer that the backward pass recomputes: `none`,
+      `elementwise` (all but the matrix products with weights: little work, a
+      third of the memory) or `full` (half as much work again, the least
+      memory).
+    accumulate: number of parts into which the rows of a step are split, run one
+      after the other: divides the memory for activations, same result.
     eval_every: steps between two held-out losses; 0 is only at the end.
     save_every: steps between two checkpoints.
-    keep: how many checkpoints stay.
-    resume: go on with the run in `workdir`, if there is one.
+    keep: number of checkpoints that are kept.
+    resume: continue the run in `workdir`, if there is one.
     compilation_cache: the folder that keeps compiled programs, so that the next
       command that needs them starts in seconds; `user` is tokenlora_jax/xla in
       the user's cache folder, "" keeps none.
@@ -269,7 +270,7 @@ class Config:
 
   @classmethod
   def of(cls, args: Config) -> Config:
-    """Returns the settings alone of a config with more arguments."""
+    """Returns the `Config` inside a command's parsed arguments."""
     return cls(
       **{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}
     )
@@ -282,11 +283,11 @@ class Config:
 def differences(
   old: Mapping, new: Mapping, ignored: Sequence[str] = ()
 ) -> list[str]:
-  """Returns the settings in which two configs differ, a line each.
+  """Returns one line for each setting in which two configs differ.
 
   Args:
     old: nested dicts of settings.
-    new: the same.
+    new: nested dicts of settings.
     ignored: top-level settings that may differ.
 
   Example:
