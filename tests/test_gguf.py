@@ -176,6 +176,20 @@ def test_a_part_dequantises_no_more_than_its_rows(path, monkeypatch):
   assert seen == [7]
 
 
+def test_q4_1_is_what_the_gguf_package_makes_of_it(path):
+  tensors = draw()
+  reader = open_base(write(path, tensors, kind=Type.Q4_1))
+  slow = {t.name: t for t in gguf.GGUFReader(path).tensors}
+  for name in ("layers.0.down.kernel", "layers.1.v.kernel", "head"):
+    tensor = slow[their_name(name)]
+    want = gguf.quants.dequantize(tensor.data, tensor.tensor_type).T
+    assert tensor.tensor_type == Type.Q4_1
+    np.testing.assert_array_equal(reader.read(name), want, strict=True)
+    part = reader.read(name, (slice(0, 64), slice(5, 6)))
+    np.testing.assert_array_equal(part, want[:64, 5:6])
+    assert reader.read(name, (slice(0, 64), slice(5, 5))).shape == (64, 0)
+
+
 def test_biases_and_ties_are_seen(path):
   config = LlamaConfig(
     **vars(CONFIG)

@@ -8,6 +8,7 @@ from tokenlora_jax.bank.bank import load_bank
 from tokenlora_jax.commands.evaluate_args import Evaluation
 from tokenlora_jax.commands.generate_args import Arguments
 from tokenlora_jax.formats.load import Base
+from tokenlora_jax.formats.tokenizers import import_beside
 from tokenlora_jax.parallel.sharding import decoding_mesh
 
 
@@ -21,10 +22,11 @@ def load(args: Arguments | Evaluation):
 
   The base is split between this machine's devices, by its kv heads.
   """
+  import_beside()
   folder, devices = bank_folder(args), jax.local_devices()
   found, quantize, mesh = Base.open(args.base.path), args.base.quantize, None
-  tokenizer = found.tokenizer()
   if len(devices) > 1:
     mesh = decoding_mesh(found.shape, devices, quantize)
   base = found.weights(args.base.dtype, mesh, quantize=quantize)
+  tokenizer = found.tokenizer()
   return base, tokenizer, load_bank(folder, base, same_base=args.same_base)

@@ -314,4 +314,22 @@ def _is_readable(tensor_type: Any) -> bool:
 def _dequantize(data: np.ndarray, tensor_type: Any) -> np.ndarray:
   from gguf import quants
 
-  return quants.dequantize(np.ascontiguousarray(data), tensor_type)
+  data = np.ascontiguousarray(data)
+  if tensor_type.name == "Q4_1":
+    return _dequantize_q4_1(data)
+  return quants.dequantize(data, tensor_type)
+
+
+def _dequantize_q4_1(data: np.ndarray) -> np.ndarray:
+  """The package's, in half its time: the type of the demo's base.
+
+  A block is a scale and an offset of float16, and 32 numbers of four bits:
+  the low halves of 16 bytes, then the high ones.
+  """
+  blocks = data.reshape(-1, 20)
+  ends = blocks[:, :4].copy().view("<f2").astype(np.float32)
+  values = np.empty((len(blocks), 2, 16), np.float32)
+  values[:, 0], values[:, 1] = blocks[:, 4:] & 15, blocks[:, 4:] >> 4
+  values *= ends[:, :1, None]
+  values += ends[:, 1:, None]
+  return values.reshape(*data.shape[:-1], data.shape[-1] // 20 * 32)

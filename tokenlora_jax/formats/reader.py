@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -316,7 +317,9 @@ def part_of_file(
     shape: of the whole array.
     index: what part.
   """
-  return np.array(np.memmap(path, dtype, "r", offset, shape)[index])
+  # Given a path, NumPy looks at each folder above it.
+  with open(os.fspath(path), "rb") as file:
+    return np.array(np.memmap(file, dtype, "r", offset, shape)[index])
 
 
 def shorten(items: Collection[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import logging
 from pathlib import Path
+import threading
 from typing import TYPE_CHECKING, Any
 
 from tokenlora_jax.config import InputError, check_choice, nearest
@@ -83,6 +84,20 @@ def read_tokenizer(place: Path) -> PreTrainedTokenizerFast:
     if place.is_file():
       return _from_gguf(place)
     return _from_folder(place)
+
+
+def import_beside() -> None:
+  """Starts to import what tokenizers need, beside what the caller does next.
+
+  It takes most of a second, and reading weights leaves Python idle.
+  """
+  threading.Thread(target=_import, daemon=True).start()
+
+
+def _import() -> None:
+  # Whoever needs it next is told what is wrong.
+  with contextlib.suppress(Exception):
+    from transformers import PreTrainedTokenizerFast  # noqa: F401
 
 
 @contextlib.contextmanager

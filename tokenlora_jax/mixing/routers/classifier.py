@@ -15,8 +15,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
-import scipy.special
 
 from tokenlora_jax.config import InputError
 from tokenlora_jax.mixing.routers.embedding import (
@@ -116,6 +114,10 @@ def fit_classifier(
     [[ 0.74 -0.74]
      [-0.74  0.74]]
   """
+  # Take a while, and only fitting needs them.
+  import scipy.optimize
+  import scipy.special
+
   vectors = check_embeddings("classifier", embeddings_by_expert)
   sizes = [len(own) for own in vectors]
   owners = np.eye(len(sizes)).repeat(sizes, axis=0)
