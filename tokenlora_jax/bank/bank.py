@@ -36,6 +36,7 @@ from tokenlora_jax.config import PROJECTIONS, InputError, RouterConfig, nearest
 from tokenlora_jax.formats.load import BaseIdentity
 from tokenlora_jax.formats.minilm import load_minilm
 from tokenlora_jax.formats.peft import expert_maps, load_adapters, save_adapter
+from tokenlora_jax.formats.peft_read import Factors
 from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers import (
   make_router,
@@ -216,7 +217,10 @@ def save_bank(folder: str | Path, bank: Bank) -> None:
       bank.fingerprint,
       tuple(
         describe_expert(
-          bank.adapters, name, scratch / name, bank.experts.get(name, Expert())
+          expert_maps(bank.adapters, name),
+          name,
+          scratch / name,
+          bank.experts.get(name, Expert()),
         )
         for name in names
       ),
@@ -244,27 +248,31 @@ def _gone(folder: Path, record: BankRecord) -> list[str]:
 
 
 def describe_expert(
-  adapters: Adapters, name: str, folder: Path, about: Expert
+  maps: Mapping[tuple[int, str], Factors],
+  name: str,
+  folder: Path,
+  about: Expert,
 ) -> ExpertRecord:
   """Returns what bank.json says of an expert.
 
   Args:
-    adapters: that hold the expert.
+    maps: its own, without padding.
     name: its name.
     folder: with its files.
     about: its task.
   """
   digests = {file: sha256(folder / file) for file in ADAPTER_FILES}
-  return ExpertRecord(
-    name, about.task, about.template, *figures(adapters, name), digests
-  )
+  return ExpertRecord(name, about.task, about.template, *figures(maps), digests)
 
 
 def figures(
-  adapters: Adapters, name: str
+  maps: Mapping[tuple[int, str], Factors],
 ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[str, ...]]:
-  """Returns an expert's ranks, scalings and projections, each value once."""
-  maps = expert_maps(adapters, name)
+  """Returns an expert's ranks, scalings and projections, each value once.
+
+  Args:
+    maps: its own, without padding.
+  """
   return (
     tuple(sorted({len(a) for a, _, _ in maps.values()})),
     tuple(sorted({scaling for *_, scaling in maps.values()})),
@@ -411,7 +419,7 @@ def _check_described(
   if not expert.sha256:  # Format 1 said nothing.
     return
   said = expert.ranks, expert.scalings, expert.targets
-  found = figures(adapters, name)
+  found = figures(expert_maps(adapters, name))
   if found != said:
     raise InputError(
       f"{place}: has ranks, scalings and targets {found}, but {BANK} says"

@@ -31,11 +31,16 @@ from tokenlora_jax.config import InputError, check_choice
 from tokenlora_jax.encoders import HiddenEncoder, TextEncoder
 from tokenlora_jax.formats.load import BaseIdentity
 from tokenlora_jax.formats.peft import (
-  load_adapters,
-  save_adapter,
+  expert_maps,
   stack_adapters,
+  trim,
+  write_adapter,
 )
-from tokenlora_jax.formats.peft_read import adapter_shapes, read_adapter
+from tokenlora_jax.formats.peft_read import (
+  Factors,
+  adapter_shapes,
+  read_adapter,
+)
 from tokenlora_jax.mixing.routers import centroids
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
@@ -98,22 +103,29 @@ def add_expert(
     raise InputError(
       f"texts: {len(texts)} with {len(encoders)} encoders; want both, or neither"
     )
+  named, adapters = _read_adapter(adapter, name)
+  maps = expert_maps(adapters, name)
+  if not maps:
+    raise InputError(f"{_source(adapter, name)}: all of it is zero")
+  if base is not None:
+    adapters.check(base.config)
+  rows = {e: centroids(x, [texts])[0] for e, x in encoders.items()}
   with drafting(folder) as scratch:
     record = _completed(folder, read_record(folder))
     check_base(folder, record, base, same_base)
     _check_new(folder, record, name)
     for encoder in encoders:
       check_choice("encoders", encoder, tuple(record.centroids))
-    adapters = _read_adapter(record, adapter, name, same_base)
-    if base is not None:
-      adapters.check(base.config)
-    save_adapter(adapters, name, scratch / name, base_name=record.base)
-    _check_shapes(folder, record, scratch / name, adapter)
+    if named not in ("", record.base) and not same_base:
+      raise InputError(
+        f"{adapter}: says that its base is {named}, but the bank's is"
+        f" {record.base}; where both are the same weights, say --same-base"
+      )
+    _check_shapes(_source(adapter, name), maps, _shapes(folder, record))
+    write_adapter(scratch / name, maps, record.base)
     tables = {}
     for encoder, table in read_centroids(folder, record).items():
-      row = np.full(table.shape[1], np.nan, np.float32)
-      if encoder in encoders:
-        row = centroids(encoders[encoder], [texts])[0]
+      row = rows.get(encoder, np.full(table.shape[1], np.nan, np.float32))
       if row.shape != table.shape[1:]:
         raise InputError(
           f"encoders: {encoder} gives {len(row)} numbers, but the bank's"
@@ -122,9 +134,7 @@ def add_expert(
       tables[encoder] = np.vstack([table, row])
     names = (*record.names, name)
     having, digest = write_centroids(scratch, tables, names)
-    expert = describe_expert(
-      adapters, name, scratch / name, Expert(task, template)
-    )
+    expert = describe_expert(maps, name, scratch / name, Expert(task, template))
     stale = [r for r, fitted in record.fitted.items() if name in fitted.experts]
     record = dataclasses.replace(
       record,
@@ -209,7 +219,7 @@ def _completed(folder: Path, record: BankRecord) -> BankRecord:
     record,
     experts=tuple(
       describe_expert(
-        load_adapters([folder / name], [name]), name, folder / name, Expert()
+        trim(read_adapter(folder / name).maps), name, folder / name, Expert()
       )
       for name in record.names
     ),
@@ -231,39 +241,46 @@ def _check_new(folder: Path, record: BankRecord, name: str) -> None:
 
 
 def _read_adapter(
-  record: BankRecord, adapter: str | Path | Adapters, name: str, same_base: bool
-) -> Adapters:
-  if isinstance(adapter, Adapters):
-    if len(adapter.names) != 1:
-      raise InputError(
-        f"adapter: {len(adapter.names)} experts ({', '.join(adapter.names)});"
-        " want one, as Adapters.select gives it"
-      )
-    return Adapters((name,), adapter.layers)
-  stored = read_adapter(adapter)
-  if stored.base not in ("", record.base) and not same_base:
+  adapter: str | Path | Adapters, name: str
+) -> tuple[str, Adapters]:
+  """Returns the base that an adapter names, or "", and its one expert."""
+  if not isinstance(adapter, Adapters):
+    stored = read_adapter(adapter)
+    return stored.base, stack_adapters([stored], [name])
+  if len(adapter.names) != 1:
     raise InputError(
-      f"{adapter}: says that its base is {stored.base}, but the bank's is"
-      f" {record.base}; where both are the same weights, say --same-base"
+      f"adapter: {len(adapter.names)} experts ({', '.join(adapter.names)});"
+      " want one, as Adapters.select gives it"
     )
-  return stack_adapters([stored], [name])
+  return "", Adapters((name,), adapter.layers)
+
+
+def _source(adapter: str | Path | Adapters, name: str) -> str:
+  """What errors call an adapter."""
+  return name if isinstance(adapter, Adapters) else str(adapter)
+
+
+# [in, out] by layer and projection.
+Shapes = Mapping[tuple[int, str], tuple[int, int]]
+
+
+def _shapes(folder: Path, record: BankRecord) -> dict[str, Shapes]:
+  """Reads the shapes of all experts' maps from their files' headers."""
+  return {name: adapter_shapes(folder / name) for name in record.names}
 
 
 def _check_shapes(
-  folder: Path,
-  record: BankRecord,
-  new: Path,
-  adapter: str | Path | Adapters,
+  source: str,
+  maps: Mapping[tuple[int, str], Factors],
+  shapes: Mapping[str, Shapes],
 ) -> None:
   """Raises `InputError` unless the experts' maps have the same [in, out]."""
-  shapes = adapter_shapes(new)
-  source = new.name if isinstance(adapter, Adapters) else adapter
-  for other in record.names:
-    for place, theirs in adapter_shapes(folder / other).items():
-      ours = shapes.get(place, theirs)
-      if ours != theirs:
+  for other, theirs in shapes.items():
+    for place, (a, b, _) in maps.items():
+      ours = a.shape[1], b.shape[1]
+      if place in theirs and theirs[place] != ours:
         raise InputError(
           f"{source}: layer {place[0]} {place[1]} is made for [in, out] ="
-          f" {list(ours)}, but the bank's {other!r} for {list(theirs)}; was it"
-          " trained on another base?"
+          f" {list(ours)}, but the bank's {other!r} for {list(theirs[place])};"
+          " was it trained on another base?"
         )

@@ -76,7 +76,7 @@ def publish(
   decided = dataclasses.replace(
     record, moving=Moving(scratch.name, tuple(gone))
   )
-  write_atomically(folder / BANK, decided.to_json())
+  _write(folder, decided)
   _sync(folder)  # Before anything is removed.
   _settle(folder, decided)
 
@@ -98,8 +98,11 @@ def _settle(folder: Path, record: BankRecord) -> None:
   _remove(scratch)
   with contextlib.suppress(OSError):  # It is not there, or not empty.
     (folder / ROUTERS).rmdir()
-  done = dataclasses.replace(record, moving=None)
-  write_atomically(folder / BANK, done.to_json())
+  _write(folder, dataclasses.replace(record, moving=None))
+
+
+def _write(folder: Path, record: BankRecord) -> None:
+  write_atomically(folder / BANK, record.to_json())
 
 
 def _tidy(folder: Path) -> None:

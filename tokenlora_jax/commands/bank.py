@@ -22,6 +22,7 @@ from tokenlora_jax.encoders import HiddenEncoder
 from tokenlora_jax.files import check_new_file, read_lines, writing
 from tokenlora_jax.formats.load import Base
 from tokenlora_jax.formats.minilm import load_minilm
+from tokenlora_jax.formats.peft import expert_maps
 
 # What follows, in an error, when a disk is well again.
 _AGAIN = "give the command again; the bank is whole"
@@ -57,7 +58,7 @@ def experts_table(bank: Bank) -> Table:
   """Returns a table of a bank's experts."""
   table = Table("expert", "task", "rank", "scaling", "projections", "centroids")
   for name in bank.adapters.names:
-    ranks, scalings, projections = figures(bank.adapters, name)
+    ranks, scalings, projections = figures(expert_maps(bank.adapters, name))
     table.add_row(
       name,
       bank.experts[name].task or "?",

@@ -145,15 +145,32 @@ def expert_maps(
   maps = {}
   for layer, loras in enumerate(adapters.layers):
     for name, lora in loras.items():
-      a, b = (
-        np.asarray(np.asarray(x)[index], np.float32) for x in (lora.a, lora.b)
-      )
-      used = np.flatnonzero(a.any(axis=1) | b.any(axis=1))
-      if used.size:
-        rank = int(used[-1]) + 1
-        scaling = float(np.asarray(lora.scaling)[index])
-        maps[layer, name] = Factors(a[:rank], b[:rank], scaling)
-  return maps
+      parts = lora.a, lora.b, lora.scaling
+      maps[layer, name] = Factors(*(np.asarray(x)[index] for x in parts))
+  return trim(maps)
+
+
+def trim(
+  maps: Mapping[tuple[int, str], Factors],
+) -> dict[tuple[int, str], Factors]:
+  """Returns maps in float32 without rows and maps that only pad.
+
+  Args:
+    maps: by layer and projection.
+
+  Example:
+    >>> one = Factors(np.eye(3)[:2] * [[1], [0]], np.zeros((2, 4)), 2)
+    >>> {at: x.a.shape for at, x in trim({(0, "q"): one}).items()}
+    {(0, 'q'): (1, 3)}
+  """
+  trimmed = {}
+  for place, (a, b, scaling) in maps.items():
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    used = np.flatnonzero(a.any(axis=1) | b.any(axis=1))
+    if used.size:
+      rank = int(used[-1]) + 1
+      trimmed[place] = Factors(a[:rank], b[:rank], float(np.float32(scaling)))
+  return trimmed
 
 
 def write_adapter(
