@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 import errno
+from io import FileIO
 import logging
 import os
 from pathlib import Path
@@ -139,6 +140,70 @@ def write_atomically(path: Path, content: str | bytes) -> None:
       temporary.unlink()
 
 
+class NewLines:
+  """A new file that whole lines are added to, one by one.
+
+  A line is on the disk once `add` returns, and a process that is killed leaves
+  whole lines. A file that got none is not left. A context manager.
+
+  Args:
+    flag: names the file in errors.
+    path: of the file; nothing is written where it is empty.
+
+  Attributes:
+    count: the lines added.
+
+  Raises:
+    InputError: the file is there already, or its disk is full or fails.
+  """
+
+  def __init__(self, flag: str, path: str):
+    self._flag, self._path = flag, Path(path)
+    self._file: FileIO | None = None
+    self.count = 0
+    if not path:
+      return
+    check_new_file(flag, path)
+    with self._said():
+      # Unbuffered: a line is one write. Another process may have been faster.
+      self._file = self._path.open("xb", buffering=0)
+
+  @contextlib.contextmanager
+  def _said(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise InputError(
+        f"{self._flag} {self._path}: cannot be written to ({error.strerror});"
+        " choose another file"
+      ) from None
+
+  def add(self, line: str) -> None:
+    """Writes a line, whole or not at all."""
+    if self._file is None:
+      return
+    data = memoryview(f"{line}\n".encode())
+    start = self._file.tell()
+    try:
+      with self._said():
+        while data:
+          data = data[self._file.write(data) :]
+    except BaseException:  # Ctrl-C, too: no half of a line stays.
+      self._file.truncate(start)
+      self._file.seek(start)
+      raise
+    self.count += 1
+
+  def __enter__(self) -> NewLines:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if self._file is not None:
+      self._file.close()
+      if not self.count:
+        self._path.unlink(missing_ok=True)
+
+
 def check_new_file(flag: str, path: str) -> None:
   """Raises `InputError` if a file exists already or its folder does not.
 
@@ -154,7 +219,14 @@ def check_new_file(flag: str, path: str) -> None:
 
 
 def read_lines(source: Path | TextIO, name: str, what: str) -> list[str]:
-  """Returns the lines of a UTF-8 text file that are not blank.
+  """Returns the lines of `numbered_lines` without their numbers."""
+  return [line for _, line in numbered_lines(source, name, what)]
+
+
+def numbered_lines(
+  source: Path | TextIO, name: str, what: str
+) -> list[tuple[int, str]]:
+  """Returns the lines of a UTF-8 text file that are not blank, numbered from 1.
 
   Lines end at LF or CRLF only; a byte order mark at the start is dropped.
 
@@ -181,8 +253,11 @@ def read_lines(source: Path | TextIO, name: str, what: str) -> list[str]:
   except OSError as error:
     raise InputError(f"{name} cannot be read: {error}") from None
   lines = text.removeprefix("\ufeff").split("\n")
-  lines = [line.removesuffix("\r") for line in lines]
-  lines = [line for line in lines if line.strip()]
+  lines = [
+    (number, line.removesuffix("\r"))
+    for number, line in enumerate(lines, 1)
+    if line.strip()
+  ]
   if not lines:
     raise InputError(f"{name}: holds no {what}")
   return lines

@@ -113,6 +113,7 @@ def evaluate(
           args.decode, refresh_every=0, rule="", cache="reuse"
         )
         about["generate"] = dataclasses.asdict(once)
+        del about["generate"]["batch"]  # Of infer.py's own prompts.
       log = stack.enter_context(open_rows(Path(args.output), about))
     run_cells(
       arms,

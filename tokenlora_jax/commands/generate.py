@@ -1,43 +1,162 @@
 """`infer.py --prompt ...`: a text a prompt, and who led each of its tokens."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
-import sys
+from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from rich.text import Text
 
 from tokenlora_jax import report
 from tokenlora_jax.bank.bank import Bank
+from tokenlora_jax.commands import cli
 from tokenlora_jax.commands.generate_args import Arguments
+from tokenlora_jax.commands.prompts import encode_all, read_prompts
 from tokenlora_jax.commands.wiring import load
-from tokenlora_jax.config import InputError
-from tokenlora_jax.data.rows import load_rows
-from tokenlora_jax.decoding import Decoder
-from tokenlora_jax.files import check_new_file, read_lines, write_atomically
+from tokenlora_jax.config import DecodeConfig, InputError
+from tokenlora_jax.data.tokens import Tokenizer
+from tokenlora_jax.decoding import Decoder, Generation, make_batches
+from tokenlora_jax.files import NewLines, check_new_file, write_atomically
+from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers import make_router
+from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.report.trace import GateTrace
 
+# Stats that count the tokens of all rows of a batch.
+_TOLD = ("new_tokens", "timed_tokens", "tokens_per_second")
 
-def read_prompts(args: Arguments) -> list[str]:
-  """Returns the prompts of a command line, or raises `InputError`."""
-  if args.examples < 0:
-    raise InputError(
-      f"--examples: {args.examples} is not allowed; want 0 or more"
-    )
-  prompts = list(args.prompt)
-  if args.prompts_file:
-    file = Path(args.prompts_file)
-    prompts += read_lines(file, f"--prompts-file {file}", "prompt")
-  for task in args.data.tasks if args.examples else ():
-    rows = load_rows(args.data, task, "test")[: args.examples]
-    prompts += [row.prompt for row in rows]
-  if not prompts and sys.stdin.isatty():
-    raise InputError("--prompt: there is none; give one, or --examples 1")
-  return prompts or read_lines(sys.stdin, "standard input", "prompt")
+
+class Row(NamedTuple):
+  """One text of a batch.
+
+  Attributes:
+    text: what its tokens say.
+    pieces: what each of its N tokens adds.
+    tokens: int32[N].
+    gates: float32[N, E].
+  """
+
+  text: str
+  pieces: list[str]
+  tokens: np.ndarray
+  gates: np.ndarray
+
+  @classmethod
+  def of(cls, out: Generation, i: int) -> Row:
+    """Returns row `i` of a batch."""
+    n = out.lengths[i]
+    return cls(out.texts[i], out.pieces[i], out.tokens[i, :n], out.gates[i, :n])
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+  """Makes the texts of many prompts in batches.
+
+  Attributes:
+    base: the frozen model.
+    tokenizer: of it.
+    bank: the experts.
+    router: who decides their gates.
+    decode: how; at most `batch` prompts are read at once.
+  """
+
+  base: Llama
+  tokenizer: Tokenizer
+  bank: Bank
+  router: Router
+  decode: DecodeConfig
+
+  def rows(
+    self, prompts: Sequence[Sequence[int]], told: list[dict[str, float]]
+  ) -> Iterator[list[tuple[int, Row]]]:
+    """Yields (place of the prompt, its text) of a batch, batch after batch.
+
+    Args:
+      prompts: the tokens of each.
+      told: is given the stats of each batch. The rows that fill up a batch
+        count for nothing in its pace.
+    """
+    for places, batch in batches(prompts, self.decode.batch):
+      *_, out = self.start(batch)
+      share = sum(out.lengths[: len(places)]) / sum(out.lengths)
+      told.append(
+        {
+          name: value * (share if name.startswith(_TOLD) else 1)
+          for name, value in out.stats.items()
+        }
+      )
+      yield [(place, Row.of(out, i)) for i, place in enumerate(places)]
+
+  def tables(
+    self, prompts: Sequence[Sequence[int]]
+  ) -> Iterator[list[tuple[int, Table]]]:
+    """Yields the same with each prompt's texts under different gates."""
+    adapters, decode = self.bank.adapters, self.decode
+    once = dataclasses.replace(decode, refresh_every=0)
+    every = decode.refresh_every or 1
+    refreshed = dataclasses.replace(decode, refresh_every=every)
+    variants = [("base", None, None, once)]
+    variants += [
+      (name, adapters, make_router("one-hot", expert=name), once)
+      for name in adapters.names
+    ]
+    variants += [
+      ("uniform", adapters, make_router("uniform"), once),
+      ("router, at the prompt", adapters, self.router, once),
+      (f"router, every {every}", adapters, self.router, refreshed),
+    ]
+    for places, batch in batches(prompts, decode.batch):
+      tables = [Table("gates", "text", show_lines=True) for _ in places]
+      for name, some, chosen, config in variants:
+        *_, out = Decoder(
+          self.base, batch, some, chosen, config, self.tokenizer
+        )
+        for i, table in enumerate(tables):
+          row = Row.of(out, i)
+          text = Text(row.text)
+          if some is not None:
+            text = report.trace(row.pieces, row.gates, adapters.names)
+          table.add_row(Text(name), text)
+      yield list(zip(places, tables, strict=True))
+
+  def start(
+    self, batch: Sequence[Sequence[int]], chunked: bool = False
+  ) -> Decoder:
+    """Returns what makes the texts of a batch."""
+    return Decoder(
+      self.base, batch, self.bank.adapters, self.router, self.decode,
+      self.tokenizer, chunked,
+    )  # fmt: skip
+
+
+def batches(
+  prompts: Sequence[Sequence[int]], size: int
+) -> Iterator[tuple[list[int], list[Sequence[int]]]]:
+  """Yields the places of each batch's prompts, and the prompts of its rows.
+
+  A batch that is short is filled up, so that it needs no program of its own.
+
+  Args:
+    prompts: the tokens of each.
+    size: the most prompts a batch.
+
+  Example:
+    >>> list(batches([[1], [2], [3]], size=2))
+    [([0, 1], [[1], [2]]), ([2], [[3], [3]])]
+  """
+  parts = make_batches([len(prompt) for prompt in prompts], size)
+  rows = max(map(len, parts))
+  for places in parts:
+    batch = [prompts[place] for place in places]
+    yield places, batch + batch[-1:] * (rows - len(batch))
 
 
 def generate(args: Arguments, console: Console) -> None:
@@ -45,56 +164,166 @@ def generate(args: Arguments, console: Console) -> None:
   if args.compare:
     check_files(args, (), "takes no --compare; leave out one of them")
   check_files(args, ("output", "html", "png"))
-  prompts = read_prompts(args)
+  given = read_prompts(args)
   base, tokenizer, bank = load(args)
-  names = bank.adapters.names
-  router = bank.router(args.router)
-  records, maps = [], []
-  console.print(report.legend(names))
-  for prompt in prompts:
-    console.rule()
-    console.print(prompt, style="dim", markup=False)
-    if args.compare:
-      console.print(compare(args, base, tokenizer, bank, router, prompt))
-      continue
-    decoder = Decoder(
-      base, [prompt], bank.adapters, router, args.decode, tokenizer,
-      chunked=True,
-    )  # fmt: skip
-    shown = 0
-    for out in decoder:
-      pieces = out.pieces[0]
-      console.print(
-        report.trace(pieces[shown:], out.gates[0, shown : len(pieces)], names),
-        end="", soft_wrap=True,
-      )  # fmt: skip
-      shown = len(pieces)
-    gates = out.gates[0, : out.lengths[0]]
-    speed = report.speed(out.stats)
-    console.print(
-      f"\n{report.summary(gates, names)}", style="dim", markup=False
-    )
-    console.print(speed, style="dim")
-    records.append(
-      {
-        "prompt": prompt,
-        "text": out.texts[0],
-        "tokens": out.tokens[0, : out.lengths[0]].tolist(),
-        "gates": gates.astype(float).round(6).tolist(),
-        **GateTrace.of(gates).record(),
-        "experts": names,
-        "router": dataclasses.asdict(args.router),
-        "decode": dataclasses.asdict(args.decode),
-      }
-    )
-    maps.append(report.HeatMap(prompt, pieces, gates, names, facts(args)))
-  if args.output:
-    lines = [json.dumps(record) + "\n" for record in records]
-    write_atomically(Path(args.output), "".join(lines))
+  maker = Maker(base, tokenizer, bank, bank.router(args.router), args.decode)
+  encoded = encode_all(
+    given, tokenizer, base.config, args.decode.max_new_tokens
+  )
+  texts = [text for text, _ in encoded]
+  prompts = [tokens for _, tokens in encoded]
+  console.print(report.legend(bank.adapters.names))
+  if args.compare:
+    for place, table in in_order(maker.tables(prompts), len(prompts)):
+      say_prompt(texts[place], console)
+      console.print(table)
+    return
+  maps = []
+  with NewLines("--output", args.output) as output:
+    try:
+      for place, row in rows_shown(maker, prompts, texts, console):
+        output.add(json.dumps(record(args, texts[place], row, bank)))
+        if args.html or args.png:
+          maps.append(
+            report.HeatMap(
+              texts[place], row.pieces, row.gates, bank.adapters.names,
+              facts(args),
+            )
+          )  # fmt: skip
+    except KeyboardInterrupt:
+      wrote = f"; {output.count} of {len(prompts)} texts are in {args.output}"
+      raise KeyboardInterrupt(
+        "stopped" + (wrote if args.output else "")
+      ) from None
   if args.html:
     write_atomically(Path(args.html), report.heatmap_html(maps))
   if args.png:
     write_atomically(Path(args.png), report.heatmap_png(maps))
+
+
+def rows_shown(
+  maker: Maker,
+  prompts: Sequence[Sequence[int]],
+  texts: Sequence[str],
+  console: Console,
+) -> Iterator[tuple[int, Row]]:
+  """Yields the texts in the prompts' order as they are made, and shows each.
+
+  A single one is shown token by token.
+
+  Args:
+    maker: of the texts.
+    prompts: the tokens of each.
+    texts: the same as text.
+    console: where they are shown.
+  """
+  names = maker.bank.adapters.names
+  if len(prompts) == 1:
+    say_prompt(texts[0], console)
+    shown = 0
+    for out in maker.start(prompts, chunked=True):
+      row = Row.of(out, 0)
+      console.print(
+        report.trace(row.pieces[shown:], row.gates[shown:], names),
+        end="", soft_wrap=True,
+      )  # fmt: skip
+      shown = len(row.pieces)
+    say_summary(row, names, console)
+    console.print(report.speed(out.stats), style="dim")
+    yield 0, row
+    return
+  told = []
+  for place, row in in_order(maker.rows(prompts, told), len(prompts)):
+    say_prompt(texts[place], console)
+    console.print(
+      report.trace(row.pieces, row.gates, names), end="", soft_wrap=True
+    )
+    say_summary(row, names, console)
+    yield place, row
+  console.rule()
+  console.print(report.speed(joined(told)), style="dim")
+
+
+def joined(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  """Returns the pace of several batches, as `report.speed` wants it.
+
+  Args:
+    told: the `Generation.stats` of each.
+
+  Example:
+    >>> slow = {"new_tokens": 8, "timed_tokens": 0, "tokens_per_second": 1.0}
+    >>> fast = {"new_tokens": 8, "timed_tokens": 8, "tokens_per_second": 4.0}
+    >>> joined([slow, fast])["tokens_per_second"]
+    4.0
+  """
+  key = "timed_tokens"
+  if not any(stats[key] for stats in told):
+    key = "new_tokens"  # All of them compiled.
+  made = sum(stats[key] for stats in told)
+  seconds = sum(stats[key] / stats["tokens_per_second"] for stats in told)
+  return {
+    "new_tokens": sum(stats["new_tokens"] for stats in told),
+    "timed_tokens": sum(stats["timed_tokens"] for stats in told),
+    "tokens_per_second": made / seconds,
+  }
+
+
+def in_order(
+  batches: Iterator[Sequence[tuple[int, Any]]], count: int
+) -> Iterator[tuple[int, Any]]:
+  """Yields what batches give in the order of its places, from 0.
+
+  Meanwhile a bar on stderr says how many are made.
+
+  Args:
+    batches: of (place, what is made for it).
+    count: how many there will be.
+  """
+  waiting, following = {}, 0
+  bar = Progress(
+    *Progress.get_default_columns(), MofNCompleteColumn(),
+    console=cli.console(stderr=True), transient=True, redirect_stdout=False,
+    disable=count == 1,
+  )  # fmt: skip
+  task = bar.add_task("texts", total=count)
+  with contextlib.closing(batches):
+    while following < count:
+      # It is gone while others print, who may share its terminal.
+      with bar:
+        batch = next(batches)
+      waiting |= dict(batch)
+      bar.advance(task, len(batch))
+      while following in waiting:
+        yield following, waiting.pop(following)
+        following += 1
+
+
+def record(
+  args: Arguments, prompt: str, row: Row, bank: Bank
+) -> dict[str, Any]:
+  """Returns what `--output` says of a text."""
+  return {
+    "prompt": prompt,
+    "text": row.text,
+    "tokens": row.tokens.tolist(),
+    "gates": row.gates.astype(float).round(6).tolist(),
+    **GateTrace.of(row.gates).record(),
+    "experts": bank.adapters.names,
+    "router": dataclasses.asdict(args.router),
+    "decode": dataclasses.asdict(args.decode),
+  }
+
+
+def say_prompt(text: str, console: Console) -> None:
+  """Prints a prompt below a line."""
+  console.rule()
+  console.print(text, style="dim", markup=False)
+
+
+def say_summary(row: Row, names: Sequence[str], console: Console) -> None:
+  """Prints who led a text, below it."""
+  told = report.summary(row.gates, names)
+  console.print(f"\n{told}", style="dim", markup=False)
 
 
 def check_files(args: Arguments, taken: Sequence[str], why: str = "") -> None:
@@ -116,30 +345,3 @@ def facts(args: Arguments) -> dict[str, str]:
     else router.name,
     "gates refreshed": often if every else "once, at the prompt",
   }
-
-
-def compare(args, base, tokenizer, bank: Bank, router, prompt: str) -> Table:
-  """Returns one prompt's texts under different gates, as a table."""
-  adapters, decode = bank.adapters, args.decode
-  once = dataclasses.replace(decode, refresh_every=0)
-  every = decode.refresh_every or 1
-  refreshed = dataclasses.replace(decode, refresh_every=every)
-  variants = [("base", None, None, once)]
-  variants += [
-    (name, adapters, make_router("one-hot", expert=name), once)
-    for name in adapters.names
-  ]
-  variants += [
-    ("uniform", adapters, make_router("uniform"), once),
-    ("router, at the prompt", adapters, router, once),
-    (f"router, every {every}", adapters, router, refreshed),
-  ]
-  table = Table("gates", "text", show_lines=True)
-  for name, some, chosen, config in variants:
-    *_, out = Decoder(base, [prompt], some, chosen, config, tokenizer)
-    pieces = out.pieces[0]
-    text = Text(out.texts[0])
-    if some is not None:
-      text = report.trace(pieces, out.gates[0, : len(pieces)], adapters.names)
-    table.add_row(Text(name), text)
-  return table

@@ -17,12 +17,15 @@ class Arguments(Config):
     same_base: go on with a bank whose base has another fingerprint, because it
       is this base in another form.
     prompt: a prompt; may be given several times.
-    prompts_file: a file with a prompt a line.
+    prompts_file: a file with a prompt a line; in a .jsonl file a line is
+      {"prompt": ...}, or {"messages": [{"role": ..., "content": ...}]}, which
+      the base's chat template writes as text.
     examples: take the first so many held-out prompts of each task.
     compare: show base, each adapter, uniform, prompt-level and token-level
       gates side by side.
     output: write each text with its tokens, gates, and their entropy, switches
-      and shares to this new JSONL file.
+      and shares to this new JSONL file, as soon as it and those before it are
+      made.
     html: draw each text, its tokens tinted by the expert that leads them, over
       the course of the gates, in this new file, a page that any browser shows.
     png: draw the same in this new file, a picture.

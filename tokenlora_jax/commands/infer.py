@@ -7,8 +7,10 @@
                                           bank-drop change it
   python infer.py export ...              a mixture as one PEFT folder
 
-Prompts come from --prompt, --prompts-file (a prompt a line), --examples, or
-standard input (a prompt a line).
+Prompts come from --prompt, --prompts-file, --examples, or standard input. A
+line is a prompt; in a .jsonl file, or where the first line of standard input is
+like that, it is {"prompt": "..."}, which may hold newlines, or
+{"messages": [{"role": "user", "content": "..."}]}.
 """
 
 from collections.abc import Sequence

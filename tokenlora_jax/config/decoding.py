@@ -124,6 +124,8 @@ class DecodeConfig:
     seed: seeds the sampling.
     stop_at_eos: whether an end token ends a sequence.
     stop: strings that end a sequence (they are cut from the text).
+    batch: how many prompts infer.py reads at once, at most. Greedy texts do not
+      depend on it; texts drawn at a temperature do.
   """
 
   max_new_tokens: int = 64
@@ -136,6 +138,7 @@ class DecodeConfig:
   seed: int = 0
   stop_at_eos: bool = True
   stop: tuple[str, ...] = ()
+  batch: int = 16
 
   def __post_init__(self):
     check_literals(self, "decode.")
@@ -153,3 +156,4 @@ class DecodeConfig:
     )  # fmt: skip
     check(self.top_k >= 0, "decode.top-k", self.top_k, "0 (all) or more")
     check(0 < self.top_p <= 1, "decode.top-p", self.top_p, "0 < p <= 1")
+    check(self.batch >= 1, "decode.batch", self.batch, "at least 1")

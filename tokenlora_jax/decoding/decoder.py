@@ -33,10 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenlora_jax.config import DecodeConfig, InputError
-from tokenlora_jax.data.tokens import Tokenizer, encode_prompt
+from tokenlora_jax.data.tokens import Tokenizer
 from tokenlora_jax.decoding import graph
 from tokenlora_jax.decoding.finite import check_finite
 from tokenlora_jax.decoding.generation import Generation, Pace
+from tokenlora_jax.decoding.prompts import encode_checked
 from tokenlora_jax.decoding.sampling import Sampler
 from tokenlora_jax.decoding.text import TextStream
 from tokenlora_jax.mixing.mixture import resolve
@@ -159,26 +160,16 @@ class Decoder:
       raise InputError("prompts: want a list of texts, not one text")
     if len(prompts) == 0:
       raise InputError("prompts: there are none")
+    # Forced texts were cut to length before; their padding may reach beyond.
+    new = self.config.max_new_tokens if self._forced is None else 0
     encoded = []
     for i, prompt in enumerate(prompts):
-      if isinstance(prompt, str):
-        if self.tokenizer is None:
-          raise InputError(f"prompt {i}: text needs a tokenizer")
-        prompt = encode_prompt(prompt, self.tokenizer)
-      if len(prompt) == 0:
-        raise InputError(f"prompt {i}: is empty")
-      vocab = self._base.config.vocab
-      if not 0 <= min(prompt) <= max(prompt) < vocab:
-        raise InputError(f"prompt {i}: has tokens outside 0..{vocab - 1}")
-      encoded.append([int(token) for token in prompt])
-    longest = max(map(len, encoded)) + self.config.max_new_tokens
-    # Forced texts were cut to length before; their padding may reach beyond.
-    if self._forced is None and longest > self._base.config.max_length:
-      raise InputError(
-        f"decode.max-new-tokens: {self.config.max_new_tokens} after a prompt"
-        f" of {longest - self.config.max_new_tokens} tokens is more than the"
-        f" base's {self._base.config.max_length} positions"
-      )
+      try:
+        encoded.append(
+          encode_checked(prompt, self.tokenizer, self._base.config, new)
+        )
+      except InputError as error:
+        raise InputError(f"prompt {i}: {error}") from None
     return encoded
 
   def _ask(self, router: Router, made=None, seen=None, before=None):

@@ -1,0 +1,48 @@
+"""A prompt's tokens, checked against the base that is to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenlora_jax.config import InputError
+from tokenlora_jax.data.tokens import Tokenizer, encode_prompt
+from tokenlora_jax.model.config import LlamaConfig
+
+
+def encode_checked(
+  prompt: str | Sequence[int],
+  tokenizer: Tokenizer | None,
+  shape: LlamaConfig,
+  new: int = 0,
+) -> list[int]:
+  """Returns a prompt's tokens, which the base can read.
+
+  Args:
+    prompt: a text, or its tokens.
+    tokenizer: of the base; needed for a text.
+    shape: of the base.
+    new: the tokens to make after it, at most.
+
+  Raises:
+    InputError: it is empty, has a token that the base does not know, or is too
+      long with what is to be made.
+
+  Example:
+    >>> from tokenlora_jax.model.config import PRESETS
+    >>> encode_checked([1, 2], None, PRESETS["tiny"], new=8)
+    [1, 2]
+  """
+  if isinstance(prompt, str):
+    if tokenizer is None:
+      raise InputError("text needs a tokenizer")
+    prompt = encode_prompt(prompt, tokenizer)
+  if len(prompt) == 0:
+    raise InputError("is empty")
+  if not 0 <= min(prompt) <= max(prompt) < shape.vocab:
+    raise InputError(f"has tokens outside 0..{shape.vocab - 1}")
+  if len(prompt) + new > shape.max_length:
+    raise InputError(
+      f"decode.max-new-tokens: {new} after a prompt of {len(prompt)} tokens is"
+      f" more than the base's {shape.max_length} positions"
+    )
+  return [int(token) for token in prompt]
