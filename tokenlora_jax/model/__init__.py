@@ -1,1 +1,1 @@
-"""The frozen Llama, its stacked adapters and its cache."""
+"""The frozen Llama, its LoRA adapters, attention and the KV cache."""

@@ -1,7 +1,7 @@
-"""Attention of grouped queries, with a backward pass written by hand.
+"""Grouped-query attention with a hand-written backward pass, and its masks.
 
-All products have the kv heads in front and the queries of one kv head in one
-matrix, so that nothing is transposed between them.
+Inside, arrays are [B, K, rows, ..]: the G*T queries of one kv head are the rows
+of one matrix, so nothing is transposed between the products.
 
 Axis letters: B batch, T query length, S key/value length, N query heads, K kv
 heads, G = N/K, H head width.
@@ -17,14 +17,14 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-# What attention sums with its weights.
+# The arrays that attention sums with its weights.
 Values = Sequence[jax.Array]
 
-# The name under which the output and the sums of a forward pass may be saved
-# for the backward pass, which then need not run the forward pass again.
+# A remat policy may save the forward pass's output and sums under this name;
+# then the backward pass does not run the forward pass again.
 ATTENTION = "attention"
 
-# Axes of [B, K, rows, x] times [B, K, columns, y] that a product sums over.
+# Axes that a product of [B, K, rows, x] and [B, K, columns, y] sums over.
 _HEADS = ((0, 1), (0, 1))
 _X_AND_Y = (((3,), (3,)), _HEADS)
 _X_AND_COLUMNS = (((3,), (2,)), _HEADS)
@@ -38,9 +38,9 @@ def attention(
   """Grouped-query attention (Ainslie et al., 2023), softmax in float32.
 
   softmax(q k^T / sqrt(H)) v, where G = N/K query heads share a kv head. As in
-  FlashAttention (Dao et al., 2022, algorithms 1 and 4) the weights are divided
-  by their sum after the product with v, and the backward pass makes them again
-  from q, k and the sum: it needs nothing of [T, S], and no sum over it.
+  FlashAttention (Dao et al., 2022, algorithms 1 and 4) the product with v comes
+  before the division by the weights' sum. The backward pass recomputes the
+  weights from q, k and that sum, so no [T, S] array is saved for it.
 
   Args:
     q: [B, T, N, H].
@@ -98,17 +98,17 @@ def joint_attention(
 ) -> list[jax.Array]:
   """Attention over several sets of keys as if they were one.
 
-  The same as `attention` over a cache and the new keys and values in one array,
-  without making that array; and what is summed with the weights may be more
-  than the values.
+  Equals `attention` over a cache and the new keys and values in one array,
+  without building that array. More arrays than the values may be summed with
+  the attention weights.
 
   Args:
     q: [B, T, N, H].
-    parts: of each set k [B, K, S, H]; what is summed, [B, K, S, ..] or, where
-      all heads share it, [B, 1, S, ..] each; mask bool[B, T, S].
+    parts: per set (k [B, K, S, H]; a list of the arrays to sum, each
+      [B, K, S, ..], or [B, 1, S, ..] if all heads share it; mask bool[B, T, S]).
 
   Returns:
-    [B, T, N, ..] each.
+    One [B, T, N, ..] for each array to sum.
 
   Example:
     >>> x, cached = jnp.ones((1, 1, 1, 4)), jnp.ones((1, 1, 3, 4))
@@ -142,7 +142,7 @@ def _attend(q, parts):
 
 
 def _weighted(weights, values):
-  """[B, K, rows, S] times [B, K or 1, S, x]: [B, K, rows, x]."""
+  """Returns [B, K, rows, S] times [B, K or 1, S, x], as [B, K, rows, x]."""
   shape = weights.shape[:3]
   if values.shape[1] != shape[1]:
     weights = weights.reshape(shape[0], 1, -1, weights.shape[-1])
@@ -180,7 +180,7 @@ def _by_token(x, length):
 
 
 def causal_mask(segment_ids: jax.Array) -> jax.Array:
-  """Returns bool[B, T, T]: each token sees its segment up to itself.
+  """Returns the mask bool[B, T, T]: each token sees its segment up to itself.
 
   Args:
     segment_ids: int32[B, T]; 0 is padding, equal ids belong together.
@@ -197,16 +197,15 @@ def causal_mask(segment_ids: jax.Array) -> jax.Array:
 def windowed_mask(
   mask: jax.Array, window: int | None, first: jax.Array | int = 0
 ) -> jax.Array:
-  """Hides keys that lie a window or more before a query (Mistral).
+  """Narrows an attention mask to a sliding window (Mistral).
 
-  Query t and new key s of the last T columns lie at slots first + t and
-  first + s; the columns before them are the cache's slots 0, 1, ...
+  The last T columns are the queries' own keys: query t and key t lie in slot
+  first + t. The columns before them are the cache's slots 0, 1, ...
 
   Args:
-    mask: bool[B, T, S], true where a query may look; of its S columns the last
-      T are the queries' own keys.
-    window: how many keys a query sees at most, its own among them; None, or at
-      least as many as there are columns, leaves the mask as it is.
+    mask: bool[B, T, S], true where a query may look.
+    window: the most keys a query sees, its own included; None or S and more
+      leave the mask unchanged.
     first: int32 scalar, the slot of the first query in the cache.
 
   Returns:

@@ -1,13 +1,15 @@
-"""The key and value cache of a batch of left-padded sequences.
+"""The KV cache of a batch of left-padded sequences.
 
-Slots are shared: every row of the batch writes its next token at the same slot,
-so that a step is one in-place write. A row of length n in a bucket of P slots
-starts at slot P - n: it has `pad` = P - n unused slots, and the token in slot s
-stands at position s - pad.
+All rows share their slots: each row writes its next token into the same slot,
+so a step is one in-place write. A prompt of n tokens in a bucket of P slots
+starts at slot P - n. It leaves `pad` = P - n slots unused, and its token in
+slot s has position s - pad.
 
-A step reads the cache as it was and adds its own token beside it (see
-`attention.joint_attention`); what it read is written back at its end. A cache
-that were written first and read then would be copied in every step.
+  P = 4, n = 3:  slots . a b c   pad 1   positions of a b c: 0 1 2
+
+Each step attends to the old cache plus the new token's key and value (see
+`attention.joint_attention`), and writes those two into the cache last. Writing
+first would make XLA copy the whole cache.
 
 Axis letters: B batch, T query length, S slots, K kv heads, H head width.
 """
@@ -29,9 +31,9 @@ class KV:
 
   Attributes:
     k: [B, K, S, H].
-    v: [B, K, S, H]; without the adapters' part where there is a `z`.
-    z: [B, 1, S, E*R], the adapters' rank activations of the values, so that
-      they can be read under other gates than those of their time; or None.
+    v: [B, K, S, H]; the base's values alone if there is a `z`.
+    z: [B, 1, S, E*R], the adapters' rank activations x A^T of the values, to
+      which later gates can be applied; or None.
   """
 
   k: jax.Array
@@ -40,20 +42,20 @@ class KV:
 
   @property
   def values(self) -> list[jax.Array]:
-    """What attention sums."""
+    """The arrays that attention sums with its weights."""
     return [self.v] if self.z is None else [self.v, self.z]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """The cache of all layers, and where the batch stands in it.
+  """The KV cache of all layers, and the next slot to write.
 
   Attributes:
-    layers: a `KV` a layer.
+    layers: one `KV` per layer.
     slot: int32 scalar, the slot that is written next.
     pad: int32[B], unused slots in front of each row.
-    split: whether its heads are on several devices.
+    split: whether the heads are sharded over several devices.
   """
 
   layers: tuple[KV, ...]
@@ -69,13 +71,13 @@ class Cache:
     slots: int,
     split: bool = False,
   ) -> Cache:
-    """Returns a cache of `slots` slots of which a prompt fills the first ones.
+    """Returns a cache of `slots` slots; a prompt fills the first P.
 
     Args:
-      layers: keys and values of the prompt's P tokens, a `KV` a layer.
+      layers: keys and values of the prompt's P tokens, one `KV` per layer.
       pad: int32[B].
       slots: S, at least P.
-      split: whether the heads are on several devices.
+      split: whether the heads are sharded over several devices.
     """
     length = layers[0].k.shape[2]
     room = ((0, 0), (0, 0), (0, slots - length), (0, 0))
@@ -86,21 +88,21 @@ class Cache:
     """Returns the cache with T more tokens, written in place inside a jit.
 
     Args:
-      layers: keys and values of the tokens, a `KV` a layer.
-      after: any value computed from all that was read of this cache. XLA
-        writes in place only where it can tell that all reads come first.
+      layers: keys and values of the tokens, one `KV` per layer.
+      after: a value that depends on every read of this cache. XLA writes in
+        place only if it can tell that all reads come first.
     """
-    # Always 0, but not before `after` is known.
+    # Always 0, but only once `after` is known.
     zero = jnp.clip(after.ravel()[0].astype(jnp.int32), 0, 0)
     place = (0, 0, self.slot + zero, 0)
 
     def write(old, new):
       written = jax.lax.dynamic_update_slice(old, new, place)
       if self.split:
-        # XLA would gather what is to have a layout.
+        # A layout constraint would make XLA gather a sharded array.
         return written
-      # Else XLA for TPUs would have slots in front, and copy the whole cache
-      # before and after each chunk.
+      # Otherwise XLA for TPUs puts the slots in front, and copies the whole
+      # cache before and after each chunk.
       return with_layout_constraint(written, Layout((0, 1, 2, 3)))
 
     written = jax.tree.map(write, self.layers, tuple(layers))
@@ -110,13 +112,13 @@ class Cache:
   def positions(self, length: int) -> jax.Array:
     """Returns int32[B, T], the positions of the next `length` tokens.
 
-    A pad slot's position would be negative; it is given 0 and masked.
+    A pad slot's position would be negative; it gets 0, and is masked.
     """
     slots = self.slot + jnp.arange(length)
     return jnp.maximum(slots[None] - self.pad[:, None], 0)
 
   def mask(self, length: int) -> jax.Array:
-    """Returns bool[B, T, S + T]: what the next `length` tokens may see.
+    """Returns the attention mask bool[B, T, S + T] of the next `length` tokens.
 
     Row b, with pad 2, in a cache of 6 slots of which 3 are written: the next
     token (slot 3) sees slot 2 and itself:  . . x . . . | x

@@ -1,4 +1,4 @@
-"""The shape of a Llama, and the shapes that have a name."""
+"""Shapes of Llama models, and named presets."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from tokenlora_jax.config import check
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """How rotary frequencies are stretched beyond the trained length.
+  """Scaling of rotary frequencies for texts beyond the trained length.
 
   Attributes:
     kind: `none`, `linear` (all frequencies divided by `factor`) or `llama3`
       (only low frequencies, with a ramp between the two wavelengths).
-    factor: the stretch.
+    factor: the divisor.
     low_frequency_factor: `llama3`: wavelengths above original_length / this are
-      stretched whole.
+      scaled by the whole factor.
     high_frequency_factor: `llama3`: wavelengths below original_length / this
-      stay as they are.
+      stay unscaled.
     original_length: `llama3`: the length trained on, tokens.
   """
 
@@ -38,20 +38,20 @@ class LlamaConfig:
     vocab: V, size of the vocabulary.
     width: D, model width.
     mlp_width: F, width of the gated MLP.
-    layers: L.
+    layers: L, number of layers.
     heads: N, query heads.
     kv_heads: K, key and value heads; divides N.
     head_width: H, width of a head; need not be D / N.
     norm_eps: added to the mean square in RMSNorm.
     rope_theta: base of the rotary frequencies.
-    rope_scaling: how those are stretched.
+    rope_scaling: scaling of those frequencies.
     tied: whether the output projection is the embedding.
     qkv_bias: bias on q, k and v (Llama `attention_bias`, Qwen2).
     o_bias: bias on o.
     mlp_bias: bias on gate, up and down.
     max_length: the longest sequence trained on, tokens.
-    sliding_window: how many tokens a token attends to at most, itself among
-      them (Mistral); None is all that came before.
+    sliding_window: the most tokens that a token attends to, itself included
+      (Mistral); None is all before it.
   """
 
   vocab: int
@@ -111,12 +111,12 @@ class LlamaConfig:
 
   @property
   def matmul_parameters(self) -> int:
-    """Parameters a token is multiplied with: the layers and the output map."""
+    """Parameters in matrix products: the layers and the output projection."""
     layer = sum(i * o for i, o in self.projection_shapes.values())
     return self.layers * layer + self.vocab * self.width
 
 
-# Shapes that `random:NAME` builds with seeded random weights.
+# The shapes of `random:NAME`, which builds seeded random weights.
 PRESETS = {
   "tiny": LlamaConfig(
     vocab=260, width=64, mlp_width=128, layers=2, heads=4, kv_heads=2,
@@ -144,7 +144,7 @@ PRESETS = {
   ),
 }  # fmt: skip
 
-# The same shapes by their names on the hub, which planning need not ask then.
+# The same shapes by hub id, so that planning needs no download.
 HUB_PRESETS = {
   "meta-llama/Llama-2-7b-hf": "llama2-7b",
   "meta-llama/Llama-2-13b-hf": "llama2-13b",

@@ -1,9 +1,9 @@
 """Chooses the attention implementation: a fused kernel, or plain XLA.
 
-A fused kernel never has the [T, S] scores in memory. On TPU it is Pallas'
-splash attention, which also skips the blocks that a causal mask leaves out; on
-NVIDIA GPUs cuDNN's flash attention; elsewhere, and where a shape does not suit
-the kernel, our own `attention`.
+A fused kernel never holds the [T, S] scores in memory. TPUs use Pallas' splash
+attention, which also skips the blocks that a causal mask hides. NVIDIA GPUs use
+cuDNN's flash attention. Other devices, and shapes that a kernel does not
+support, use our own `attention`.
 
 Axis letters: B batch, T length, N query heads, K kv heads, H head width.
 """
@@ -28,12 +28,12 @@ from tokenlora_jax.model.llama import Attend
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """A way to attend within rows of segments.
+  """An attention implementation for training, without a cache.
 
   Attributes:
     name: `xla`, `splash` or `cudnn`.
     attend: (q [B, T, N, H], k and v [B, K, T, H], mask) -> [B, T, N, H].
-    mask: gives that mask for segment ids int32[B, T].
+    mask: computes that mask from segment ids int32[B, T].
   """
 
   name: str
@@ -44,7 +44,7 @@ class Kernel:
 XLA = Kernel("xla", attention, causal_mask)
 
 
-# Of these GPUs, where JAX does not say it (a GPU that is only planned for).
+# Compute capabilities for GPUs that are only planned for: JAX has no device.
 _CAPABILITIES = {
   "Tesla T4": (7, 5),
   "NVIDIA A100": (8, 0),
@@ -55,10 +55,10 @@ _CAPABILITIES = {
 
 
 def compute_capability(device: jax.Device) -> tuple[int, int] | None:
-  """Returns an NVIDIA GPU's compute capability, or None where it is unknown.
+  """Returns an NVIDIA GPU's compute capability, or None if it is unknown.
 
   Args:
-    device: of any platform.
+    device: a device of any platform.
 
   Example:
     >>> compute_capability(jax.devices("cpu")[0]) is None
@@ -67,7 +67,7 @@ def compute_capability(device: jax.Device) -> tuple[int, int] | None:
   try:
     major, minor = map(int, device.compute_capability.split("."))
   except (AttributeError, ValueError):
-    # AMD's GPUs have names in place of numbers.
+    # AMD GPUs report a name instead of numbers.
     kind = getattr(device, "device_kind", "")
     return next(
       (known for name, known in _CAPABILITIES.items() if kind.startswith(name)),
@@ -85,14 +85,15 @@ def choose_kernel(
 ) -> Kernel:
   """Returns the fastest kernel that the devices and the shape allow.
 
-  cuDNN's flash attention wants 16 bits, compute capability 8.0 and heads of a
-  multiple of 8, at most 128 wide (on Hopper up to 256, which no Llama has).
+  cuDNN's flash attention needs a 16-bit dtype, compute capability 8.0 and a
+  head width that is a multiple of 8, at most 128 (on Hopper up to 256, which no
+  Llama has).
 
   Args:
-    mesh: its devices run the kernel; heads are split over its `tensor`.
+    mesh: its devices run the kernel; heads are sharded over its `tensor` axis.
     length: T.
-    shape: of the base: the width of its heads, its sliding window.
-    dtype: of queries, keys and values.
+    shape: the base's shape: head width and sliding window.
+    dtype: dtype of queries, keys and values.
     packed: whether a row may hold several segments.
 
   Example:
@@ -105,7 +106,7 @@ def choose_kernel(
     'xla'
   """
   if shape.sliding_window is not None and length > shape.sliding_window:
-    # The kernels below are called for all tokens before a token.
+    # The kernels below have no sliding window.
     return XLA
   device = mesh.devices.flat[0]
   if device.platform == "tpu" and length % _BLOCKS[-1] == 0:
@@ -123,14 +124,14 @@ def choose_kernel(
   return XLA
 
 
-# Rows and columns of scores that are in fast memory at once: the largest that
-# divides the length.
+# Block sizes (rows and columns of scores in fast memory at once); the largest
+# that divides the length is used.
 _BLOCKS = (512, 256, 128)
 
 
 def _by_heads(attend: Attend) -> Attend:
-  # XLA cannot split a Pallas call, and not cuDNN's either under the training
-  # step's `shard_map`: each device attends for its heads.
+  # XLA cannot shard a Pallas call, nor cuDNN's under the training step's
+  # `shard_map`, so each device attends for its own heads.
   heads = P(None, "tensor")
   return jax.shard_map(
     attend,
@@ -169,5 +170,5 @@ def _cudnn(q, k, v, lengths):
 
 
 def _lengths(segment_ids):
-  """int32[B], the tokens of rows that are one segment and padding after it."""
+  """Returns int32[B], the tokens of each row: one segment, then padding."""
   return jnp.sum(segment_ids > 0, axis=-1, dtype=jnp.int32)

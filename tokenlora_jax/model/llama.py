@@ -1,13 +1,13 @@
 """The Llama family (Touvron et al., 2023) as a Flax NNX module.
 
-NNX is the container only: a `Llama` is a pytree of parameters that plain jax
-transforms pass around, and nothing is mutated in a forward pass. Adapters are
-not part of it; a forward pass takes them as an argument.
+NNX is only the container: a `Llama` is a pytree of parameters for plain jax
+transforms, and a forward pass mutates nothing. Adapters are an argument of the
+forward pass, not a part of the module.
 
-Layers come in one of two layouts. `stacked`: every parameter has a leading
-layer axis and the layers run in one `lax.scan`, which compiles fast and is what
-training uses. A list: every layer has its own arrays, which decodes fastest,
-since a scan copies what it slices.
+Layers have one of two layouts. `stacked`, for training: each parameter has a
+leading layer axis and the layers run in one `lax.scan`, which compiles fast. A
+list, for decoding: each layer has its own arrays, which is faster, since a scan
+copies the slices that it takes.
 
 Axis letters: B batch, T query length, S key/value length, D width, F MLP width,
 N query heads, K kv heads, G = N/K, H head width, V vocabulary, L layers.
@@ -36,31 +36,31 @@ from tokenlora_jax.model.config import LlamaConfig, RopeScaling
 from tokenlora_jax.model.lora import LayerLoras, Lora
 from tokenlora_jax.model.quantize import dot
 
-# Gives the parameter of a name and shape: drawn, loaded, or only described.
+# (name, shape) -> the parameter: random, loaded, or only its description.
 # Stacked layers are named "layers.*. ..." and have a leading L. A kernel may
-# come in few bits (`model/quantize.py`).
+# be quantised (`model/quantize.py`).
 MakeParameter = Callable[[str, tuple[int, ...]], jax.Array]
 
-# The adapters' part of a linear map: (lora, x [B, T, in], keys [B]) -> [B, T,
-# out].
+# (lora, x [B, T, in], keys [B]) -> [B, T, out], which is added to the linear
+# map's output.
 Adapt = Callable[[Lora, jax.Array, jax.Array | None], jax.Array]
 
 
 class Remix(Protocol):
-  """Adapters of values that are applied after attention has summed them."""
+  """Adapters on values, applied after attention instead of before it."""
 
   def down(self, lora: Lora, x: jax.Array) -> jax.Array:
     """Returns the rank activations, [B, T, E, R], of x [B, T, in]."""
 
   def up(self, lora: Lora, low: jax.Array, kv_heads: int) -> jax.Array:
-    """Returns what sums [B, T, N, E*R] of them add: [B, T, N, H]."""
+    """Returns [B, T, N, H] to add, from attention's sums [B, T, N, E*R]."""
 
 
-# Attention of queries [B, T, N, H] to keys and values [B, K, T, H], and what it
-# needs to know who may look where.
+# (q [B, T, N, H], k and v [B, K, T, H], mask) -> [B, T, N, H]; the mask is in
+# the form that the implementation takes.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
 
-# Brings what a layer holds, (weights, loras), together from where it lies.
+# (weights, loras) of a layer as sharded -> the same as whole arrays.
 Gather = Callable[[Any], Any]
 
 
@@ -68,9 +68,9 @@ def _save_all_but_weights(primitive, *_, **__):
   return primitive.name != "all_gather"
 
 
-# What a layer keeps for the backward pass: never the weights that it was sent.
-# `elementwise` keeps what projections and attention give and recomputes norms
-# and activations from it.
+# The arrays that a layer saves for the backward pass, never gathered weights.
+# `elementwise` saves the outputs of projections and attention, and recomputes
+# norms and activations from them.
 REMAT_POLICIES = {
   "none": _save_all_but_weights,
   "elementwise": jax.checkpoint_policies.save_only_these_names(
@@ -81,7 +81,7 @@ REMAT_POLICIES = {
 
 
 class Linear(nnx.Module):
-  """y = x W + b, with W kept [in, out], in full or in few bits."""
+  """A linear map y = x W + b; W is [in, out], full or quantised."""
 
   def __init__(self, name, make: MakeParameter, shape, has_bias: bool):
     self.kernel = nnx.Param(make(f"{name}.kernel", shape))
@@ -99,9 +99,9 @@ class Linear(nnx.Module):
 class QKV(Linear):
   """Queries, keys and values of one input, as one product.
 
-  The kernel is [D, K * (G + 2) * H]: of every kv head its G query heads, its
-  key and its value. So one product reads all three, and where devices split
-  it between kv heads, each has what its heads need.
+  The kernel is [D, K * (G + 2) * H]: for each kv head its G query heads, its
+  key and its value. So a device that holds a shard of whole kv heads has all
+  that their attention needs.
   """
 
   def __init__(self, name, config: LlamaConfig, make: MakeParameter, stack):
@@ -116,8 +116,8 @@ class QKV(Linear):
     heads = config.kv_heads, -1, config.head_width
     y = super().__call__(x)
     if x.shape[1] == 1:
-      # Else XLA for TPUs would have the kernel transposed, for the layout in
-      # which the heads of a few rows are wanted.
+      # Otherwise XLA for TPUs transposes the kernel to get the layout that the
+      # heads of a few rows need.
       y = jax.lax.optimization_barrier(y)
     y = y.reshape(*x.shape[:2], *heads)
     parts = y[..., :-2, :], y[..., -2, :], y[..., -1, :]
@@ -125,7 +125,7 @@ class QKV(Linear):
 
 
 def join_heads(config: LlamaConfig, parts: Sequence[jax.Array]) -> jax.Array:
-  """Joins what q, k and v have apart, as `QKV` keeps it.
+  """Joins the kernels or biases of q, k and v into the layout of `QKV`.
 
   Args:
     config: the shape of the Llama.
@@ -173,18 +173,18 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def rope_frequencies(
   width: int, theta: float, scaling: RopeScaling
 ) -> jax.Array:
-  """Rotary frequencies theta^(-2i/H) (Su et al., 2021, eq. 15), stretched.
+  """Rotary frequencies theta^(-2i/H) (Su et al., 2021, eq. 15), scaled.
 
   `llama3` divides the frequencies of long wavelengths by `factor`, keeps those
   of short ones, and ramps linearly (in original_length / wavelength) between.
 
   Args:
     width: H, even.
-    theta: the base.
-    scaling: how long contexts stretch them.
+    theta: the base of the frequencies.
+    scaling: their scaling for long texts.
 
   Returns:
-    float32[H/2], radians a position.
+    float32[H/2], radians per position.
 
   Example:
     >>> rope_frequencies(4, 10_000.0, RopeScaling()).tolist()
@@ -207,8 +207,8 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
   Args:
     x: [B, T, heads, H]; dimension i is paired with i + H/2.
-    cos: float32[B, T, 1, H/2], of the angles position times frequency.
-    sin: float32[B, T, 1, H/2].
+    cos: float32[B, T, 1, H/2], cosines of position times frequency.
+    sin: float32[B, T, 1, H/2], their sines.
 
   Returns:
     x rotated, in x's dtype; the rotation itself is float32.
@@ -219,12 +219,12 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def _fold(keys, number):
-  """Returns other keys, one of each."""
+  """Folds a number into each PRNG key of a batch."""
   return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 class Layer(nnx.Module):
-  """One transformer layer: attention and a gated MLP, each pre-normed."""
+  """A transformer layer: attention and a gated MLP, each after a norm."""
 
   def __init__(self, name: str, config: LlamaConfig, make, stack=()):
     self.config = config
@@ -255,7 +255,7 @@ class Layer(nnx.Module):
     attend: Attend = attention,
     remix: Remix | None = None,
   ) -> tuple[jax.Array, KV]:
-    """Returns (x [B, T, D], the keys and values of its tokens)."""
+    """Returns (x [B, T, D], the tokens' keys and values)."""
     config = self.config
     heads = (*x.shape[:2], -1, config.head_width)
     late = remix is not None and loras and "v" in loras
@@ -299,15 +299,16 @@ class Layer(nnx.Module):
 
 
 class Llama(nnx.Module):
-  """A decoder-only transformer whose parameters a factory supplies.
+  """A decoder-only transformer; a factory supplies its parameters.
 
   Args:
     config: the shape.
-    make: gives each parameter, by name and shape.
+    make: returns each parameter, from its name and shape.
     stacked: whether layers are stacked (training) or a list (decoding).
-    fingerprint: a hash of where the weights came from, so that a bank can tell
-      whether it was trained on this base.
-    fingerprint_1: as banks of earlier versions hold it; "" if it is the same.
+    fingerprint: a hash of the weights, by which a bank knows the base that it
+      was trained on.
+    fingerprint_1: the fingerprint in banks of earlier versions; "" if it is
+      the same.
 
   Example:
     >>> from tokenlora_jax.model.config import PRESETS
@@ -344,7 +345,7 @@ class Llama(nnx.Module):
 
   @property
   def dtype(self) -> jnp.dtype:
-    """What the weights are kept and multiplied in."""
+    """The dtype of the weights and of the products with them."""
     return self.embedding[...].dtype
 
   def __call__(
@@ -361,31 +362,30 @@ class Llama(nnx.Module):
     gather: Gather | None = None,
     remix: Remix | None = None,
   ) -> tuple[jax.Array, Cache | tuple[KV, ...] | None]:
-    """Runs the layers.
+    """Runs the layers and the final norm.
 
     Args:
       tokens: int32[B, T].
       positions: int32[B, T], for the rotary embedding.
-      mask: bool[B, T, T], which tokens each may see, or what `attend` takes
-        in its place; with a cache bool[B, T, S + T], which slots and tokens.
-        The base's sliding window narrows it further.
-      cache: what came before the tokens, if anything (list layout only).
-      loras: adapters, a mapping a layer; for stacked layers one mapping whose
-        leaves have a leading L.
-      adapt: what the adapters add to a linear map (a mixing rule).
-      keys: [B], of the adapters' dropout in each row.
-      remat: what the backward pass recomputes of each layer, of
-        `REMAT_POLICIES`.
-      attend: how tokens attend to each other without a cache.
+      mask: the attention mask: bool[B, T, T], or what `attend` takes in its
+        place; with a cache bool[B, T, S + T], over slots and tokens. The base's
+        sliding window narrows it further.
+      cache: the KV cache of the tokens before, if any (list layout only).
+      loras: adapters, one mapping per layer; for stacked layers one mapping
+        whose leaves have a leading L.
+      adapt: computes what the adapters add to a linear map (a mixing rule).
+      keys: [B], PRNG keys of the adapters' dropout, one per row.
+      remat: a name of `REMAT_POLICIES`: what the backward pass recomputes.
+      attend: the attention implementation without a cache.
       gather: called on each layer and its adapters just before they are used,
-        forward and backward, so that a layer split over devices is whole only
-        while it runs.
-      remix: keeps the adapters' part of values apart, in the cache too, and
+        forward and backward, so that a sharded layer is whole only while it
+        runs.
+      remix: keeps the adapters' part of the values apart, in the cache too, and
         applies it after attention.
 
     Returns:
-      (hidden [B, T, D] after the final norm; the cache with the tokens, or
-      without a cache a `KV` of them a layer, or None for stacked layers).
+      (hidden [B, T, D] after the final norm; the cache with the tokens added.
+      Without a cache one `KV` per layer in its place; None for stacked layers).
     """
     config = self.config
     frequencies = rope_frequencies(
@@ -397,7 +397,7 @@ class Llama(nnx.Module):
     if mask.ndim == 3:
       first = 0 if cache is None else cache.slot
       mask = windowed_mask(mask, config.sliding_window, first)
-    # A fused program takes no mask, and is not chosen beyond the window.
+    # Fused kernels take no such mask, and are not chosen beyond the window.
 
     def run(layer, i, loras, x, rotation, mask, keys, **cached):
       if gather is not None:
@@ -431,7 +431,7 @@ class Llama(nnx.Module):
     return hidden, kvs if cache is None else cache.append(kvs, after=hidden)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
-    """Returns float32[..., V] for hidden [..., D]."""
+    """Returns logits float32[..., V] of hidden states [..., D]."""
     with jax.named_scope("head"):
       if self.head is None:
         return jnp.einsum(

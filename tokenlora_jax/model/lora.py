@@ -1,8 +1,8 @@
-"""A bank of LoRA adapters as one pytree with a leading expert axis.
+"""LoRA adapters of all experts as one pytree with a leading expert axis.
 
-For one linear map y = x W an adapter adds scaling (x A^T) B (Hu et al., 2021,
-"LoRA", eq. 3; B is kept transposed, so that both maps of all experts read as
-one matrix of E*R rows). Ranks that differ are padded with zero rows, which add
+To a linear map y = x W an adapter adds scaling (x A^T) B (Hu et al., 2021,
+"LoRA", eq. 3; B is stored transposed, so that A and B of all experts are each
+one matrix of E*R rows). Smaller ranks are padded with zero rows, which add
 nothing and get no gradient.
 
 Axis letters: E experts, L layers, R rank, B batch, T length, D width.
@@ -30,12 +30,12 @@ class Lora:
   """The adapters of one linear map.
 
   Attributes:
-    a: [E, R, in], the map into the rank; float32, or as a decoder reads it.
-    b: [E, R, out], the map out of it, as `a`.
+    a: [E, R, in], the map down to the rank; float32, or a decoder's dtype.
+    b: [E, R, out], the map up from it; dtype of `a`.
     scaling: float32[E], alpha / R of each expert.
 
-  With stacked layers an axis L stands behind E in training (`Adapters.stack`)
-  and before it inside a scan over layers.
+  Stacked layers add an axis L: after E in training (`Adapters.stack`), before E
+  inside a scan over layers.
   """
 
   a: jax.Array
@@ -52,17 +52,17 @@ class Adapters:
   """Named experts and their low-rank maps, layer by layer.
 
   Attributes:
-    names: the E experts' names; names are never traced, so that two banks of
-      one shape share one compiled program.
-    layers: one mapping a layer from projection name to `Lora`. A map that no
-      expert adapts is absent.
+    names: the E experts' names; never traced, so that two banks of one shape
+      share one compiled program.
+    layers: per layer a mapping from projection name to `Lora`. A projection
+      that no expert adapts is absent.
   """
 
   names: tuple[str, ...]
   layers: tuple[dict[str, Lora], ...]
 
   def index(self, expert: str | int) -> int:
-    """Returns the place of an expert, given by name or by place.
+    """Returns the index of an expert, given its name or its index.
 
     Raises:
       InputError: there is no such expert.
@@ -85,14 +85,14 @@ class Adapters:
     return self.names.index(expert)
 
   def select(self, expert: str | int) -> Adapters:
-    """Returns a bank of the one expert named, its expert axis kept."""
+    """Returns the adapters of one expert, with an expert axis of 1."""
     i = self.index(expert)
     return Adapters(
       (self.names[i],), jax.tree.map(lambda x: x[i : i + 1], self.layers)
     )
 
   def astype(self, dtype: jax.typing.DTypeLike) -> Adapters:
-    """Returns a bank with both maps in another dtype; scaling stays float32.
+    """Returns the adapters with A and B in another dtype; scaling unchanged.
 
     Example:
       >>> lora = Lora(jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)), jnp.ones(1))
@@ -132,10 +132,10 @@ class Adapters:
   def stack(self, depth: int) -> dict[str, Lora]:
     """Returns {projection: Lora} with leaves [E, L, ...], the training layout.
 
-    Layers that lack a map get zeros, and smaller ranks are padded with zeros.
+    Layers without the map get zeros, and smaller ranks are padded with zeros.
 
     Args:
-      depth: L, of the base.
+      depth: L, the base's number of layers.
     """
     maps: dict[str, list[Lora]] = {}
     for layer in self.layers:
@@ -165,7 +165,7 @@ class Adapters:
   def unstack(
     cls, names: Sequence[str], stacked: Mapping[str, Lora]
   ) -> Adapters:
-    """The inverse of `stack`: the decoding layout, a `Lora` a layer and map."""
+    """Inverts `stack`: the decoding layout, a `Lora` per layer and map."""
     depth = next(iter(stacked.values())).a.shape[1]
     layers = tuple(
       {
@@ -178,10 +178,10 @@ class Adapters:
 
 
 def expert_keys(key: jax.Array, names: Sequence[str]) -> jax.Array:
-  """Returns one PRNG key an expert, which depends on its name alone.
+  """Returns one PRNG key per expert, derived from its name alone.
 
-  So an expert's first weights and dropout are the same whichever other experts
-  its run has.
+  So an expert's initial weights and dropout do not depend on the other experts
+  of the run.
   """
   marks = jnp.array([zlib.crc32(name.encode()) for name in names], jnp.uint32)
   return jax.vmap(lambda mark: jax.random.fold_in(key, mark))(marks)
@@ -190,7 +190,7 @@ def expert_keys(key: jax.Array, names: Sequence[str]) -> jax.Array:
 def init_stacked(
   key: jax.Array, config: LlamaConfig, lora: LoraConfig, names: Sequence[str]
 ) -> dict[str, Lora]:
-  """Returns fresh adapters for training: A uniform, B zero.
+  """Returns initial adapters for training: A uniform, B zero.
 
   A is drawn as PEFT draws it, Kaiming-uniform with a = sqrt(5), which is
   U(-1/sqrt(in), 1/sqrt(in)).
@@ -199,7 +199,7 @@ def init_stacked(
     key: a PRNG key.
     config: the base's shape.
     lora: rank, scaling and targets.
-    names: of the E experts.
+    names: the E experts' names.
 
   Returns:
     {projection: Lora} of float32[E, L, R, in] and [E, L, R, out] and [E, L].
@@ -234,7 +234,7 @@ def random_adapters(
     base: a `Llama`.
     experts: E.
     rank: R of each.
-    seed: of the draw.
+    seed: seeds the random numbers.
 
   Returns:
     Adapters named e0, e1, ... with scaling 16 / R, in the decoding layout.

@@ -1,4 +1,4 @@
-"""Next-token losses through the frozen output map, a chunk at a time.
+"""Next-token losses through the frozen output projection, in chunks.
 
 Axis letters: B batch, T length, D width, V vocabulary.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-# Positions whose logits exist at once: [B, CHUNK, V] float32, never [B, T, V].
+# Positions per chunk: logits are float32[B, CHUNK, V], never [B, T, V].
 CHUNK = 64
 
 
@@ -18,10 +18,10 @@ def token_losses(base, hidden: jax.Array, targets: jax.Array) -> jax.Array:
 
   loss_t = logsumexp(z_t) - z_t[target_t], z_t = hidden_t W, in float32.
 
-  The output map is frozen, so a position's gradient with respect to its hidden
-  state, (softmax(z_t) - onehot(target_t)) W^T, is known as soon as z_t is: the
-  forward pass keeps it [B, T, D], and neither logits nor a second matrix
-  product are needed in the backward pass.
+  The output projection W is frozen, so the forward pass can already compute the
+  gradient with respect to the hidden state, (softmax(z_t) - onehot(target_t))
+  W^T. It saves that [B, T, D]; the backward pass needs no logits and no matrix
+  product.
 
   Args:
     base: a `Llama`; no gradient flows into it.

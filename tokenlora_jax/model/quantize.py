@@ -1,11 +1,12 @@
-"""Frozen kernels in few bits: int8 an output, or 4 bits in small blocks.
+"""Quantisation of frozen kernels: int8 with a scale per output, or 4 bits.
 
-A kernel is an array [in, out...], or one of the two classes here in its place.
-Both are pytrees, and each axis of their arrays is an axis of the kernel, or
-blocks of one: so they are stacked, scanned, split over devices and gathered
-array by array, as kernels are. A kernel is never trained, so a product passes
-its gradient on to the activations alone, and the backward pass makes the
-numbers again from the few bits instead of keeping them.
+  y = dot(x, quantize_int8(kernel))  # x [..., in], kernel [in, out...]
+
+A kernel is an array [in, out...], or an `Int8` or `Nf4` in its place. Both are
+pytrees whose arrays have the kernel's axes, or blocks of them, so they are
+stacked, scanned, sharded and gathered as kernels are. A kernel is never
+trained: a product passes its gradient to the activations alone, and the
+backward pass dequantises the kernel again instead of saving it.
 """
 
 from __future__ import annotations
@@ -21,35 +22,35 @@ import numpy as np
 from tokenlora_jax.config import InputError
 from tokenlora_jax.model.config import LlamaConfig
 
-# Inputs of an `Nf4` that are packed together.
+# Inputs in a group of an `Nf4` that is packed together.
 GROUP = 64
 
-# Inputs that share a step. Errors in what attends and in what leaves the MLP
-# cost most, a weight, so their blocks are smaller.
+# Inputs that share a step. Errors in the kernels `qkv` and `down` cost most per
+# weight, so their blocks are smaller.
 BLOCK = 32
 SMALL_BLOCK = 16
 SMALL_BLOCKS = ("qkv", "down")
 
-# The 16 levels whose mean squared error is least for blocks of a normal
-# variable, each scaled by what suits it best, of either sign (Lloyd's
-# algorithm). QLoRA's NormalFloat (Dettmers et al., 2023, appendix E) scales
-# by the largest magnitude, so its levels reach to -1 and 1.
+# The 16 levels with the least mean squared error for blocks of normal numbers,
+# each block with its best scale, of either sign (Lloyd's algorithm). QLoRA's
+# NormalFloat (Dettmers et al., 2023, appendix E) scales by the largest
+# magnitude, so its levels reach to -1 and 1.
 NF4_LEVELS = np.array([
   -0.9684, -0.6906, -0.5313, -0.4030, -0.2912, -0.1942, -0.1048, -0.0190,
   0.0666, 0.1552, 0.2480, 0.3482, 0.4608, 0.5974, 0.7797, 0.9571,
 ], np.float32)  # fmt: skip
 _MIDDLES = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
 
-# The scales that are tried for a block, in shares of its largest magnitude.
+# The scales tried for a block, as shares of its largest magnitude.
 SHARES = np.array([0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2], np.float32)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8:
-  """A kernel in 8 bits, with one scale an output.
+  """A kernel in int8 with one scale per output.
 
-  W = values * scales, so y = (x values) * scales: nothing is dequantised.
+  W = values * scales, so y = (x values) * scales: W itself is never built.
 
   Attributes:
     values: int8[in, out...], -127 to 127.
@@ -67,12 +68,12 @@ class Int8:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Nf4:
-  """A kernel in 4-bit floats, with a step of 8 bits for each block of inputs.
+  """A kernel in 4-bit floats with an 8-bit step per block of inputs.
 
-  W = level * step * scale: of each number the level, of its block the step, of
-  its output the scale. Two codes share a byte: row i of a group of 64 inputs
-  is in the low half of byte row i, row i + 32 in the high half. A code is the
-  place of its level in `NF4_LEVELS`.
+  W = level * step * scale: a level per number, a step per block, a scale per
+  output. A code is the index of its level in `NF4_LEVELS`. Two codes share a
+  byte: row i of a group of 64 inputs is in the low half of byte row i, row
+  i + 32 in the high half.
 
   Attributes:
     codes: uint8[in / 64, 32, out...].
@@ -97,7 +98,7 @@ Kernel = jax.Array | Int8 | Nf4
 
 
 def quantize_int8(kernel: jax.Array) -> Int8:
-  """Returns a kernel in 8 bits: values = round(W / scales).
+  """Quantises a kernel to int8: values = round(W / scales).
 
   scales = max over inputs of |W| / 127, the symmetric absmax.
 
@@ -108,7 +109,7 @@ def quantize_int8(kernel: jax.Array) -> Int8:
     >>> quantize_int8(jnp.array([[1.0], [-2.0]])).values.tolist()
     [[64], [-127]]
   """
-  # Products alone: a quotient is a bit more or less, as XLA likes.
+  # Only products: XLA may round a quotient differently from program to program.
   largest = jnp.abs(kernel).max(axis=0).astype(jnp.float32)
   scales = largest * jnp.float32(1 / 127)
   inverse = _divide(jnp.float32(1), scales)
@@ -116,9 +117,9 @@ def quantize_int8(kernel: jax.Array) -> Int8:
 
 
 def quantize_nf4(kernel: jax.Array, block: int = BLOCK) -> Nf4:
-  """Returns a kernel in 4 bits: of each W / (step scale) the nearest level.
+  """Quantises a kernel to 4 bits: the nearest level to each W / (step scale).
 
-  A block's step is that of the least squared error among some of either sign.
+  Each block takes the step of least squared error among several of either sign.
 
   Args:
     kernel: [in, out...], any float type; `in` is a multiple of 64.
@@ -156,16 +157,16 @@ def quantize_nf4(kernel: jax.Array, block: int = BLOCK) -> Nf4:
   return Nf4(_pack(codes), steps.astype(jnp.int8), scales)
 
 
-# What kernels may be kept in.
+# Kinds of quantisation.
 QUANTIZERS = ("none", "int8", "nf4")
 
 
 def get_quantizer(kind: str, name: str) -> Callable[[jax.Array], Kernel]:
-  """Returns what keeps a kernel in few bits.
+  """Returns the function that quantises a kernel.
 
   Args:
-    kind: of `QUANTIZERS`.
-    name: of the kernel, as in `layers.0.qkv.kernel`.
+    kind: a name of `QUANTIZERS`.
+    name: the kernel's name, such as `layers.0.qkv.kernel`.
 
   Example:
     >>> get_quantizer("nf4", "layers.0.down.kernel")(jnp.ones((64, 1))).steps.shape
@@ -180,11 +181,11 @@ def get_quantizer(kind: str, name: str) -> Callable[[jax.Array], Kernel]:
 
 
 def check_blocks(config: LlamaConfig, kind: str) -> None:
-  """Raises `InputError` unless the kernels of a Llama have whole blocks.
+  """Raises `InputError` unless a Llama's kernels consist of whole blocks.
 
   Args:
     config: the shape of the Llama.
-    kind: of `QUANTIZERS`.
+    kind: a name of `QUANTIZERS`.
 
   Example:
     >>> from tokenlora_jax.model.config import PRESETS
@@ -203,7 +204,7 @@ def dot(x: jax.Array, kernel: Kernel) -> jax.Array:
 
   Args:
     x: [..., in].
-    kernel: [in, out...]; in few bits it passes no gradient to itself.
+    kernel: [in, out...]; a quantised one gets no gradient.
 
   Returns:
     [..., out...] in x's dtype.
@@ -242,12 +243,12 @@ _frozen_dot.defvjp(_forward, _backward)
 
 
 def _divide(x, by):
-  """x / by in float32, and 0 where `by` is 0: then x is 0 too."""
+  """Returns x / by in float32, and 0 where `by` is 0 (then x is 0 too)."""
   return x.astype(jnp.float32) / jnp.where(by == 0, 1, by)
 
 
 def _pack(codes):
-  """uint8[blocks, 64, out...] of 0 to 15 as uint8[blocks, 32, out...]."""
+  """Packs codes 0 to 15, uint8[blocks, 64, out...], two to a byte."""
   low, high = jnp.split(codes, 2, axis=1)
   return low | (high << 4)
 
@@ -257,7 +258,7 @@ def _unpack(packed):
 
 
 def _levels(codes, dtype):
-  """The level of each code, by halving: accelerators gather slowly."""
+  """Returns the level of each code, by bisection: gathers are slow."""
   levels = [jnp.asarray(level, dtype) for level in NF4_LEVELS]
   for bit in range(4):
     odd = (codes >> bit) & 1 == 1
