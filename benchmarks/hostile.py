@@ -3,9 +3,10 @@
   python -m benchmarks.hostile --cases 10000 --seed 0
 
 Small sound files (a base as a Hugging Face folder and as GGUF, an adapter, a
-bank, rows, a tokenizer) are damaged by a seeded script: bytes are flipped, cut
+bank, rows, a tokenizer, a MiniLM) are damaged by a seeded script: bytes are flipped, cut
 out, doubled or put in, files are cut short or exchanged for folders, values of
-JSON are exchanged for others. Each is then read by a public function, which
+JSON are exchanged for others. Most damaged banks get the hashes of their damaged
+files, so that what lies behind the hashes is tried too. Each is then read by a public function, which
 must succeed or raise `InputError` of one line. Anything else is printed with
 the number of its case, which `--only NUMBER` does again, and is exit status 1.
 """
@@ -37,9 +38,11 @@ from tokenlora_jax import (
   save_adapter,
   save_bank,
 )
+from tokenlora_jax.bank.record import sha256
 from tokenlora_jax.config import DataConfig, InputError
 from tokenlora_jax.data.rows import load_rows
 from tokenlora_jax.formats.locate import open_base
+from tokenlora_jax.formats.minilm import load_minilm
 
 Load = Callable[[Path], object]
 _ROWS = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(4)]
@@ -54,6 +57,18 @@ _LLAMA = {
   "rms_norm_eps": 1e-5,
   "max_position_embeddings": 64,
   "tie_word_embeddings": True,
+}
+_MINILM = {
+  "model_type": "bert",
+  "vocab_size": 12,
+  "hidden_size": 8,
+  "intermediate_size": 16,
+  "num_hidden_layers": 1,
+  "num_attention_heads": 2,
+  "max_position_embeddings": 32,
+  "type_vocab_size": 2,
+  "layer_norm_eps": 1e-12,
+  "hidden_act": "gelu",
 }
 # What a value of JSON becomes.
 _VALUES = (
@@ -99,12 +114,17 @@ def write_sound(root: Path) -> dict[str, Load]:
   for split in ("train", "test"):
     lines = "".join(json.dumps(row) + "\n" for row in _ROWS)
     (root / "rows" / "gsm8k" / f"{split}.jsonl").write_text(lines)
+  _write_minilm(root / "minilm")
   return {
     "base": _read_all,
+    "base-load": lambda folder: load_base(str(folder), "float32"),
     "gguf": _read_all,
+    "gguf-load": lambda folder: load_base(str(folder), "float32"),
     "gguf-tokenizer": lambda folder: load_tokenizer(folder),
     "adapter": lambda folder: load_adapters([folder]),
     "bank": lambda folder: load_bank(folder, base),
+    "bank-sealed": lambda folder: load_bank(_sealed(folder), base),
+    "minilm": lambda folder: load_minilm(str(folder)),
     "tokenizer": lambda folder: load_tokenizer(folder),
     "rows": _read_rows,
   }
@@ -141,6 +161,66 @@ def _write_gguf(path: Path, tensors: dict[str, np.ndarray]) -> None:
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
   writer.close()
+
+
+def _write_minilm(folder: Path) -> None:
+  from safetensors.numpy import save_file
+  import tokenizers
+
+  (folder / "1_Pooling").mkdir(parents=True)
+  (folder / "config.json").write_text(json.dumps(_MINILM))
+  pooling = json.dumps({"pooling_mode_mean_tokens": True})
+  (folder / "1_Pooling" / "config.json").write_text(pooling)
+  limit = json.dumps({"max_seq_length": 16})
+  (folder / "sentence_bert_config.json").write_text(limit)
+  words = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefgh")
+  model = tokenizers.models.WordPiece(
+    {word: i for i, word in enumerate(words)}, unk_token="[UNK]"
+  )
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+    single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+  )
+  tokenizer.save(str(folder / "tokenizer.json"))
+  layer = "encoder.layer.0"
+  tensors = {
+    "embeddings.word_embeddings.weight": np.ones((12, 8)),
+    "embeddings.position_embeddings.weight": np.ones((32, 8)),
+    "embeddings.token_type_embeddings.weight": np.ones((2, 8)),
+  }
+  for name, width, out in (
+    (f"{layer}.attention.self.query", 8, 8),
+    (f"{layer}.attention.self.key", 8, 8),
+    (f"{layer}.attention.self.value", 8, 8),
+    (f"{layer}.attention.output.dense", 8, 8),
+    (f"{layer}.intermediate.dense", 8, 16),
+    (f"{layer}.output.dense", 16, 8),
+  ):
+    tensors[f"{name}.weight"] = np.ones((out, width))
+    tensors[f"{name}.bias"] = np.zeros(out)
+  for name in ("embeddings", f"{layer}.attention.output", f"{layer}.output"):
+    tensors[f"{name}.LayerNorm.weight"] = np.ones(8)
+    tensors[f"{name}.LayerNorm.bias"] = np.zeros(8)
+  save_file(
+    {name: x.astype(np.float32) for name, x in tensors.items()},
+    folder / "model.safetensors",
+  )
+
+
+def _sealed(folder: Path) -> Path:
+  """Writes the hashes of a bank's files, as they are now, into bank.json."""
+  file = folder / "bank.json"
+  # What was damaged may be no bank.json any more.
+  with contextlib.suppress(
+    OSError, ValueError, KeyError, TypeError, IndexError, AttributeError
+  ):
+    about = json.loads(file.read_text())
+    about["centroids"]["sha256"] = sha256(folder / "centroids.safetensors")
+    for expert in about["experts"]:
+      for name in expert["sha256"]:
+        expert["sha256"][name] = sha256(folder / expert["name"] / name)
+    file.write_text(json.dumps(about))
+  return folder
 
 
 def _read_all(folder: Path) -> None:
@@ -275,7 +355,7 @@ def attempt(
   """
   rng = random.Random(f"{seed} {number}")
   kind = rng.choice(sorted(loads))
-  source = sound / kind.removesuffix("-tokenizer")
+  source = sound / kind.partition("-")[0]
   with tempfile.TemporaryDirectory() as scratch:
     folder = shutil.copytree(source, Path(scratch, "x"))
     how = "; ".join(damage(folder, rng) for _ in range(rng.choice((1, 1, 2))))
