@@ -33,6 +33,7 @@ from tokenlora_jax.bank.record import (
   sha256,
 )
 from tokenlora_jax.config import PROJECTIONS, InputError, RouterConfig, nearest
+from tokenlora_jax.encoders import HiddenEncoder, TextEncoder
 from tokenlora_jax.formats.load import BaseIdentity
 from tokenlora_jax.formats.minilm import load_minilm
 from tokenlora_jax.formats.peft import expert_maps, load_adapters, save_adapter
@@ -183,7 +184,9 @@ class Bank:
     return self.centroids[encoder]
 
 
-def _encoder(name: Any, config: RouterConfig) -> Any:
+def _encoder(
+  name: str | TextEncoder | HiddenEncoder, config: RouterConfig
+) -> str | TextEncoder | HiddenEncoder:
   if name != "minilm":
     return name
   return dataclasses.replace(load_minilm(config.minilm), window=config.window)

@@ -19,7 +19,7 @@ import hashlib
 import json
 from pathlib import Path
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenlora_jax.config import InputError, nearest
 
@@ -35,6 +35,9 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SCRATCH = ".new-"
 
 JSON = None | bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"]
+
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +325,7 @@ def _moving(entry: Any) -> Moving:
   return Moving(scratch, gone)
 
 
-def _of(kind: type, value: Any) -> Any:
+def _of(kind: type[_T], value: Any) -> _T:
   if not isinstance(value, kind) or isinstance(value, bool):
     raise TypeError(f"{str(value)[:40]!r} is no {kind.__name__}")
   return value

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 import re
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,15 @@ from tokenlora_jax.config import InputError
 from tokenlora_jax.encoders import MiniLM, MiniLMConfig, TextEncoder
 from tokenlora_jax.formats.hf import read_json
 from tokenlora_jax.formats.locate import locate
-from tokenlora_jax.formats.tensors import check_fetched, is_finite, open_tensors
+from tokenlora_jax.formats.tensors import (
+  TensorFile,
+  check_fetched,
+  is_finite,
+  open_tensors,
+)
+
+if TYPE_CHECKING:
+  from tokenizers import Tokenizer
 
 # Our config fields and theirs.
 _CONFIG = {
@@ -72,7 +80,7 @@ class WordPieces:
   """
 
   digest: str
-  tokenizer: Any = dataclasses.field(compare=False, repr=False)
+  tokenizer: Tokenizer = dataclasses.field(compare=False, repr=False)
 
   def __call__(self, text: str) -> list[int]:
     return self.tokenizer.encode(text).ids
@@ -197,7 +205,7 @@ def _read_module(path: Path, config: MiniLMConfig) -> MiniLM:
     return MiniLM(config, make)
 
 
-def _check_keys(path: Path, file: Any, config: MiniLMConfig) -> None:
+def _check_keys(path: Path, file: TensorFile, config: MiniLMConfig) -> None:
   wanted = {}
 
   def describe(name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

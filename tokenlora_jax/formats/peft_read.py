@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,12 @@ from tokenlora_jax.formats.peft_keys import (
   tell,
   why_unknown,
 )
-from tokenlora_jax.formats.tensors import check_fetched, is_finite, open_tensors
+from tokenlora_jax.formats.tensors import (
+  TensorFile,
+  check_fetched,
+  is_finite,
+  open_tensors,
+)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -135,7 +140,7 @@ def _path(root: str, layer: int, projection: str) -> str:
 
 
 def _read_halves(
-  file: Any,
+  file: TensorFile,
   places: Mapping[str, Place | None],
   config: PeftConfig,
   problems: Mapping[str, list[str]],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Protocol, Self
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +12,36 @@ from tokenlora_jax.config import InputError
 
 # How the text file begins that Git LFS leaves where it did not fetch a file.
 _POINTER = b"version https://git-lfs"
+
+
+class StoredTensor(Protocol):
+  """A tensor in a file, of which parts are read when asked for."""
+
+  def get_shape(self) -> list[int]:
+    """Returns its shape."""
+
+  def get_dtype(self) -> str:
+    """Returns its type in safetensors' words: F32, BF16 and so on."""
+
+  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    """Reads a part of it."""
+
+
+class TensorFile(Protocol):
+  """What we use of safetensors' handle of an open file."""
+
+  def keys(self) -> list[str]:
+    """Returns the tensors' names."""
+
+  def get_slice(self, name: str) -> StoredTensor:
+    """Returns a tensor unread."""
+
+  def get_tensor(self, name: str) -> np.ndarray:
+    """Reads a tensor."""
+
+  def __enter__(self) -> Self: ...
+
+  def __exit__(self, *error: object) -> None: ...
 
 
 def check_fetched(path: Path) -> None:
@@ -38,7 +68,7 @@ def check_fetched(path: Path) -> None:
     )
 
 
-def open_tensors(path: Path) -> Any:
+def open_tensors(path: Path) -> TensorFile:
   """Opens a safetensors file and reads its header.
 
   Args:
