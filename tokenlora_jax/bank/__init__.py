@@ -1,1 +1,1 @@
-"""Our own folder of adapters: read, written, edited, exported."""
+"""Bank folders of adapters: reading, writing, editing and export."""

@@ -1,4 +1,4 @@
-"""The arrays of a bank: centroids, and what was fitted for routers.
+"""Reads and writes a bank's arrays: centroids, and those fitted for routers.
 
 Axis letters: E experts, D_enc width of an embedding.
 """
@@ -28,12 +28,12 @@ from tokenlora_jax.config import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-  """What was fitted, to a bank's experts, for a router.
+  """The arrays and settings that were fitted for a router.
 
   Attributes:
-    settings: the router's settings that the arrays go with.
-    arrays: by the name of the router's setting; those that are per expert have
-      a leading E.
+    settings: router settings that belong to the arrays.
+    arrays: arrays by name of the router's setting; per-expert arrays have a
+      leading E.
     experts: the experts' names, in the order of that axis.
   """
 
@@ -45,18 +45,18 @@ class Fitted:
 def write_centroids(
   folder: Path, centroids: Mapping[str, np.ndarray], names: Sequence[str]
 ) -> tuple[dict[str, tuple[str, ...]], str]:
-  """Writes the centroids that there are.
+  """Writes the experts' centroids into a bank's folder.
 
   Args:
-    folder: where.
+    folder: the bank's folder.
     centroids: float[E, D_enc] by encoder; rows that are NaN are left out.
-    names: of the E experts.
+    names: the E experts' names.
 
   Returns:
-    The experts that have one, by encoder, and the file's SHA-256.
+    The experts that have a centroid, by encoder, and the file's SHA-256.
 
   Raises:
-    InputError: a table has another shape, or holds no numbers.
+    InputError: a table has another shape, or a row is neither finite nor NaN.
   """
   having, tables = {}, {}
   for encoder, table in sorted(centroids.items()):
@@ -75,10 +75,10 @@ def write_centroids(
 
 
 def read_centroids(folder: Path, record: BankRecord) -> dict[str, np.ndarray]:
-  """Returns float32[E, D_enc] by encoder; rows of experts without one are NaN.
+  """Returns the centroids, float32[E, D_enc] by encoder; NaN where missing.
 
   Args:
-    folder: the bank's.
+    folder: the bank's folder.
     record: its bank.json.
 
   Raises:
@@ -106,16 +106,16 @@ def read_centroids(folder: Path, record: BankRecord) -> dict[str, np.ndarray]:
 
 
 def write_fitted(folder: Path, name: str, fitted: Fitted) -> FittedRecord:
-  """Writes what was fitted for a router, and returns what bank.json says of it.
+  """Writes the arrays fitted for a router, and returns their record.
 
   Args:
-    folder: the bank's, or a draft's.
-    name: the router's.
-    fitted: what.
+    folder: the folder of the bank or of a draft.
+    name: the router's name.
+    fitted: the arrays and settings.
 
   Raises:
-    InputError: the name cannot be a file's, a setting is no JSON, or an array
-      has no name or holds no finite numbers.
+    InputError: the name is not allowed as a file name, a setting is not JSON,
+      or an array has no valid name or is not finite.
   """
   check_name("fitted", name)
   arrays = {key: np.asarray(x) for key, x in fitted.arrays.items()}
@@ -131,16 +131,16 @@ def write_fitted(folder: Path, name: str, fitted: Fitted) -> FittedRecord:
 
 
 def read_fitted(folder: Path, record: BankRecord, name: str) -> Fitted:
-  """Returns what was fitted for a router.
+  """Reads the arrays and settings fitted for a router.
 
   Args:
-    folder: the bank's.
+    folder: the bank's folder.
     record: its bank.json.
-    name: the router's.
+    name: the router's name.
 
   Raises:
-    InputError: the file is missing, damaged or exchanged, or holds other arrays
-      than bank.json says.
+    InputError: the file is missing, damaged or exchanged, or its arrays differ
+      from those in bank.json.
   """
   entry = record.fitted[name]
   file = record.place(folder, fitted_file(name))
@@ -158,7 +158,7 @@ def read_fitted(folder: Path, record: BankRecord, name: str) -> Fitted:
 
 def _check_arrays(place: str, arrays: Mapping[str, np.ndarray]) -> None:
   for name, array in arrays.items():
-    # A setting's name, or a map's and its own, such as layers.3.q.weights.
+    # The setting's name, perhaps after a map's: layers.3.q.weights.
     parts = name.split(".")
     if not all(part.isidentifier() or part.isdecimal() for part in parts):
       raise InputError(
@@ -188,6 +188,6 @@ def _read(file: Path, digest: str) -> dict[str, np.ndarray]:
   check_file(file, digest)
   try:
     return load_file(file)
-  # The numpy loader lets KeyError through for types that numpy lacks.
+  # The numpy loader raises KeyError for dtypes that numpy lacks.
   except (OSError, SafetensorError, KeyError) as error:
     raise InputError(f"{file}: cannot be read ({error})") from None

@@ -1,4 +1,7 @@
-"""The bank: adapters of one base and what routers need of them, in a folder.
+"""The bank: adapters of one base, with the arrays that routers need.
+
+  bank = load_bank("runs/demo/bank", base)
+  bank.adapters.names, bank.router(RouterConfig("uniform"))
 
 Axis letters: E experts, D_enc width of an embedding.
 """
@@ -51,10 +54,10 @@ from tokenlora_jax.model.lora import Adapters
 
 @dataclasses.dataclass(frozen=True)
 class Expert:
-  """What is known of an expert beside its numbers.
+  """An expert's task and prompt template; either may be unknown, "".
 
   Attributes:
-    task: whose rows it was trained on; may be unknown.
+    task: the task whose rows it was trained on.
     template: the form of that task's prompts, its fields in braces.
   """
 
@@ -64,17 +67,17 @@ class Expert:
 
 @dataclasses.dataclass(frozen=True)
 class Bank:
-  """Adapters trained on one base, with their centroids.
+  """Adapters trained on one base, with centroids and fitted routers.
 
   Attributes:
-    adapters: the experts.
-    base: the path of the base, as it was given.
-    fingerprint: of the base's weights.
+    adapters: the experts' adapters.
+    base: the base's path, as it was given.
+    fingerprint: a hash of the base's weights.
     centroids: float32[E, D_enc] by encoder, `minilm` or `hidden`; the row of an
-      expert that has none is NaN.
-    experts: what is known of each expert, by name.
-    fitted: what was fitted for routers, by their names.
-    folder: where it was read from; "" if from nowhere, or from several.
+      expert without a centroid is NaN.
+    experts: each expert's task and template, by name.
+    fitted: arrays and settings fitted for routers, by the router's name.
+    folder: the folder it was read from; "" if from none or several.
   """
 
   adapters: Adapters
@@ -86,18 +89,18 @@ class Bank:
   folder: str = ""
 
   def lacking(self, encoder: str) -> tuple[str, ...]:
-    """Returns the experts that have no centroid of this encoder."""
+    """Returns the experts without a centroid of this encoder."""
     rows = zip(self.adapters.names, self.centroids[encoder], strict=True)
     return tuple(name for name, row in rows if np.isnan(row).all())
 
   def fitted_for(self, router: str) -> Fitted:
-    """Returns what was fitted for a router and this bank's very experts.
+    """Returns the arrays and settings fitted for a router.
 
     Args:
-      router: its name.
+      router: the router's name.
 
     Raises:
-      InputError: nothing was fitted for it, or for other experts.
+      InputError: nothing was fitted for it, or it was fitted for other experts.
     """
     names = self.adapters.names
     remedy = (
@@ -140,7 +143,7 @@ class Bank:
     encoder = settings.get("encoder", own.get("encoder"))
     if fitted is not None:
       fitted = self.fitted_for(config.name)
-      # Its vectors are compared with those of its own encoder alone.
+      # It compares only vectors of one encoder: its own.
       settings.pop("encoder", None)
       settings |= fitted.settings
     if "arrays" in taken:
@@ -152,7 +155,7 @@ class Bank:
         encoder if isinstance(encoder, str) else config.encoder
       )
     elif "encoder" in taken:
-      # What it compares vectors with can only have been fitted.
+      # The vectors that it compares with must have been fitted.
       self.fitted_for(config.name)
     if "encoder" in settings:
       settings["encoder"] = _encoder(settings["encoder"], config)
@@ -165,7 +168,7 @@ class Bank:
       )  # fmt: skip
       settings["prior"] = self.router(prior)
     shaping = {name: getattr(config, name) for name in SHAPING}
-    # What is 0 is left to the router's own.
+    # For a setting of 0 the router's own value counts.
     shaping = {k: v for k, v in shaping.items() if v or k == "top_k"}
     router = make_router(config.name, **settings, **shaping)
     return router.bind(self.adapters.names)
@@ -197,15 +200,15 @@ def _encoder(
 
 
 def save_bank(folder: str | Path, bank: Bank) -> None:
-  """Writes a bank; an older bank there is replaced in one step.
+  """Writes a bank; replaces an older bank there atomically.
 
   Args:
-    folder: where; made if need be.
-    bank: what.
+    folder: the bank's folder; made if need be.
+    bank: the bank.
 
   Raises:
-    InputError: the folder holds something that is not a bank, an expert's or
-      router's name cannot be a folder's, or an array holds no finite numbers.
+    InputError: the folder holds something that is not a bank, the name of an
+      expert or router is not allowed as a file name, or an array is not finite.
   """
   folder = Path(folder)
   names = bank.adapters.names
@@ -238,10 +241,10 @@ def save_bank(folder: str | Path, bank: Bank) -> None:
 
 
 def _gone(folder: Path, record: BankRecord) -> list[str]:
-  """What the bank that is there has, and the new one has not."""
+  """Returns the paths of the bank on disk that the new bank lacks."""
   try:
     old = read_record(folder)
-  except InputError:  # There is none, or it is damaged.
+  except InputError:  # No bank there, or a damaged one.
     return []
   routers = sorted(old.fitted.keys() - record.fitted.keys())
   return [
@@ -293,25 +296,24 @@ def load_bank(
   *,
   same_base: bool = False,
 ) -> Bank:
-  """Reads a bank, or several of one base as one.
+  """Reads a bank, or joins several banks of one base.
 
-  The experts of several banks follow each other in the order of the folders. A
-  name that two of them have becomes FOLDER/NAME for both, FOLDER as it was
-  given. Centroids are joined for the encoders that all banks have; what was
-  fitted for the experts of one bank is left out.
+  Joined experts keep the order of the folders. A name that occurs in two banks
+  becomes FOLDER/NAME for both, FOLDER as it was given. Centroids are joined for
+  the encoders that all banks have; fitted routers are left out.
 
   Args:
-    folder: what `save_bank` wrote, or a list of such.
-    base: checked to be the base the bank was trained on.
-    same_base: go on although the fingerprint of `base`, or of several banks'
-      bases, is another; the adapters' shapes are checked all the same.
+    folder: a bank's folder, or a list of folders.
+    base: the base, which is compared with the bank's; None skips the check.
+    same_base: accept another fingerprint of `base`, or different ones among
+      several banks; the adapters' shapes are still checked.
 
   Returns:
     The bank, in the decoding layout.
 
   Raises:
-    InputError: no bank there, a part of it missing, damaged or exchanged,
-      another base, or banks that do not go together.
+    InputError: there is no bank; a file is missing, damaged or exchanged; the
+      base is another one; or the banks cannot be joined.
   """
   several = [folder] if isinstance(folder, (str, Path)) else list(folder)
   records = _read_records(several, base, same_base)
@@ -347,7 +349,7 @@ def load_bank(
 def _read_records(
   folders: Sequence[str | Path], base: Llama | None, same_base: bool
 ) -> dict[Path, BankRecord]:
-  """Reads each folder's bank.json, and checks that all have one base."""
+  """Reads each folder's bank.json, and checks that all share one base."""
   if not folders:
     raise InputError("--bank: no folder is given; want at least one")
   records: dict[Path, BankRecord] = {}
@@ -357,7 +359,8 @@ def _read_records(
     record = records[folder] = read_record(folder)
     check_base(folder, record, base, same_base)
     first = next(iter(records.values()))
-    # Two versions may name one base; both were compared with it then.
+    # Two versions of a fingerprint may stand for one base; with `base` given,
+    # each bank's was compared with it above.
     is_other = base is None and record.fingerprint != first.fingerprint
     if is_other and not same_base:
       raise InputError(
@@ -372,7 +375,7 @@ def _read_records(
 def _locate(
   records: Mapping[Path, BankRecord],
 ) -> dict[str, tuple[Path, ExpertRecord]]:
-  """Returns all banks' experts by name, and each one's folder."""
+  """Returns {name: (folder, record)} of all banks' experts."""
   counts = Counter(name for record in records.values() for name in record.names)
   experts = {}
   for folder, record in records.items():
@@ -392,10 +395,10 @@ def check_base(
   """Raises `InputError` if a bank was trained on another base.
 
   Args:
-    folder: the bank's.
+    folder: the bank's folder.
     record: its bank.json.
-    base: None is not checked.
-    same_base: whether a person says that it is the same.
+    base: the base; None skips the check.
+    same_base: accept another fingerprint, since a person vouches for the base.
   """
   if (
     base is None
@@ -418,8 +421,8 @@ def check_base(
 def _check_described(
   adapters: Adapters, name: str, place: Path, expert: ExpertRecord
 ) -> None:
-  """Raises `InputError` unless an adapter is what bank.json says it is."""
-  if not expert.sha256:  # Format 1 said nothing.
+  """Raises `InputError` unless an adapter matches its record in bank.json."""
+  if not expert.sha256:  # Format 1 has no figures.
     return
   said = expert.ranks, expert.scalings, expert.targets
   found = figures(expert_maps(adapters, name))

@@ -1,4 +1,9 @@
-"""Changes one part of a bank, and leaves the files of all others as they are.
+"""Adds and drops experts of a bank, and saves fitted routers, atomically.
+
+  add_expert("bank", "adapters/mine", "mine")
+  drop_expert("bank", "mine")
+
+Files of the bank's other parts are not touched.
 
 Axis letters: E experts, D_enc width of an embedding.
 """
@@ -58,31 +63,30 @@ def add_expert(
   base: Llama | BaseIdentity | None = None,
   same_base: bool = False,
 ) -> tuple[str, ...]:
-  """Adds an expert to a bank, after the others, in one step.
+  """Adds an expert to a bank, after the others, atomically.
 
-  What was fitted for routers stays in the bank and is refused when used, since
-  it was fitted for other experts; what names an earlier expert of this name is
-  removed.
+  Routers that were fitted for the other experts stay in the bank and are
+  refused when used. Those fitted for an earlier expert of this name are removed.
 
   Args:
-    folder: the bank.
+    folder: the bank's folder.
     adapter: a PEFT folder, or `Adapters` of one expert.
-    name: of the expert.
-    task: whose rows it was trained on, if known.
+    name: the expert's name.
+    task: the task whose rows it was trained on, if known.
     template: the form of that task's prompts.
     texts: its training texts, answers included, for its centroids.
-    encoders: what embeds them, by the bank's names of encoders.
-    base: the bank's, which the adapter's shapes are compared with; otherwise
-      they are compared with those of the other experts alone.
-    same_base: whether `base`, and the base that the adapter's config names,
-      are the bank's, under another name or in another form.
+    encoders: text encoders for them, by the bank's names of encoders.
+    base: the bank's base, whose shapes the adapter must fit; without it the
+      adapter is compared with the other experts alone.
+    same_base: accept another fingerprint of `base`, and another base name in
+      the adapter's config.
 
   Returns:
     The encoders of which the expert has no centroid.
 
   Raises:
-    InputError: no bank there, a name it has already, an adapter of another base
-      or shape, or texts without an encoder.
+    InputError: there is no bank, the name is taken, the adapter has another
+      base or shape, or texts are given without an encoder or the reverse.
 
   Example:
     >>> import tempfile
@@ -148,14 +152,14 @@ def add_expert(
 
 
 def drop_expert(folder: str | Path, name: str) -> None:
-  """Removes an expert from a bank in one step.
+  """Removes an expert from a bank atomically.
 
   Args:
-    folder: the bank.
-    name: of the expert.
+    folder: the bank's folder.
+    name: the expert's name.
 
   Raises:
-    InputError: no bank there, no such expert, or it is the only one.
+    InputError: there is no bank, no such expert, or no other expert.
   """
   folder = Path(folder)
   read_record(folder)  # There is one.
@@ -183,16 +187,16 @@ def drop_expert(folder: str | Path, name: str) -> None:
 
 
 def save_fitted(folder: str | Path, router: str, fitted: Fitted) -> None:
-  """Puts what was fitted for a router into a bank, in one step.
+  """Saves the arrays and settings of a fitted router in a bank, atomically.
 
   Args:
-    folder: the bank.
-    router: the router's name; what was fitted for it before is replaced.
-    fitted: what.
+    folder: the bank's folder.
+    router: the router's name; its earlier arrays are replaced.
+    fitted: the arrays and settings.
 
   Raises:
-    InputError: no bank there, or one of other experts; a name, setting or array
-      that cannot be saved.
+    InputError: there is no bank, it has other experts, or a name, setting or
+      array cannot be saved.
   """
   folder = Path(folder)
   read_record(folder)  # There is one.
@@ -214,7 +218,7 @@ def _completed(folder: Path, record: BankRecord) -> BankRecord:
   """Returns a record of format 2 for a bank of format 1."""
   if record.centroids_sha256:
     return record
-  read_centroids(folder, record)  # Whole, or one line.
+  read_centroids(folder, record)  # Raises if the file is damaged.
   return dataclasses.replace(
     record,
     experts=tuple(

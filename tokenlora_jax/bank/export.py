@@ -1,6 +1,6 @@
-"""A frozen mixture as one PEFT adapter, for servers that know nothing of gates.
+"""Exports a mixture under fixed gates as one PEFT adapter, for other servers.
 
-Axis letters: E experts, R rank of one, K = the sum of their ranks.
+Axis letters: E experts, R rank of one expert, K = the sum of their ranks.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tokenlora_jax.model.lora import Adapters
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-  """What an export came to.
+  """Rank and errors of an exported adapter.
 
   Attributes:
-    rank: of the adapter.
-    errors: by layer and projection, |M' - M| / |M| (Frobenius), M the map that
-      the exact mixture adds and M' the one that the adapter adds.
+    rank: the adapter's rank.
+    errors: by layer and projection, |M' - M| / |M| (Frobenius), with M the map
+      of the exact mixture and M' that of the adapter.
     error: the same over all maps together.
   """
 
@@ -43,28 +43,28 @@ def export_mixture(
 ) -> Exported:
   """Writes the mixture under fixed gates as one PEFT folder.
 
-  A map of the mixture is M = sum_e g_e s_e A_e^T B_e. Of full rank K it is
-  written as it stands: the rows of all A_e, and of all g_e s_e B_e (PEFT's
-  "cat"). Of a smaller rank it is the nearest there is (Eckart and Young, 1936),
-  from the singular values of M = (Q1 R1)(Q2 R2)^T, which are those of R1 R2^T:
-  no [in, out] is made.
+  A map of the mixture is M = sum_e g_e s_e A_e^T B_e. At full rank K the rows
+  of all A_e and of all g_e s_e B_e are concatenated (PEFT's "cat"). A smaller
+  rank gets the nearest map of that rank (Eckart and Young, 1936), by the SVD of
+  M = (Q1 R1)(Q2 R2)^T, whose singular values are those of R1 R2^T: no [in, out]
+  array is built.
 
   All maps get one rank, and alpha / r is 1: vLLM reads neither `rank_pattern`
-  nor `alpha_pattern`. Experts whose gate is 0 take no rank.
+  nor `alpha_pattern`. Experts with gate 0 add nothing to K.
 
   Args:
     adapters: E experts.
     gates: float[E]; may be negative.
-    folder: where to, made if need be; a PEFT adapter there is replaced.
-    rank: the most rank it may have; None is K, exactly.
+    folder: the PEFT folder, made if need be; an adapter there is replaced.
+    rank: the largest rank allowed; None is K, which is exact.
     base_name: the base's path or hub id.
 
   Returns:
-    The rank, and how far the adapter is from the exact mixture.
+    The rank, and the errors against the exact mixture.
 
   Raises:
-    InputError: gates of another number or not finite, all that they leave is
-      zero, a rank below 1, or the folder holds something else.
+    InputError: the gates are not E finite numbers or leave a map of zeros, the
+      rank is below 1, or the folder holds something else.
 
   Example:
     >>> import tempfile
@@ -110,7 +110,7 @@ def export_mixture(
 def _concatenated(
   adapters: Adapters, gates: np.ndarray
 ) -> dict[tuple[int, str], Factors]:
-  """The exact mixture's maps: a [K, in], b [K, out], scaling 1."""
+  """Returns the exact mixture's maps: a [K, in], b [K, out], scaling 1."""
   parts: dict[tuple[int, str], list[Factors]] = {}
   for name, gate in zip(adapters.names, gates, strict=True):
     for place, (a, b, scaling) in expert_maps(adapters, name).items():
@@ -130,17 +130,17 @@ def _concatenated(
 def _truncated(
   a: np.ndarray, b: np.ndarray, rank: int
 ) -> tuple[Factors, float, float]:
-  """Returns a^T b to at most this rank, |what is lost| and |a^T b|."""
+  """Returns a^T b cut to this rank, the norm of the rest, and |a^T b|."""
   q1, r1 = np.linalg.qr(a.T.astype(np.float64))
   q2, r2 = np.linalg.qr(b.T.astype(np.float64))
   u, s, vt = np.linalg.svd(r1 @ r2.T, full_matrices=False)
-  root = np.sqrt(s[:rank, None])  # Half on each side: neither gets large.
+  root = np.sqrt(s[:rank, None])  # On each side, so that neither gets large.
   near = Factors(root * (q1 @ u[:, :rank]).T, root * (q2 @ vt[:rank].T).T, 1.0)
   return near, float(np.linalg.norm(s[rank:])), float(np.linalg.norm(s))
 
 
 def _padded(factors: Factors, rank: int) -> Factors:
-  """In float32, with zero rows up to a rank."""
+  """Returns factors in float32, padded with zero rows up to a rank."""
   rows = ((0, rank - len(factors.a)), (0, 0))
   a, b = (np.pad(x, rows).astype(np.float32) for x in factors[:2])
   return Factors(a, b, factors.scaling)

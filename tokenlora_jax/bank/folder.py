@@ -1,11 +1,16 @@
-"""How a bank's folder is written, so that a kill at any moment leaves a bank.
+"""Atomic edits of a bank's folder: a kill at any moment leaves a whole bank.
 
-A writer puts new files into a scratch folder inside the bank, and then replaces
-bank.json, in one step, by one that names the scratch folder (`moving`). From
-then on the edit is decided: readers look there first. What remains is to move
-the files to their places, to remove what is gone, and to write bank.json
-without `moving`. The next writer finishes what a killed one had decided, and
-removes what it had not. Files that stay are not touched.
+  with drafting(folder) as scratch:  # Locks the bank; write new files here.
+    publish(folder, scratch, record)
+
+1. The writer puts new files into a scratch folder inside the bank.
+2. It replaces bank.json, atomically, by one that names the scratch folder
+   (`moving`). This commits the edit: readers look there first from now on.
+3. It moves the files to their places, removes the old ones, and writes
+   bank.json without `moving`.
+
+After a kill the next writer finishes a committed edit, and removes the files of
+one that was not. Unchanged files are not touched.
 """
 
 from __future__ import annotations
@@ -35,10 +40,10 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def drafting(folder: Path) -> Iterator[Path]:
-  """Holds a bank's folder, and yields a scratch folder in it for new files.
+  """Locks a bank's folder, and yields a scratch folder in it for new files.
 
   Args:
-    folder: a bank, or a folder that is empty or not there yet.
+    folder: a bank's folder, or one that is empty or does not exist yet.
 
   Yields:
     The scratch folder, for `publish`; removed at the end.
@@ -62,13 +67,13 @@ def drafting(folder: Path) -> Iterator[Path]:
 def publish(
   folder: Path, scratch: Path, record: BankRecord, gone: Sequence[str] = ()
 ) -> None:
-  """Makes a draft the bank.
+  """Commits a draft: moves its files into the bank and writes bank.json.
 
   Args:
-    folder: the bank's.
-    scratch: from `drafting`, with the files that are new, at their paths in the
-      bank.
-    record: of the bank as it is to be.
+    folder: the bank's folder.
+    scratch: the folder from `drafting`, with the new files at their paths in
+      the bank.
+    record: the new bank.json.
     gone: experts' folders and routers' files to remove.
   """
   for path in sorted(scratch.rglob("*")):
@@ -82,7 +87,7 @@ def publish(
 
 
 def _settle(folder: Path, record: BankRecord) -> None:
-  """Does what was decided; may be stopped and begun again anywhere."""
+  """Finishes a committed edit; may be killed and started again anywhere."""
   scratch = folder / record.moving.scratch
   for new in sorted(scratch.iterdir()) if scratch.is_dir() else ():
     if new.name == ROUTERS:
@@ -91,12 +96,12 @@ def _settle(folder: Path, record: BankRecord) -> None:
         file.replace(folder / ROUTERS / file.name)
       continue
     if new.is_dir():
-      _remove(folder / new.name)  # Readers have the new one already.
+      _remove(folder / new.name)  # Readers use the new one already.
     new.replace(folder / new.name)
   for path in record.moving.gone:
     _remove(folder / path)
   _remove(scratch)
-  with contextlib.suppress(OSError):  # It is not there, or not empty.
+  with contextlib.suppress(OSError):  # It does not exist, or is not empty.
     (folder / ROUTERS).rmdir()
   _write(folder, dataclasses.replace(record, moving=None))
 
@@ -106,7 +111,7 @@ def _write(folder: Path, record: BankRecord) -> None:
 
 
 def _tidy(folder: Path) -> None:
-  """Finishes what an edit had decided, and removes what it had not."""
+  """Finishes a committed edit, and removes the files of any other."""
   with contextlib.suppress(InputError):  # No bank.json yet, or a damaged one.
     record = read_record(folder)
     if record.moving is not None:
@@ -126,7 +131,7 @@ def _check_bank(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-  """Keeps other writers out; the lock dies with the process."""
+  """Locks out other writers; the end of the process frees the lock."""
   place = os.open(folder, os.O_RDONLY)
   try:
     lock(place)
@@ -157,7 +162,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-  """Waits until it is on the disk, which may lose power."""
+  """Flushes a path to the disk, so that it survives a power cut."""
   place = os.open(path, os.O_RDONLY)
   try:
     os.fsync(place)

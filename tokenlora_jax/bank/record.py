@@ -1,10 +1,10 @@
-"""bank.json, formats 1 and 2, and the files of a bank that it vouches for.
+"""bank.json, formats 1 and 2, and the checks of a bank's files against it.
 
 bank/
-  bank.json                 the base, the experts, and what is known of them
-  centroids.safetensors     float32[n, D_enc] an encoder, of the experts it lists
+  bank.json                 base, experts, hashes of all files
+  centroids.safetensors     float32[n, D_enc] per encoder
   routers/NAME.safetensors  the arrays fitted for a router
-  EXPERT/                   a PEFT folder each
+  EXPERT/                   a PEFT folder per expert
 
 Format 1 had no hashes, tasks or fitted routers. Nothing in a bank is trusted.
 
@@ -28,10 +28,10 @@ FORMAT = 2
 BANK = "bank.json"
 CENTROIDS = "centroids.safetensors"
 ROUTERS = "routers"
-# Of an expert's folder, what is hashed.
+# The files of an expert's folder that are hashed.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
-# Where an edit's new files wait; see folder.py.
+# Prefix of the scratch folder for an edit's new files; see folder.py.
 SCRATCH = ".new-"
 
 JSON = None | bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"]
@@ -42,16 +42,16 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True)
 class ExpertRecord:
-  """What bank.json says of one expert.
+  """An expert's record in bank.json.
 
   Attributes:
-    name: its own, and its folder's.
-    task: whose rows it was trained on; may be unknown, "".
-    template: the form of that task's prompts; may be unknown, "".
-    ranks: of its maps, each value once.
-    scalings: likewise.
+    name: the name of the expert and of its folder.
+    task: the task whose rows it was trained on; "" is unknown.
+    template: the form of that task's prompts; "" is unknown.
+    ranks: the ranks of its maps, each value once.
+    scalings: the scalings of its maps, each value once.
     targets: the projections that it adapts.
-    sha256: of its files, by name; none in format 1.
+    sha256: hashes of its files, by file name; none in format 1.
   """
 
   name: str
@@ -65,13 +65,13 @@ class ExpertRecord:
 
 @dataclasses.dataclass(frozen=True)
 class FittedRecord:
-  """What bank.json says of the arrays fitted for one router.
+  """A fitted router's record in bank.json.
 
   Attributes:
-    settings: the router's others.
-    experts: those that it was fitted for, in order.
-    shapes: of the arrays, by name.
-    sha256: of their file.
+    settings: router settings that belong to the arrays.
+    experts: the experts it was fitted for, in order.
+    shapes: the arrays' shapes, by name.
+    sha256: hash of the arrays' file.
   """
 
   settings: Mapping[str, JSON]
@@ -82,11 +82,11 @@ class FittedRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Moving:
-  """An edit that was decided and not yet done; see folder.py.
+  """A committed edit that is not finished yet; see folder.py.
 
   Attributes:
-    scratch: the folder in the bank whose contents take their places.
-    gone: what is removed: experts' folders and routers' files.
+    scratch: the folder in the bank that holds the new files.
+    gone: experts' folders and routers' files to remove.
   """
 
   scratch: str
@@ -95,15 +95,15 @@ class Moving:
 
 @dataclasses.dataclass(frozen=True)
 class BankRecord:
-  """A bank.json.
+  """The contents of a bank.json.
 
   Attributes:
     base: the base's path, as it was given.
-    fingerprint: of the base's weights.
-    experts: in the bank's order.
-    centroids: by encoder, the experts that have one, in the table's order.
-    centroids_sha256: of their file; "" in format 1.
-    fitted: by the router's name.
+    fingerprint: a hash of the base's weights.
+    experts: the experts' records, in the bank's order.
+    centroids: per encoder the experts with a centroid, in the table's order.
+    centroids_sha256: hash of the centroids' file; "" in format 1.
+    fitted: records of fitted routers, by the router's name.
     moving: an edit to be finished, if any.
   """
 
@@ -121,11 +121,13 @@ class BankRecord:
     return tuple(expert.name for expert in self.experts)
 
   def place(self, folder: Path, file: str) -> Path:
-    """Returns where a file or folder of the bank lies just now.
+    """Returns the current path of a bank's file or folder.
+
+    During an edit that is the scratch folder's, if the file is new.
 
     Args:
-      folder: the bank's.
-      file: its path in the bank.
+      folder: the bank's folder.
+      file: the path inside the bank.
     """
     if self.moving is not None:
       waiting = folder / self.moving.scratch / file
@@ -155,16 +157,16 @@ class BankRecord:
 
 
 def fitted_file(name: str) -> str:
-  """Returns the path in the bank of a router's arrays."""
+  """Returns the path, inside the bank, of the arrays fitted for a router."""
   return f"{ROUTERS}/{name}.safetensors"
 
 
 def check_name(field: str, name: str) -> None:
-  """Raises `InputError` unless a folder or file in the bank may be named so.
+  """Raises `InputError` unless a name is allowed for a file in the bank.
 
   Args:
-    field: names it in errors.
-    name: of an expert or a router.
+    field: the field that errors name.
+    name: the name of an expert or a router.
 
   Example:
     >>> check_name("experts", "gsm8k")
@@ -183,13 +185,13 @@ def sha256(file: Path) -> str:
 
 
 def check_file(file: Path, wanted: str) -> None:
-  """Raises `InputError` if a file is not the one that bank.json was made for.
+  """Raises `InputError` if a file's SHA-256 is not the one in bank.json.
 
-  A file that is not there is left to its reader.
+  A missing file is no error here; its reader reports it.
 
   Args:
-    file: its path.
-    wanted: its SHA-256; "" is not known.
+    file: the file's path.
+    wanted: the SHA-256 in bank.json; "" is unknown.
   """
   if wanted and file.is_file() and (found := sha256(file)) != wanted:
     raise InputError(
@@ -203,10 +205,10 @@ def read_record(folder: str | Path) -> BankRecord:
   """Reads and checks a bank.json.
 
   Args:
-    folder: the bank's.
+    folder: the bank's folder.
 
   Raises:
-    InputError: there is none, it is damaged, or of an unknown format.
+    InputError: there is no bank.json, it is damaged, or its format is unknown.
   """
   folder = Path(folder)
   file = folder / BANK
@@ -315,7 +317,7 @@ def _fitted(name: str, entry: Any) -> FittedRecord:
 
 
 def _moving(entry: Any) -> Moving:
-  """What is named here gets removed: nothing outside the bank may be."""
+  """Reads an edit; its paths get removed, so none may leave the bank."""
   scratch, gone = _of(str, entry["scratch"]), _texts(entry["gone"])
   if not re.fullmatch(rf"{re.escape(SCRATCH)}\w+", scratch):
     raise TypeError(f"moving: {scratch!r}")
