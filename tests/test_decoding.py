@@ -268,6 +268,9 @@ class Alphabet:
   def __init__(self, eos_token_id=None):
     self.eos_token_id = eos_token_id
 
+  def get_vocab(self):
+    return {}
+
   def encode(self, text):
     return [ord(letter) for letter in text]
 

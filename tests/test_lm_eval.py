@@ -210,6 +210,25 @@ def test_a_special_token_ends_text_where_tasks_say_so(alone, monkeypatch):
   assert made(alone, ["Once"] * BATCH, until=until) == expected
 
 
+def test_a_special_token_leaves_the_first_space(alone, monkeypatch):
+  """SentencePiece drops the space of what is decoded alone."""
+  prompts = [alone.tok_encode("Once")] * BATCH
+  row = generate(alone._base, prompts, config=DecodeConfig(NEW, 0)).tokens[0]
+  row = row.tolist()
+
+  def decode(ids, skip_special_tokens=False):
+    kept = [i for i in np.atleast_1d(ids) if i != row[5]]
+    said = "".join(" x" if i == row[0] else chr(0x100 + i) for i in kept)
+    return said.removeprefix(" ")
+
+  monkeypatch.setattr(alone.tokenizer, "decode", decode)
+  whole = decode([*prompts[0], *row[:5]])
+  text = whole.removeprefix(decode(prompts[0]))
+  assert text.startswith(" x")
+  until = [alone.tokenizer.convert_ids_to_tokens(row[5])]
+  assert made(alone, ["Once"] * BATCH, until=until) == [text] * BATCH
+
+
 def test_sampled_text_follows_the_seed_and_differs_between_requests(folder):
   def sample(seed):
     settings = {"do_sample": True, "temperature": 1.5, "top_k": 40}

@@ -114,6 +114,18 @@ def test_an_unfinished_character_shows_in_the_text_alone():
   assert stream.text == "x\ufffd" and stream.pieces == ["x", ""]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_end_token_ends_the_text_and_says_nothing(kind):
+  tokenizer = KINDS[kind]()
+  x, newline = spell(kind, "x\n")
+  stream = TextStream(tokenizer, spell(kind, "x"), ends=[newline, -1])
+  stream.push([x])
+  assert not stream.ended
+  stream.push([newline, x])
+  assert stream.ended and not stream.stopped
+  assert stream.text == "x" and stream.pieces == ["x", ""]
+
+
 def test_the_work_is_linear():
   inner = load_tokenizer("random:tiny")
   seen = []

@@ -11,6 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 import transformers
 
 from tokenlora_jax.config import InputError
+from tokenlora_jax.data.tokens import end_tokens, special_token
 from tokenlora_jax.formats.tokenizers import load_tokenizer
 
 EDGES = [
@@ -49,7 +50,9 @@ def write(path, model, tokens, kinds=None, **fields):
   return path
 
 
-def byte_level_file(path, **fields):
+def byte_level_file(path, tokenizer_pre="gpt-2", **fields):
+  if tokenizer_pre is not None:
+    fields["tokenizer_pre"] = tokenizer_pre
   tokens = [
     "<|endoftext|>",
     "<tool>",
@@ -85,11 +88,12 @@ def test_random_bases_read_bytes():
   assert "did you mean 'tiny'" in error("random:tinny")
 
 
-@pytest.mark.parametrize("cut", [None, "gpt-2", "smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("cut", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
 def test_byte_level_is_as_transformers_reads_it(tmp_path, cut):
   """transformers reads the same file, but only where torch is installed."""
-  fields = {} if cut is None else {"tokenizer_pre": cut}
-  path = byte_level_file(tmp_path / "m.gguf", add_bos_token=False, **fields)
+  path = byte_level_file(
+    tmp_path / "m.gguf", tokenizer_pre=cut, add_bos_token=False
+  )
   theirs = transformers.AutoTokenizer.from_pretrained(
     tmp_path, gguf_file="m.gguf"
   )
@@ -100,6 +104,51 @@ def test_byte_level_is_as_transformers_reads_it(tmp_path, cut):
     tokens = ours.encode(text)
     assert tokens == theirs.encode(text), text
     assert ours.decode(tokens) == text
+
+
+@pytest.mark.parametrize("cut", [None, "default"])
+def test_a_file_that_does_not_say_how_text_is_cut_is_refused(tmp_path, cut):
+  """llama.cpp warns of it, and cuts as no model was trained."""
+  told = error(byte_level_file(tmp_path / "m.gguf", tokenizer_pre=cut))
+  assert f"(tokenizer.ggml.pre is {cut or 'missing'})" in told
+  assert "convert the model anew" in told
+
+
+def test_a_gguf_lists_its_end_tokens(tmp_path):
+  path = tmp_path / "m.gguf"
+  assert end_tokens(load_tokenizer(byte_level_file(path))) == (0,)
+  byte_level_file(path, eot_token_id=3, eom_token_id=1)
+  assert end_tokens(load_tokenizer(path)) == (0, 3, 1)
+  byte_level_file(path, eot_token_id=999)
+  assert "token 999 is none of 263" in error(path)
+
+
+def test_a_folder_lists_its_end_tokens(tmp_path):
+  load_tokenizer("random:tiny").save_pretrained(tmp_path)
+
+  def ends(**files):
+    for name, listed in files.items():
+      file = tmp_path / f"{name}.json"
+      file.write_text(json.dumps({"eos_token_id": listed}))
+    return end_tokens(load_tokenizer(tmp_path))
+
+  assert ends() == (2,)
+  assert ends(config=[7, 2]) == (2, 7)
+  assert ends(generation_config=None) == (2, 7)
+  assert ends(generation_config=[9, 8]) == (2, 9, 8)
+  assert ends(generation_config=5) == (2, 5)
+  assert ends(generation_config=-1) == (2,)
+  for wrong in ("x", [1, "x"], True, 2**31, {"a": 1}):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    assert "config.json: eos_token_id" in error(tmp_path)
+
+
+def test_special_tokens_are_known_by_their_names():
+  tokenizer = load_tokenizer("random:tiny")
+  assert special_token("<eos>", tokenizer) == 2
+  assert special_token("a", tokenizer) is None
+  assert special_token("no such", tokenizer) is None
 
 
 def test_qwen2_composes_accents(tmp_path):
@@ -164,6 +213,68 @@ def test_a_folder_with_a_sentencepiece_model(pieces, tmp_path):
   assert len(tokenizer) == 310
   assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
   check_pieces(tokenizer, model)
+
+
+def test_a_model_beside_settings_is_as_sentencepiece(pieces, tmp_path):
+  """As Llama 2's first folders: transformers drops a space of theirs."""
+  model = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+  (tmp_path / "tokenizer.model").write_bytes(pieces.read_bytes())
+  settings = {
+    "tokenizer_class": "LlamaTokenizer", "bos_token": {"content": "<s>"},
+    "eos_token": "</s>", "unk_token": "", "chat_template": "x",
+    "added_tokens_decoder": {"1": {"content": "<s>", "special": True}},
+  }  # fmt: skip
+  file = tmp_path / "tokenizer_config.json"
+  for legacy in (True, False):
+    file.write_text(json.dumps(settings | {"legacy": legacy}))
+    tokenizer = load_tokenizer(tmp_path)
+    check_pieces(tokenizer, model)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert tokenizer.chat_template == "x" and tokenizer.unk_token == "<unk>"
+  file.write_text('{"tokenizer_class": "LLaMATokenizer", "eos_token": ""}')
+  check_pieces(load_tokenizer(tmp_path), model)
+  # Tokens that a fine-tune added stand behind.
+  (tmp_path / "added_tokens.json").write_text('{"<turn>": 310}')
+  added = {"311": {"content": "<end>", "special": True}}
+  settings |= {"eos_token": "<end>", "added_tokens_decoder": added}
+  file.write_text(json.dumps(settings | {"add_bos_token": False}))
+  tokenizer = load_tokenizer(tmp_path)
+  assert tokenizer.eos_token_id == 311 and len(tokenizer) == 312
+  assert tokenizer.encode("<turn>") == [310]
+  (tmp_path / "added_tokens.json").write_text('{"<turn>": 313}')
+  assert "added token 311 leaves a gap" in error(tmp_path)
+
+
+def test_what_sentencepiece_is_needed_for_is_told(
+  pieces, tmp_path, monkeypatch
+):
+  (tmp_path / "tokenizer.model").write_bytes(pieces.read_bytes())
+  (tmp_path / "tokenizer_config.json").write_text(
+    '{"tokenizer_class": "LlamaTokenizer"}'
+  )
+  monkeypatch.setitem(sys.modules, "sentencepiece", None)
+  told = error(tmp_path)
+  assert told.endswith("needs sentencepiece; pip install sentencepiece")
+  assert "tiktoken" not in told
+
+
+@pytest.mark.parametrize(
+  "name", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"]
+)
+def test_no_class_name_changes_a_tokenizer_json(pieces, tmp_path, name):
+  model = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+  alone = tmp_path / "alone"
+  alone.mkdir()
+  (alone / "tokenizer.model").write_bytes(pieces.read_bytes())
+  load_tokenizer(alone).save_pretrained(tmp_path)
+  file = tmp_path / "tokenizer_config.json"
+  settings = json.loads(file.read_text()) | {
+    "tokenizer_class": name, "legacy": False, "add_prefix_space": True,
+    "add_bos_token": False,
+  }  # fmt: skip
+  file.write_text(json.dumps(settings))
+  (tmp_path / "tokenizer.model").write_bytes(b"never read")
+  check_pieces(load_tokenizer(tmp_path), model)
 
 
 def test_a_gguf_with_sentencepiece(pieces, tmp_path):
@@ -232,7 +343,7 @@ def test_what_cannot_be_read_is_told(tmp_path):
   assert "not distinct" in error(path)
   write(path, "gpt2", ["a"], bos_token_id=7)
   assert "token 7 is none of 1" in error(path)
-  write(path, "gpt2", ["a"], token_merges=["a zz"])
+  write(path, "gpt2", ["a"], token_merges=["a zz"], tokenizer_pre="gpt-2")
   assert "its tokenizer cannot be read" in error(path)
   write(path, "llama", ["a", "b"], token_scores=[0.0])
   assert "its tokenizer cannot be read" in error(path)

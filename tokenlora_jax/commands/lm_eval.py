@@ -33,7 +33,7 @@ from tokenlora_jax.commands.lm_eval_args import (
   parse_model_args,
 )
 from tokenlora_jax.config import DecodeConfig, InputError, check
-from tokenlora_jax.decoding import Decoder
+from tokenlora_jax.decoding import generate
 from tokenlora_jax.evaluation.likelihood import Scorer
 from tokenlora_jax.formats.load import Base
 
@@ -284,7 +284,7 @@ class TokenLoraLM(TemplateLM):
       disable=disable_tqdm,
     ) as bar:
       for settings, places in alike.items():
-        config, ends = self._decode_config(json.loads(settings))
+        config = self._decode_config(json.loads(settings))
         prompts = {p: self._prompt(requests[p], config) for p in places}
         places.sort(key=lambda p: -len(prompts[p]))
         size = min(self._args.batch_size, len(places))
@@ -292,7 +292,7 @@ class TokenLoraLM(TemplateLM):
           batch = places[start : start + size]
           # Filled up, so that the last batch does not compile anew.
           filled = batch + batch[-1:] * (size - len(batch))
-          made = self._make([prompts[p] for p in filled], config, ends)
+          made = self._make([prompts[p] for p in filled], config)
           for place, text in zip(batch, made, strict=False):
             texts[place] = text
             self.cache_hook.add_partial(
@@ -301,27 +301,15 @@ class TokenLoraLM(TemplateLM):
           bar.update(len(batch))
     return texts
 
-  def _decode_config(
-    self, settings: dict[str, Any]
-  ) -> tuple[DecodeConfig, set[int]]:
-    """Returns how text is made, and which tokens end it beside EOS."""
+  def _decode_config(self, settings: dict[str, Any]) -> DecodeConfig:
+    """Returns how text is made."""
     config = parse_gen_kwargs(settings, self._refresh_every)
     check(
       config.max_new_tokens < self.max_length,
       "gen_kwargs max_gen_toks", config.max_new_tokens,
       f"fewer than max_length {self.max_length}",
     )  # fmt: skip
-    # Special tokens are not in the text that the decoder looks at.
-    vocabulary = self.tokenizer.get_vocab()
-    ids = {text: vocabulary.get(text) for text in config.stop}
-    special = {
-      text: i
-      for text, i in ids.items()
-      if i is not None
-      and not self.tokenizer.decode([i], skip_special_tokens=True)
-    }
-    stop = tuple(text for text in config.stop if text not in special)
-    return dataclasses.replace(config, stop=stop), set(special.values())
+    return config
 
   def _prompt(self, request: Instance, config: DecodeConfig) -> list[int]:
     tokens = self.tok_encode(request.args[0]) or [self.prefix_token_id]
@@ -330,29 +318,13 @@ class TokenLoraLM(TemplateLM):
       self._warn_of_cut(len(tokens), room)
     return tokens[-room:]
 
-  def _make(
-    self, prompts: list[list[int]], config: DecodeConfig, ends: set[int]
-  ) -> list[str]:
-    """Returns one text a prompt, up to the first of `ends`."""
-    decoder = Decoder(
+  def _make(self, prompts: list[list[int]], config: DecodeConfig) -> list[str]:
+    """Returns one text a prompt."""
+    made = generate(
       self._base, prompts, self._adapters, self._router,
       dataclasses.replace(
         config, seed=next(self._seeds), rule=self._args.rule
       ),
-      self.tokenizer, chunked=bool(ends),
+      self.tokenizer,
     )  # fmt: skip
-    for out in decoder:
-      made = out.tokens.shape[1]
-      rows = [
-        row[:length].tolist()
-        for row, length in zip(out.tokens, out.lengths, strict=True)
-      ]
-      if all(len(row) < made or not ends.isdisjoint(row) for row in rows):
-        break
-    texts = []
-    for text, row in zip(out.texts, rows, strict=True):
-      end = next((n for n, token in enumerate(row) if token in ends), None)
-      if end is not None:
-        text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
-      texts.append(text)
-    return texts
+    return made.texts

@@ -122,8 +122,9 @@ class DecodeConfig:
     top_p: sample from the most likely tokens whose probabilities reach this
       sum.
     seed: seeds the sampling.
-    stop_at_eos: whether an end token ends a sequence.
-    stop: strings that end a sequence (they are cut from the text).
+    stop_at_eos: whether an end token of the base ends a sequence.
+    stop: strings that end a sequence (they are cut from the text); a special
+      token's name stands for that token.
     batch: how many prompts infer.py reads at once, at most. Greedy texts do not
       depend on it; texts drawn at a temperature do.
   """

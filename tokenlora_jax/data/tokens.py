@@ -50,6 +50,71 @@ class Tokenizer(Protocol):
     ...
 
 
+def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+  """Returns the tokens that end a text, the tokenizer's own first.
+
+  A chat model may end a turn with one token and a document with another; which
+  these are, its files say, and `load_tokenizer` keeps as `end_tokens`. Rows of
+  training end with the tokenizer's own, so that one always counts.
+
+  Args:
+    tokenizer: of the base.
+
+  Example:
+    >>> from tokenlora_jax import load_tokenizer
+    >>> end_tokens(load_tokenizer("random:tiny"))
+    (2,)
+  """
+  own = tokenizer.eos_token_id
+  listed = getattr(tokenizer, "end_tokens", ())
+  return tuple(dict.fromkeys([*([] if own is None else [own]), *listed]))
+
+
+def special_token(text: str, tokenizer: Tokenizer) -> int | None:
+  """Returns the special token that is written so, or None.
+
+  Args:
+    text: such as `<|im_end|>`.
+    tokenizer: of the base.
+
+  Example:
+    >>> from tokenlora_jax import load_tokenizer
+    >>> special_token("<eos>", load_tokenizer("random:tiny"))
+    2
+  """
+  token = tokenizer.get_vocab().get(text)
+  if token is None or tokenizer.decode([token], skip_special_tokens=True):
+    return None
+  return token
+
+
+def check_vocab(
+  tokens: Sequence[int] | None,
+  tokenizer: Tokenizer,
+  vocab: int,
+  where: str = "tokenizer",
+) -> None:
+  """Raises `InputError` where a base has no row for a token.
+
+  Args:
+    tokens: of a text; None checks the tokenizer's own end token.
+    tokenizer: that made them.
+    vocab: how many tokens the base knows.
+    where: what the tokens are of.
+  """
+  if tokens is None:
+    end = tokenizer.eos_token_id
+    tokens, where = [] if end is None else [end], f"{where}: its end token"
+  largest = max(tokens, default=-1)
+  if largest >= vocab:
+    name = tokenizer.decode([largest], skip_special_tokens=False)
+    raise InputError(
+      f"{where} has id {largest} ({name!a}), and the base knows"
+      f" {vocab} tokens, 0 to {vocab - 1}; use the base's own tokenizer, or give"
+      " the base rows for all tokens (resize_token_embeddings)"
+    )
+
+
 def check_text(text: str) -> None:
   """Raises `InputError` where a text holds half a surrogate pair.
 

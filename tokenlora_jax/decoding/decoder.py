@@ -39,7 +39,7 @@ from tokenlora_jax.decoding.finite import check_finite
 from tokenlora_jax.decoding.generation import Generation, Pace
 from tokenlora_jax.decoding.prompts import encode_checked
 from tokenlora_jax.decoding.sampling import Sampler
-from tokenlora_jax.decoding.text import TextStream
+from tokenlora_jax.decoding.text import TextStream, text_ends
 from tokenlora_jax.mixing.mixture import resolve
 from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.model.llama import Llama
@@ -125,12 +125,8 @@ class Decoder:
       self._forced = np.pad(forced, ((0, 0), (0, missing)))
     self._prompts = self._encode(prompts)
     self._sampler = Sampler(config.temperature, config.top_k, config.top_p)
-    self._end = -1
-    if tokenizer is not None and config.stop_at_eos:
-      end = tokenizer.eos_token_id
-      self._end = -1 if end is None else end
-    if config.stop and tokenizer is None:
-      raise InputError("decode.stop: stop strings need a tokenizer")
+    ends, self._stop = text_ends(config, tokenizer)
+    self._ends = graph.pad_ends(ends)
     needs = self._needs = router.needs if router is not None else "nothing"
     reads_text = needs == "text" or (
       needs == "evidence" and router.prior.needs == "text"
@@ -151,7 +147,7 @@ class Decoder:
     # What the compiled loop needs of the router, if anything.
     inside = self._reading.refresh or (router is not None and router.prototypes)
     self._graph_router = router if inside else None
-    stops = self._host_router is not None or bool(config.stop) or chunked
+    stops = self._host_router is not None or bool(self._stop) or chunked
     self._chunks_a_call = 1 if stops else chunks
     self._pace = Pace()
 
@@ -231,7 +227,7 @@ class Decoder:
     """Decides the first gates and reads the prompts."""
     self._streams = (
       [
-        TextStream(self.tokenizer, prompt, self.config.stop)
+        TextStream(self.tokenizer, prompt, self._stop, self._ends)
         for prompt in self._prompts
       ]
       if self.tokenizer is not None
@@ -274,7 +270,7 @@ class Decoder:
         lengths=lengths,
         made=np.int32(0),
         done=np.zeros(batch, bool),
-        tokens=np.full(room, max(self._end, 0), np.int32),
+        tokens=np.full(room, max(self._ends[0], 0), np.int32),
         log_probs=np.zeros(room, np.float32),
         trace=np.zeros((*room, gates.shape[1]), np.float32),
         key=jax.random.key(self.config.seed),
@@ -291,7 +287,7 @@ class Decoder:
       with self._pace.timing("decode"):
         state = graph.decode(
           self._base, self._loras, self._graph_router, state, self._padded,
-          self._forced, self._chunks_a_call, self._end,
+          self._forced, self._chunks_a_call, self._ends,
           reading=self._reading, sampler=self._sampler, chunk=self._chunk,
         )  # fmt: skip
         made = min(int(state.made), self.config.max_new_tokens)
@@ -318,7 +314,7 @@ class Decoder:
       np.asarray(array)[:, :made].copy()
       for array in (state.tokens, state.log_probs, state.trace)
     )
-    at_end = tokens == self._end
+    at_end = np.isin(tokens, self._ends)
     ended = at_end.any(axis=1)
     lengths = np.where(ended, at_end.argmax(axis=1) + 1, made).astype(np.int32)
     texts = pieces = None
@@ -337,7 +333,7 @@ class Decoder:
       **self._pace.count(int(lengths.sum())),
     }
     after = np.arange(made)[None] >= lengths[:, None]
-    tokens[after], log_probs[after] = max(self._end, 0), 0
+    tokens[after], log_probs[after] = max(self._ends[0], 0), 0
     so_far = Generation(tokens, log_probs, gates, lengths, texts, stats, pieces)
     return so_far, ended
 

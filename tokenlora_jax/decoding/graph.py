@@ -6,12 +6,14 @@ D width, V vocabulary, M rows that read one sequence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tokenlora_jax.mixing.mixture import (
   Read,
@@ -23,6 +25,21 @@ from tokenlora_jax.mixing.rules import Rule, get_rule, mix_probabilities
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.cache import KV, Cache
 from tokenlora_jax.model.loss import token_losses
+
+# Room for the tokens that end a text: few bases have so many, so that one
+# program serves all.
+ENDS = 8
+
+
+def pad_ends(ends: Sequence[int]) -> np.ndarray:
+  """Returns the tokens that end a text as int32[K], -1 behind the last.
+
+  Example:
+    >>> pad_ends([2, 5]).tolist()
+    [2, 5, -1, -1, -1, -1, -1, -1]
+  """
+  room = max(1, -(-len(ends) // ENDS)) * ENDS
+  return np.array([*ends, *[-1] * (room - len(ends))], np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,14 +267,15 @@ def smooth(router, before, gates):
   donate_argnames="state",
 )
 def decode(
-  base, loras, router, state, prompt, forced, limit, end,
+  base, loras, router, state, prompt, forced, limit, ends,
   *, reading, sampler, chunk,
 ) -> DecodeState:  # fmt: skip
   """Makes up to `limit` chunks of tokens, until all texts have ended.
 
   `prompt` int32[B, P + 1] are the prompts with the padding in front, and
   `forced` is None where tokens are to be picked: otherwise they are int32[B, N],
-  given.
+  given. `ends` int32[K] are the tokens that end a text, -1 where there are no
+  more; the first fills what is left of it.
   """
   copies = reading.copies(state.gates.shape[-1])
 
@@ -279,7 +297,7 @@ def decode(
       if router is not None and router.prototypes:
         gates = found.gates[:, -1]
       token = sampler(logits, now) if forced is None else forced[:, state.made]
-    token = jnp.where(state.done, jnp.maximum(end, 0), token)
+    token = jnp.where(state.done, jnp.maximum(ends[0], 0), token)
     log_probs = jax.nn.log_softmax(logits)
     log_prob = jnp.take_along_axis(log_probs, token[:, None], axis=1)
     log_prob = jnp.where(state.done[:, None], 0, log_prob)
@@ -299,7 +317,7 @@ def decode(
       hidden=state.hidden + fresh,
       lengths=state.lengths,
       made=state.made + 1,
-      done=state.done | (token == end),
+      done=state.done | jnp.isin(token, ends),
       tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], at),
       log_probs=jax.lax.dynamic_update_slice(state.log_probs, log_prob, at),
       trace=jax.lax.dynamic_update_slice(state.trace, gates[:, None], (*at, 0)),

@@ -4,12 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenlora_jax.data.tokens import Tokenizer
+from tokenlora_jax.config import DecodeConfig, InputError
+from tokenlora_jax.data.tokens import Tokenizer, end_tokens, special_token
 
 # So many of a prompt's last tokens are decoded before the first made one.
 _CONTEXT = 8
 # What the bytes of an unfinished character are shown as.
 _UNFINISHED = "\ufffd"
+
+
+def text_ends(
+  config: DecodeConfig, tokenizer: Tokenizer | None
+) -> tuple[list[int], list[str]]:
+  """Returns the tokens and the strings that end a text.
+
+  A special token among the stop strings is that token, since no text shows it.
+
+  Args:
+    config: whether end tokens count, and the stop strings.
+    tokenizer: of the base; needed for stop strings.
+
+  Raises:
+    InputError: there are stop strings, and no tokenizer.
+
+  Example:
+    >>> from tokenlora_jax import load_tokenizer
+    >>> tokenizer = load_tokenizer("random:tiny")
+    >>> text_ends(DecodeConfig(stop=("<bos>", ".")), tokenizer)
+    ([2, 1], ['.'])
+  """
+  if tokenizer is None:
+    if config.stop:
+      raise InputError("decode.stop: stop strings need a tokenizer")
+    return [], []
+  ends = list(end_tokens(tokenizer)) if config.stop_at_eos else []
+  special = {text: special_token(text, tokenizer) for text in config.stop}
+  named = [i for i in special.values() if i is not None and i not in ends]
+  return [*ends, *named], [text for text, i in special.items() if i is None]
 
 
 class TextStream:
@@ -23,11 +54,13 @@ class TextStream:
     tokenizer: of the base.
     prompt: the tokens before.
     stop: strings that end the text and are cut from it.
+    ends: tokens that end it, and say nothing.
 
   Attributes:
     pieces: what each token adds to the text. A character that several tokens
       spell is given to the last of them, so that pieces stay as they are.
     stopped: whether a stop string was found; later tokens are not taken.
+    ended: the same of an end token, which is the last one taken.
 
   Example:
     >>> from tokenlora_jax import load_tokenizer
@@ -42,11 +75,13 @@ class TextStream:
     tokenizer: Tokenizer,
     prompt: Sequence[int] = (),
     stop: Sequence[str] = (),
+    ends: Sequence[int] = (),
   ):
     self._tokenizer = tokenizer
     self._stop = [text for text in stop if text]
     self.pieces: list[str] = []
-    self.stopped = False
+    self.stopped = self.ended = False
+    self._ends = frozenset(ends)
     self._text = ""
     # Tokens before the newest ones, what both say, and what was told of that.
     size = _CONTEXT
@@ -74,15 +109,19 @@ class TextStream:
     return self._text + (self._said[whole:] if self._fresh else "")
 
   def push(self, tokens: Sequence[int]) -> None:
-    """Takes the next tokens, until a stop string is found.
+    """Takes the next tokens, until one ends the text.
 
     Args:
       tokens: made after those that were pushed before.
     """
     for token in tokens:
-      if self.stopped:
+      if self.stopped or self.ended:
         return
-      self._take(self._piece(int(token)))
+      if int(token) in self._ends:
+        self.ended = True
+        self.pieces.append("")
+      else:
+        self._take(self._piece(int(token)))
 
   def _piece(self, token: int) -> str:
     """Returns what a token adds to the text."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenlora_jax.config import InputError, check_choice, nearest
 from tokenlora_jax.formats.gguf import metadata, open_gguf
+from tokenlora_jax.formats.hf import read_json
 from tokenlora_jax.formats.locate import TOKENIZER_FILES, locate
 from tokenlora_jax.formats.reader import one_line
 from tokenlora_jax.formats.tensors import check_fetched
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 _NORMAL, _UNKNOWN, _CONTROL, _USER = 1, 2, 3, 4
 
 # How byte-level vocabularies first cut text, by GGUF's tokenizer.ggml.pre; None
-# is GPT-2's way. SmolLM2 was trained with digits cut off as well, which tells
+# is GPT-2's way. "default" is not here: it says that whoever wrote the file did
+# not know. SmolLM2 was trained with digits cut off as well, which tells
 # only after two spaces or more; we cut as transformers does for the same file.
 _WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CUTS = {
-  "default": None,
   "gpt-2": None,
   "smollm": None,
   "llama-bpe": _WORDS % "{1,3}",
@@ -81,9 +82,11 @@ def read_tokenizer(place: Path) -> PreTrainedTokenizerFast:
     InputError: there is no tokenizer, or it cannot be read exactly.
   """
   with _as_input_error(str(place)):
-    if place.is_file():
-      return _from_gguf(place)
-    return _from_folder(place)
+    read = _from_gguf if place.is_file() else _from_folder
+    tokenizer, ends = read(place)
+    # Where `data.tokens.end_tokens` finds them.
+    tokenizer.end_tokens = ends
+    return tokenizer
 
 
 def import_beside() -> None:
@@ -118,25 +121,76 @@ def _as_input_error(where: str) -> Iterator[None]:
     logging.disable(before)
 
 
-def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
+def _from_folder(
+  folder: Path,
+) -> tuple[PreTrainedTokenizerFast, tuple[int, ...]]:
   models = sorted(folder.glob("*.model"))
   names = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
   for file in (*models, *(folder / name for name in names)):
     check_fetched(file)
-  if any((folder / name).is_file() for name in names):
+  has = {name: (folder / name).is_file() for name in names}
+  if has["tokenizer.json"]:
+    tokenizer = _from_tokenizer_json(folder)
+  elif not has["vocab.json"] and len(models) == 1:
+    tokenizer = _from_sentencepiece(models[0])
+  elif any(has.values()):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(
+    tokenizer = AutoTokenizer.from_pretrained(
       folder, local_files_only=True, trust_remote_code=False
     )
-  if len(models) == 1:
-    return _from_sentencepiece(models[0])
-  raise InputError(
-    f"{folder}: has no tokenizer; want {', '.join(names)} or one .model file"
+  else:
+    raise InputError(
+      f"{folder}: has no tokenizer; want {', '.join(names)} or one .model file"
+    )
+  return tokenizer, _listed_ends(folder)
+
+
+def _listed_ends(folder: Path) -> tuple[int, ...]:
+  """The end tokens by generation_config.json, or else by config.json."""
+  for name in ("generation_config.json", "config.json"):
+    file = folder / name
+    listed = _json(file).get("eos_token_id")
+    if listed is None:
+      continue
+    ids = listed if isinstance(listed, list) else [listed]
+    if any(type(i) is not int or i >= 2**31 for i in ids):
+      raise InputError(
+        f"{file}: eos_token_id {str(listed)[:40]!r} is not allowed; want a"
+        " token's id, or a list of them"
+      )
+    # Some write -1 for none.
+    return tuple(i for i in ids if i >= 0)
+  return ()
+
+
+def _json(file: Path) -> dict[str, Any]:
+  """Returns a file's object; {} where there is no such file."""
+  return read_json(file) if file.is_file() else {}
+
+
+def _from_tokenizer_json(folder: Path) -> PreTrainedTokenizerFast:
+  """Reads tokenizer.json as it is, whatever class another file names.
+
+  transformers' class of that name would build parts of it anew: Llama's loses
+  the spaces that a text begins with.
+  """
+  from tokenizers import Tokenizer
+  from transformers import PreTrainedTokenizerFast
+
+  own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+  tokenizer = PreTrainedTokenizerFast.from_pretrained(
+    folder, local_files_only=True, trust_remote_code=False
   )
+  parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+  for part in parts:
+    setattr(tokenizer.backend_tokenizer, part, getattr(own, part))
+  return tokenizer
 
 
-def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
+def _from_gguf(
+  path: Path,
+) -> tuple[PreTrainedTokenizerFast, tuple[int, ...]]:
   """Builds a tokenizer from metadata: transformers' own way needs torch."""
   file = open_gguf(path)
 
@@ -156,7 +210,13 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
   }  # fmt: skip
   model = get("ggml.model")
   if model == "gpt2":
-    cut = get("ggml.pre", "default")
+    cut = get("ggml.pre")
+    if cut in (None, "default"):
+      raise InputError(
+        f"{path}: does not say how its tokenizer cuts text (tokenizer.ggml.pre"
+        f" is {cut or 'missing'}); convert the model anew with today's"
+        " llama.cpp, or name its Hugging Face folder"
+      )
     check_choice(f"{path}: tokenizer.ggml.pre", cut, tuple(_CUTS))
     merges = [tuple(m.split(" ")) for m in get("ggml.merges", [])]
     tokenizer = _byte_level(tokens, merges, cut)
@@ -179,7 +239,9 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
     raise InputError(f"{path}: tokenizer.ggml.add_eos_token: want false")
   _add_tokens(tokenizer, tokens, kinds)
   has_bos = get("ggml.add_bos_token", has_bos)
-  return _wrap(tokenizer, special, has_bos, get("chat_template"))
+  ends = [get(f"ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+  ends = tuple(i for i in ends if _token(path, tokens, i) is not None)
+  return _wrap(tokenizer, special, has_bos, get("chat_template")), ends
 
 
 def _token(path: Path, tokens: Sequence[str], index: int | None) -> str | None:
@@ -192,7 +254,9 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
   try:
     import sentencepiece
   except ImportError as error:
-    raise InputError(f"{path}: pip install sentencepiece") from error
+    raise InputError(
+      f"{path}: needs sentencepiece; pip install sentencepiece"
+    ) from error
   model = sentencepiece.SentencePieceProcessor(model_file=str(path))
   ids = range(model.vocab_size())
   tokens = [model.id_to_piece(i) for i in ids]
@@ -214,7 +278,41 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     "unk_token": model.unk_id(), "pad_token": model.pad_id(),
   }  # fmt: skip
   special = {k: tokens[i] if i >= 0 else None for k, i in places.items()}
-  return _wrap(tokenizer, special, special["bos_token"] is not None)
+  config = _json(path.parent / "tokenizer_config.json")
+  _add_listed(tokenizer, path.parent, config)
+  for name in special:
+    token = config.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    # Old files have "" for what they leave to the model.
+    if token and tokenizer.token_to_id(token) is not None:
+      special[name] = token
+  has_bos = special["bos_token"] is not None
+  template = config.get("chat_template")
+  file = path.parent / "chat_template.jinja"
+  if file.is_file():
+    template = file.read_text("utf-8")
+  return _wrap(
+    tokenizer, special, has_bos and config.get("add_bos_token", True), template
+  )
+
+
+def _add_listed(
+  tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]
+) -> None:
+  """Adds the tokens that stand behind those of a SentencePiece model."""
+  listed = {
+    i: {"content": token, "special": False}
+    for token, i in _json(folder / "added_tokens.json").items()
+  }
+  decoder = config.get("added_tokens_decoder") or {}
+  listed |= {int(i): token for i, token in decoder.items()}
+  tokens, kinds = [], []
+  for i in sorted(i for i in listed if i >= tokenizer.get_vocab_size()):
+    if i != tokenizer.get_vocab_size() + len(tokens):
+      raise InputError(f"{folder}: added token {i} leaves a gap before it")
+    tokens.append(listed[i]["content"])
+    kinds.append(_CONTROL if listed[i].get("special") else _USER)
+  _add_tokens(tokenizer, tokens, kinds)
 
 
 def _byte_level(
@@ -300,7 +398,7 @@ def _bytes_tokenizer() -> PreTrainedTokenizerFast:
   letters = {byte: chr(byte) for byte in plain}
   letters |= {byte: chr(256 + i) for i, byte in enumerate(hidden)}
   tokens = [*_BYTE_SPECIALS, *(letters[byte] for byte in range(256))]
-  tokenizer = _byte_level(tokens, [], "default")
+  tokenizer = _byte_level(tokens, [], "gpt-2")
   _add_tokens(tokenizer, tokens, [_CONTROL] * 4 + [_NORMAL] * 256)
   names = ("pad_token", "bos_token", "eos_token", "unk_token")
   special = dict(zip(names, _BYTE_SPECIALS, strict=True))

@@ -83,6 +83,7 @@ def plan_decoding(
   )
   prompt = put(jax.ShapeDtypeStruct((1, length + 1), jnp.int32))
   number = put(jax.ShapeDtypeStruct((), jnp.int32))
+  ends = put(jax.ShapeDtypeStruct((graph.ENDS,), jnp.int32))
   parts = {"weights": base, "adapters": loras}
   alike = dict(
     parts=parts, shape=shape, mesh=mesh, topology=topology, config=config
@@ -101,7 +102,7 @@ def plan_decoding(
     plan_program(
       "decode",
       lambda: graph.decode.lower(
-        base, loras, None, state, prompt, None, number, number,
+        base, loras, None, state, prompt, None, number, ends,
         reading=reading, sampler=Sampler(), chunk=1,
       ),
       tokens=1,
