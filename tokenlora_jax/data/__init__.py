@@ -1,1 +1,1 @@
-"""Rows of tasks become tokens, and tokens batches."""
+"""Data: rows of the tasks, their tokens, and batches."""

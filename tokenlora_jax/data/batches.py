@@ -1,8 +1,12 @@
-"""Batches of all experts at once, planned from the rows' lengths alone.
+"""Batches [E, B, T] of all experts, planned from the rows' lengths alone.
 
-What fills one row of a batch is a *bin*: the indices of one row of the task or,
-packed, of several. All processes know all lengths, so all know the bins of every
-step, and each tokenizes and builds only what its own devices hold.
+A *bin* is the content of one row of a batch: the indices of one row of the task
+or, with packing, of several.
+
+  lengths {0: 6, 1: 7, 2: 3, 3: 4}, T = 10  ->  bins [[0, 3], [1, 2]]
+
+All processes know all lengths, and so the bins of every step. Each tokenizes
+and builds only its own devices' shard.
 
 Axes: E experts (tasks), B rows an expert, T tokens.
 """
@@ -31,27 +35,27 @@ Bin = Sequence[int]
 def pack(
   lengths: Mapping[int, int], order: Iterable[int], capacity: int
 ) -> list[list[int]]:
-  """Puts rows into few bins, each into the fullest one that still holds it.
+  """Packs rows into few bins, each row into the fullest bin with enough room.
 
   Best fit (Johnson et al., 1974): at most 1.7 times as many bins as the fewest
   possible, and in practice little more than the tokens need.
 
   Args:
     lengths: tokens of each row, at most `capacity`.
-    order: the rows, in the order in which they are put.
-    capacity: tokens that a bin holds.
+    order: the rows, in the order of packing.
+    capacity: the most tokens in a bin.
 
   Returns:
-    Bins, in the order in which they were begun, of rows in the order in which
-    they were put.
+    Bins in the order in which they were opened; in each the rows in the order
+    of packing.
 
   Example:
     >>> pack({0: 6, 1: 7, 2: 3, 3: 4}, [0, 1, 2, 3], capacity=10)
     [[0, 3], [1, 2]]
   """
   bins: list[list[int]] = []
-  # Bins by the room they have left. Bit r of `rooms` says whether there is one
-  # of room r, so that the least room of at least n is found by one shift.
+  # Bins by their free room. Bit r of `rooms` is set if some bin has room r, so
+  # one shift finds the least room of at least n.
   by_room: list[list[list[int]]] = [[] for _ in range(capacity + 1)]
   rooms = 0
   for row in order:
@@ -77,37 +81,36 @@ def batches(
   config: DataConfig,
   mesh: Mesh | None = None,
 ) -> grain.IterDataset:
-  """Returns an endless data set of batches, one element an optimizer step.
+  """Returns an endless dataset of batches, one per optimizer step.
 
-  Step i is a function of the rows and `config` alone, however many processes
-  there are. Each task is shuffled anew every pass, in an order that does not
-  depend on the other tasks, and starts over when its rows are used up. With
-  `config.packing` it is bins of rows that are shuffled; they are filled once.
-  The iterator's `get_state` and `set_state` are the position, for checkpoints.
+  Step i depends on the rows and `config` alone, not on the number of processes.
+  Each task is shuffled anew every epoch, independently of the other tasks. With
+  `config.packing` bins are shuffled; their rows are packed once. The iterator's
+  `get_state` and `set_state` hold the position, for checkpoints.
 
   Args:
     rows_by_task: the training rows of each task of `config.tasks`.
     tokenizer: a transformers-style tokenizer.
     config: the experts' order, B, the longest T, packing and the seed.
-    mesh: whose devices decide which part of a batch this process builds; all
-      of it by default.
+    mesh: this process builds the shard of its devices in this mesh; without a
+      mesh the whole batch.
 
   Returns:
-    Batches as dicts. Of the experts and rows that this process holds, experts
-    in the order of `config.tasks`; T is the smallest multiple of 64 that holds
-    the longest row of the whole batch, at most `config.length`:
+    Batches as dicts. This process's shard, with experts in the order of
+    `config.tasks`; T is the smallest multiple of 64 that holds the longest row
+    of the whole batch, at most `config.length`:
       tokens: int32[E, B, T], 0 in the padding.
       positions: int32[E, B, T], from 0 in each segment.
       segment_ids: int32[E, B, T], 1, 2, ... for the rows of a bin, 0 for
         padding.
       loss_mask: float32[E, B, T], 1 where a token is a target (not shifted).
-    Of the whole batch, alike in all processes:
+    The whole batch, the same in all processes:
       rows: E arrays, int32, the indices in `rows_by_task[task]` of the first
         bin's rows, then of the second's, and so on.
       sizes: int32[E, B], the tokens of each bin.
 
   Raises:
-    InputError: no row of a task fits, or the mesh cannot be split among
+    InputError: no row of a task fits, or the mesh cannot be divided among the
       processes.
   """
   builder = _Builder.make(rows_by_task, tokenizer, config, mesh, sys.maxsize)
@@ -116,7 +119,7 @@ def batches(
     seed = zlib.crc32(f"{config.seed}:{task}".encode())
     bins = [[row] for row in lengths]
     if config.packing:
-      # Shuffled, since neighbours in a file may be about one text.
+      # Shuffled, since neighbours in a file may share one text.
       order = np.random.default_rng(seed).permutation(list(lengths))
       bins = pack(lengths, order.tolist(), config.length)
     streams.append(grain.MapDataset.source(bins).shuffle(seed).repeat())
@@ -137,10 +140,10 @@ def held_out_batches(
   config: DataConfig,
   mesh: Mesh | None = None,
 ) -> list[dict[str, Any]]:
-  """Returns the rows of `held_out`, in batches as `batches` gives them.
+  """Returns the rows of `held_out` as batches in the format of `batches`.
 
-  Rows go by length, one a bin, so that little is padding. Where a task has fewer
-  rows than another, empty bins fill up, without tokens or targets.
+  Rows are sorted by length, one per bin, so that there is little padding. A task
+  with fewer rows than another gets empty bins, without tokens or targets.
 
   Args:
     rows_by_task: the held-out rows of each task of `config.tasks`.
@@ -164,15 +167,15 @@ def held_out_batches(
 
 @dataclasses.dataclass(frozen=True)
 class _Builder:
-  """Makes a batch from the bins of all experts.
+  """Builds batches from the bins of all experts.
 
   Attributes:
-    rows: of each expert.
-    lengths: of each expert: {row: tokens}, of those that fit.
+    rows: the rows of each expert.
+    lengths: per expert {row: tokens} of the rows that fit.
     tokenizer: a transformers-style tokenizer.
     config: see `batches`.
-    experts: which of a batch's experts this process builds.
-    places: which of a batch's rows this process builds.
+    experts: indices of the batch's experts that this process builds.
+    places: indices of the batch's rows that this process builds.
   """
 
   rows: Sequence[Sequence[Row]]
@@ -199,7 +202,7 @@ class _Builder:
       ],
       np.int32,
     )
-    # The least multiple that holds every process's bins.
+    # The smallest multiple that holds the bins of every process.
     steps = -(-int(sizes.max()) // LENGTH_STEP)
     length = min(steps * LENGTH_STEP, self.config.length)
     shape = (len(self.experts), len(self.places), length)

@@ -1,4 +1,4 @@
-"""Rows as tokens.
+"""Tokenizes rows, and selects those that fit the length.
 
 Axes: T tokens.
 """
@@ -31,7 +31,7 @@ class Example(NamedTuple):
   Attributes:
     tokens: int32[T], prompt, answer and end token.
     loss_mask: float32[T], 1 where a token is a target of the loss.
-    prompt_length: how many tokens are the prompt's.
+    prompt_length: number of tokens of the prompt.
   """
 
   tokens: np.ndarray
@@ -42,17 +42,16 @@ class Example(NamedTuple):
 def tokenize(
   row: Row, tokenizer: Tokenizer, config: DataConfig
 ) -> Example | None:
-  """Returns a row's tokens: prompt, answer and end token.
+  """Tokenizes a row: prompt, answer and end token.
 
   Args:
-    row: the text.
+    row: the row.
     tokenizer: a transformers-style tokenizer with an end token.
-    config: which tokens are targets, the longest row, and what to do with a
-      longer one.
+    config: `loss_on`, `length` and `too_long` count.
 
   Returns:
-    The example, or None for a row to leave out: too long under `skip`, or no
-    target left under `truncate`.
+    The example, or None for a row to leave out: too long under `skip`, or
+    without a target under `truncate`.
 
   Raises:
     InputError: the tokenizer has no end token, or the row is too long under
@@ -63,7 +62,7 @@ def tokenize(
   prompt, answer = encode_pair(row.prompt, row.answer, tokenizer)
   tokens = np.array([*prompt, *answer, tokenizer.eos_token_id], np.int32)
   loss_mask = np.ones(len(tokens), np.float32)
-  # Nothing predicts the first token, so it is never a target.
+  # The first token has no prediction, so it is never a target.
   loss_mask[: len(prompt) if config.loss_on == "answer" else 1] = 0
   if len(tokens) > config.length:
     if config.too_long == "fatal":
@@ -82,15 +81,15 @@ def tokenize(
 def held_out(
   rows: Sequence[Row], tokenizer: Tokenizer, config: DataConfig
 ) -> dict[int, Example]:
-  """Returns one task's first `config.eval_rows` rows that fit, as tokens.
+  """Tokenizes one task's first `config.eval_rows` rows that fit.
 
   Args:
-    rows: of one task.
+    rows: rows of one task.
     tokenizer: a transformers-style tokenizer.
     config: see `tokenize`.
 
   Returns:
-    {index in rows: tokens}, in the order of the rows.
+    {index in rows: example}, in the order of the rows.
 
   Raises:
     InputError: no row is left.
@@ -107,22 +106,21 @@ def fitting(
 ) -> dict[int, int]:
   """Returns the lengths of one task's first `most` rows that fit.
 
-  Where there are several processes, each tokenizes its share of the rows and
-  tells the others the lengths, so that all know all of them and none holds the
-  tokens of all rows.
+  With several processes each tokenizes its share of the rows and sends the
+  lengths to the others: all know all lengths, none holds the tokens of all rows.
 
   Args:
-    rows: of one task, the same in every process.
+    rows: rows of one task, the same in every process.
     tokenizer: a transformers-style tokenizer.
     config: see `tokenize`.
-    most: how many rows are wanted; later ones are not looked at.
+    most: number of rows wanted; later rows are not read.
 
   Returns:
-    {index in rows: tokens}, in the order of the rows.
+    {index in rows: number of tokens}, in the order of the rows.
 
   Raises:
     InputError: no row fits, one is too long under `fatal`, or processes hold
-      different rows; the same in every process.
+      different rows; every process raises the same error.
   """
   _check_same(rows)
   lengths: dict[int, int] = {}
@@ -151,14 +149,14 @@ def fitting(
 def _lengths(
   rows: Sequence[Row], tokenizer: Tokenizer, config: DataConfig
 ) -> np.ndarray:
-  """Returns the tokens of each row, 0 for one that is left out."""
+  """Returns the number of tokens of each row, 0 for a row that is left out."""
   count = jax.process_count()
   own = np.zeros(-(-len(rows) // count), np.int32)
   for i, row in enumerate(rows[jax.process_index() :: count]):
     try:
       example = tokenize(row, tokenizer, config)
     except InputError:
-      own[i] = -1  # To be raised by all, not by this process alone.
+      own[i] = -1  # So that all processes raise it, not this one alone.
       break
     own[i] = 0 if example is None else len(example.tokens)
   # [processes, share]; row i of a share is the process's i-th.

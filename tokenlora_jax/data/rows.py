@@ -1,4 +1,4 @@
-"""Rows of the tasks, from any source."""
+"""Loads the tasks' rows from any source: built-in, local, hub or TFDS."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tokenlora_jax.config import (
 from tokenlora_jax.data.tasks import Task, get_task
 from tokenlora_jax.data.tokens import check_text
 
-# How many rows the built-in generators give.
+# Number of rows that the built-in generators return.
 BUILTIN_ROWS = {"train": 4096, "test": 512}
 
 _log = logging.getLogger(__name__)
@@ -30,14 +30,14 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One text of a task.
+  """One row of a task: a prompt and its answer.
 
   Attributes:
-    prompt: what the model is given.
-    answer: what it is to say.
-    origin: where the row came from: "FILE:LINE" or "SOURCE:SPLIT:INDEX".
-    fields: the row itself, in its task's schema, for scorers; None of rows to
-      train on, which nobody scores.
+    prompt: the model's input.
+    answer: the target text.
+    origin: the row's place: "FILE:LINE" or "SOURCE:SPLIT:INDEX".
+    fields: the whole row in its task's schema, for scorers; None for training
+      rows, which are not scored.
   """
 
   prompt: str
@@ -47,7 +47,7 @@ class Row:
 
   @property
   def text(self) -> str:
-    """The training text."""
+    """The training text: prompt, then answer."""
     return self.prompt + self.answer
 
 
@@ -59,7 +59,7 @@ def load_rows(config: DataConfig, task_name: str, split: str) -> list[Row]:
   """Returns the rows of one task.
 
   Args:
-    config: the source, its folder, the caps and what to do with bad rows.
+    config: the source, its folder, the most rows, and `bad_rows`.
     task_name: a name of `tasks.TASKS` or `tasks.EVALUATION_TASKS`.
     split: `train`, at most `config.train_rows` rows (0 is all), or `test`.
 
@@ -199,7 +199,7 @@ def _unavailable(
 
 
 def _decoded(value: Any) -> Any:
-  """Returns a value of TensorFlow Datasets with its bytes as text."""
+  """Returns a TensorFlow Datasets value with its bytes decoded to text."""
   if isinstance(value, bytes):
     return value.decode()
   if isinstance(value, dict):
@@ -210,15 +210,14 @@ def _decoded(value: Any) -> Any:
 
 
 def sample_rows(rows: Sequence[Row], count: int) -> list[Row]:
-  """Returns at most `count` rows that lie evenly over all of them.
+  """Returns at most `count` rows, evenly spaced over all rows.
 
-  Number n is row floor(n len(rows) / count). Files of rows are sorted: the
-  first of SQuAD's are of one article, and what is made of them alone knows no
-  other.
+  Sample n is row floor(n len(rows) / count). The first rows alone would not do:
+  files are sorted, and SQuAD's first rows share one article.
 
   Args:
-    rows: in the order of their file.
-    count: how many to take, at least 1.
+    rows: the rows, in the order of their file.
+    count: the most rows to take, at least 1.
 
   Example:
     >>> rows = [Row(letter, "", "") for letter in "abcde"]

@@ -1,4 +1,4 @@
-"""From text to the tokens that training and decoding share."""
+"""Encodes text as tokens, the same for training and for decoding."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from tokenlora_jax.config import InputError
 
 
 class Tokenizer(Protocol):
-  """What is used of a fast tokenizer of transformers.
+  """The methods that we use of transformers' fast tokenizers.
 
   Attributes:
-    bos_token_id: stands in front of a text; None where there is none.
-    eos_token_id: ends a text; None where there is none.
-    all_special_ids: the tokens that a text without special ones leaves out.
-    chat_template: how a conversation is written; None where there is none.
+    bos_token_id: the token before a text, or None.
+    eos_token_id: the token after a text, or None.
+    all_special_ids: tokens that decoding skips with `skip_special_tokens`.
+    chat_template: the template of a conversation, or None.
   """
 
   bos_token_id: int | None
@@ -24,7 +24,7 @@ class Tokenizer(Protocol):
   chat_template: str | None
 
   def __len__(self) -> int:
-    """Returns how many tokens there are."""
+    """Returns the size of the vocabulary."""
     ...
 
   def encode(
@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
   def decode(
     self, token_ids: Sequence[int] | int, skip_special_tokens: bool = False
   ) -> str:
-    """Returns what tokens say."""
+    """Returns the text of tokens."""
     ...
 
   def get_vocab(self) -> Mapping[str, int]:
@@ -116,9 +116,9 @@ def check_vocab(
 
 
 def check_text(text: str) -> None:
-  """Raises `InputError` where a text holds half a surrogate pair.
+  """Raises `InputError` if a text holds half a surrogate pair.
 
-  JSON can write one (`"\\ud83d"`), and no tokenizer can read it.
+  JSON can contain one (`"\\ud83d"`), but no tokenizer can encode it.
   """
   try:
     text.encode()
@@ -134,22 +134,21 @@ def encode_prompt(
 ) -> list[int]:
   """Returns a prompt's tokens, the same for training and for decoding.
 
-  The tokenizer's own special tokens are kept at the front (BOS, where it has
-  one) and dropped at the end, since the text goes on. A prompt that starts with
-  BOS, as a chat template writes it, gets no second one.
+  The tokenizer's special tokens are kept at the start (BOS, if it has one) and
+  dropped at the end, since the answer follows. A prompt that starts with BOS
+  already, as chat templates write it, gets no second one.
 
   Args:
     prompt: the text.
-    tokenizer: of the base.
-    letters: read the names of special tokens, such as `</s>`, as the letters
-      they are written with; for text that nobody wrote as a prompt, such as a
-      row of data.
+    tokenizer: the base's tokenizer.
+    letters: encode names of special tokens, such as `</s>`, as plain letters;
+      for rows of data, which may hold them by accident.
 
   Raises:
-    InputError: the text is no UTF-8.
+    InputError: the text is not valid UTF-8.
   """
   check_text(prompt)
-  # An argument that only some tokenizers know, so it is given only if needed.
+  # Only some tokenizers take this argument, so it is passed only if needed.
   how = {"split_special_tokens": True} if letters else {}
   tokens = list(tokenizer.encode(prompt, **how))
   bos = getattr(tokenizer, "bos_token_id", None)
@@ -163,21 +162,22 @@ def encode_prompt(
 def encode_pair(
   prompt: str, answer: str, tokenizer: Tokenizer
 ) -> tuple[list[int], list[int]]:
-  """Returns the tokens of a row's prompt, and those of its answer after it.
+  """Returns the tokens of a row's prompt, and of its answer.
 
-  Both are read as letters: `</s>` in a row does not end it. Encoded alone, a
-  SentencePiece tokenizer would put a second space before an answer.
+  Names of special tokens are encoded as letters: `</s>` in a row does not end
+  it. The answer is encoded together with the prompt, since a SentencePiece
+  tokenizer would put a second space before an answer alone.
 
   Args:
-    prompt: the text before.
-    answer: the text after; starts with a space.
-    tokenizer: of the base.
+    prompt: the row's prompt.
+    answer: the row's answer; starts with a space.
+    tokenizer: the base's tokenizer.
   """
   before = encode_prompt(prompt, tokenizer, letters=True)
   both = encode_prompt(prompt + answer, tokenizer, letters=True)
   if both[: len(before)] == before:
     return before, both[len(before) :]
-  # A token spans the boundary; the prompt's tokens must stay.
+  # A token spans the boundary, but the prompt's tokens must stay the same.
   after = tokenizer.encode(
     answer, add_special_tokens=False, split_special_tokens=True
   )

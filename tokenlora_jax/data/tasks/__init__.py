@@ -1,4 +1,4 @@
-"""The tasks, by name."""
+"""The tasks by name, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _TRAINED = (Gsm8k(), ArcChallenge(), CodeAlpaca(), Squad())
 _EVALUATED = (HumanEval(), Mbpp())
 _REGISTRY = {task.name: task for task in (*_TRAINED, *_EVALUATED)}
 
-# An expert each; and those that experts are evaluated on, and not trained.
+# Tasks that train an expert each, and tasks for evaluation alone.
 TASKS = tuple(task.name for task in _TRAINED)
 EVALUATION_TASKS = tuple(task.name for task in _EVALUATED)
 
 
 def get_task(name: str) -> Task:
-  """Returns the task of that name.
+  """Returns the task with a name.
 
   Args:
     name: one of `TASKS` or `EVALUATION_TASKS`.

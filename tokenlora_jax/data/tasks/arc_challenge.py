@@ -59,7 +59,7 @@ class ArcChallenge(Task):
     return f" {key}"
 
   def read(self, path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields (place, row) of the hub's rows or of AI2's own."""
+    """Yields (place, row) of a file in the hub's schema or in AI2's own."""
     for place, row in super().read(path):
       yield place, _flat(row)
 
@@ -84,10 +84,10 @@ class ArcChallenge(Task):
 
 
 def _flat(row: Any) -> Any:
-  """Returns a row of AI2's own files in the hub's schema; others as they are.
+  """Converts a row of AI2's own files to the hub's schema; keeps other rows.
 
-  There the question is {"stem": text, "choices": [{"label": .., "text": ..}]}.
-  What breaks the schema stays as it is, so that the check can name it.
+  AI2's question is {"stem": text, "choices": [{"label": .., "text": ..}]}.
+  A row that breaks the schema is kept, so that the check can name the fault.
   """
   if not isinstance(row, dict) or not isinstance(row.get("question"), dict):
     return row

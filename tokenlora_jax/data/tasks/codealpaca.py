@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from tokenlora_jax.data.tasks.task import Task, text
 
-# What the code does in words, and the code; a and b are numbers.
+# (description of the code, the code); a and b are numbers.
 _OPERATIONS = (
   ("adds {a} and then multiplies by {b}", "(x + {a}) * {b}"),
   ("multiplies by {b} and then adds {a}", "x * {b} + {a}"),
@@ -46,7 +46,7 @@ class CodeAlpaca(Task):
   }
 
   def prompt(self, row: Any) -> str:
-    # Alpaca's rows without an input have an empty one, null or none.
+    # A row without an input has "" or null there, or lacks the field.
     has_input = isinstance(row, dict) and row.get("input") is not None
     given = text(row, "input", empty=True) if has_input else ""
     template = self.template

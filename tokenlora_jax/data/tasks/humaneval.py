@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from tokenlora_jax.data.tasks.task import Task, text
 
-# What a function of x does in words, in code, and in deed; a and b are numbers.
+# (description of a function of x, its code, the function); a and b are numbers.
 _FUNCTIONS = (
   ("{a} times x, plus {b}", "{a} * x + {b}", lambda x, a, b: a * x + b),
   ("x plus {b}, times {a}", "(x + {b}) * {a}", lambda x, a, b: (x + b) * a),
@@ -20,7 +20,7 @@ _FUNCTIONS = (
 
 
 class HumanEval(Task):
-  """Signature and docstring -> the body; `test` and `entry_point` judge it.
+  """Signature and docstring -> the body; scored by `test` and `entry_point`.
 
   The local file is the original HumanEval.jsonl under the name test.jsonl.
   """
@@ -55,7 +55,7 @@ class HumanEval(Task):
 def invent_function(
   rng: random.Random,
 ) -> tuple[str, str, list[tuple[int, int | bool]]]:
-  """Returns what a function of x does, its code, and four of its values."""
+  """Returns a function's description, its code, and four (x, value) pairs."""
   words, code, function = rng.choice(_FUNCTIONS)
   a, b = rng.randint(10, 999), rng.randint(2, 9)
   given = a + b, *rng.sample(range(3 * a), 3)

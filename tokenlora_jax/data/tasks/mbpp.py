@@ -11,11 +11,11 @@ from tokenlora_jax.data.tasks.task import Task, text, texts
 
 
 class Mbpp(Task):
-  """Sentence and tests -> the program; the tests, `test_list`, judge it.
+  """Sentence and tests -> the program; scored by the tests in `test_list`.
 
-  The local file has rows of the original mbpp.jsonl: those of the test set are
-  task_id 11 to 510. The paper shows three solved rows before the prompt; here
-  there is the prompt alone.
+  The local file has rows of the original mbpp.jsonl; the test set is task_id 11
+  to 510. The paper puts three solved rows before the prompt; here the prompt
+  stands alone.
   """
 
   name = "mbpp"
@@ -31,7 +31,7 @@ class Mbpp(Task):
     return self.template.format(text=text(row, "text"), tests=tests)
 
   def answer(self, row: Any) -> str:
-    # The original's lines end as on Windows.
+    # Lines of the original file end with CRLF.
     code = text(row, "code").replace("\r\n", "\n")
     return f"{code}\n[DONE]"
 

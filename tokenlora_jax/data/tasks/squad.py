@@ -62,8 +62,8 @@ class Squad(Task):
   def read(self, path: Path) -> Iterator[tuple[str, Any]]:
     """Yields (path in the document, row) of the nested format, or flat rows.
 
-    Articles hold paragraphs, paragraphs hold a context and questions. The hub's
-    flat rows may be JSON lines, or one list.
+    In the nested format articles hold paragraphs, and each paragraph a context
+    and questions. The hub's flat rows may be JSON lines or one JSON list.
     """
     if self.in_lines(path):
       yield from read_lines(path)
@@ -124,9 +124,10 @@ def _children(parent: Any, key: str, place: str) -> list[Any]:
 
 
 def _flat(paragraph: dict[str, Any], question: Any) -> Any:
-  """Returns a question as a row of the hub's schema.
+  """Converts a question to the hub's schema.
 
-  What breaks the schema stays as it is, so that the check can name it.
+  A question that breaks the schema is kept, so that the check can name the
+  fault.
   """
   if not isinstance(question, dict):
     return question

@@ -1,4 +1,4 @@
-"""What a task is, and how fields of untrusted rows are read."""
+"""The interface of a task, and checked reading of untrusted rows."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ import zlib
 
 from tokenlora_jax.config import InputError, nearest
 
-# One of this many built-in prompts is held out, whatever the seed.
+# One in this many built-in prompts is held out, for every seed.
 _HELD_OUT_ONE_IN = 8
 
 
 class Task(abc.ABC):
-  """One skill an expert learns: where its rows are and what they say.
+  """A task that an expert learns: the sources of its rows and their texts.
 
   The text of a training row is `prompt + answer`: a prompt ends with "Answer:"
-  and an answer starts with a space. A task that is only evaluated has the texts
-  of its paper. A row is a dict in the schema of the data set's hub version; a
+  and an answer starts with a space. A task for evaluation alone has the texts
+  of its paper. A row is a dict in the schema of the dataset's hub version; a
   field that breaks it raises an `InputError` that names it.
 
   Attributes:
-    name: in settings, folders and reports.
+    name: its name in settings, folders and reports.
     template: the form of its prompts, the rows' fields in braces.
-    suffix: of its local files, `train.SUFFIX` and `test.SUFFIX`.
+    suffix: file ending of its local files, `train.SUFFIX` and `test.SUFFIX`.
     hub: the arguments of `datasets.load_dataset`: id and, if any, config.
-    tfds: its name in TensorFlow Datasets; "" is not there.
-    splits: our `train` and `test` in the words of the hub and of tfds; no
-      `train` if it is only evaluated.
+    tfds: its name in TensorFlow Datasets; "" if it is not there.
+    splits: names of `train` and `test` on the hub and in tfds; without `train`
+      if it is for evaluation alone.
   """
 
   name: ClassVar[str]
@@ -44,18 +44,18 @@ class Task(abc.ABC):
 
   @abc.abstractmethod
   def prompt(self, row: Any) -> str:
-    """Returns what the model is given."""
+    """Returns a row's prompt, the model's input."""
 
   @abc.abstractmethod
   def answer(self, row: Any) -> str:
-    """Returns what the model is to say."""
+    """Returns a row's answer, the target text."""
 
   @abc.abstractmethod
   def invent(self, rng: random.Random) -> dict[str, Any]:
-    """Returns one built-in row, drawn with `rng`."""
+    """Returns one random built-in row."""
 
   def read(self, path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields (place, row) of a file in the data set's original format.
+    """Yields (place, row) of a file in the dataset's original format.
 
     Args:
       path: the file: JSON lines or, unless its name ends in .jsonl, a JSON list
@@ -65,7 +65,7 @@ class Task(abc.ABC):
       The line (or the path inside the JSON document) and the unchecked row.
 
     Raises:
-      InputError: the file cannot be read, or is neither.
+      InputError: the file cannot be read, or has neither format.
     """
     if not self.in_lines(path):
       document = read_json(path)
@@ -77,10 +77,9 @@ class Task(abc.ABC):
     yield from read_lines(path)
 
   def in_lines(self, path: Path) -> bool:
-    """Returns whether a file is JSON lines, whatever its name says.
+    """Returns whether a file holds JSON lines; its name does not matter.
 
-    It is where its first line is a row by itself: an object that has a field of
-    the prompt.
+    It does if its first line is a row: an object with a field of the prompt.
     """
     if path.suffix == ".jsonl":
       return True
@@ -95,7 +94,7 @@ class Task(abc.ABC):
     )
 
   def from_tfds(self, row: dict[str, Any]) -> dict[str, Any]:
-    """Returns a row of TensorFlow Datasets (texts decoded) in our schema."""
+    """Converts a TensorFlow Datasets row (texts decoded) to our schema."""
     return row
 
   def generate(
@@ -103,12 +102,12 @@ class Task(abc.ABC):
   ) -> list[dict[str, Any]]:
     """Returns built-in rows, all different.
 
-    A prompt's own hash says which split it is in, so training and held-out
-    rows never meet, not even under different seeds.
+    A prompt's hash decides its split, so training and held-out rows never
+    overlap, not even under different seeds.
 
     Args:
-      seed: of the draw; more rows of one seed begin with the same ones.
-      count: how many rows.
+      seed: seeds the rows; a larger `count` starts with the same rows.
+      count: number of rows.
       split: `train` or `test`.
 
     Example:
@@ -128,9 +127,9 @@ class Task(abc.ABC):
 
 
 def _loads(raw: bytes) -> Any:
-  """Parses JSON; of bytes that are no UTF-8 it makes halves of surrogate pairs.
+  """Parses JSON; bytes that are not UTF-8 become halves of surrogate pairs.
 
-  So they break no more than the row that they are in: `_text` refuses it.
+  So they spoil only their own row, which `_text` refuses.
   """
   return json.loads(raw.decode(json.detect_encoding(raw), "surrogateescape"))
 
@@ -144,13 +143,13 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
       try:
         row = _loads(line)
       except (ValueError, RecursionError):
-        row = line.decode(errors="replace").strip()  # the check will name it
+        row = line.decode(errors="replace").strip()  # the check names the fault
       yield str(number), row
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[BinaryIO]:
-  """Opens a file of rows; a folder, or one that may not be read, is a line."""
+  """Opens a file of rows; if that fails, raises an `InputError`."""
   try:
     with path.open("rb") as file:
       yield file
@@ -161,7 +160,7 @@ def reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_json(path: Path) -> Any:
-  """Returns a file's JSON document, or raises an `InputError` naming the line."""
+  """Reads a JSON file, or raises an `InputError` that names the line."""
   with reading(path) as file:
     raw = file.read()
   try:
@@ -179,7 +178,7 @@ def lookup(row: Any, *keys: str) -> Any:
   """Returns row[keys[0]][keys[1]]..., or raises an `InputError` naming it.
 
   Args:
-    row: what a file held, of any type.
+    row: an unchecked row, of any type.
     keys: names of nested fields.
 
   Example:
@@ -210,9 +209,9 @@ def text(row: Any, *keys: str, empty: bool = False) -> str:
   """Returns the text at `lookup(row, *keys)`.
 
   Args:
-    row: what a file held, of any type.
+    row: an unchecked row, of any type.
     keys: names of nested fields.
-    empty: whether a text of nothing but white space will do.
+    empty: whether a text may be empty or only white space.
   """
   return _text(lookup(row, *keys), ".".join(keys), empty)
 
