@@ -177,3 +177,10 @@ def test_splash_attention_is_attention(tensor, monkeypatch):
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), got, want
   )
+
+
+def test_a_row_of_padding_has_one_token_for_cudnn():
+  segments = jnp.array([[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+  lengths = _lengths(segments)
+  assert lengths.tolist() == [3, 1, 4]
+  assert lengths.dtype == jnp.int32

@@ -294,6 +294,12 @@ def test_rope_scaling(path, metadata, scaling):
   assert reader.config.rope_scaling == scaling
 
 
+@pytest.mark.parametrize(("window", "want"), [(4, 4), (0, None)])
+def test_a_sliding_window_arrives_in_the_config(path, window, want):
+  write(path, draw(), **{"llama.attention.sliding_window": window})
+  assert open_base(path).config.sliding_window == want
+
+
 @pytest.mark.parametrize(
   ("metadata", "told"),
   [

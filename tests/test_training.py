@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 from tiny import (
   FOUR,
   SHAPE,
@@ -16,6 +17,7 @@ from tiny import (
   first_batches,
   leaves,
   make_base,
+  make_batches,
   make_config,
   make_step,
   one_device,
@@ -23,8 +25,9 @@ from tiny import (
   run_steps,
 )
 
-from tokenlora_jax.config import OptimConfig
+from tokenlora_jax.config import InputError, OptimConfig
 from tokenlora_jax.model.lora import Lora
+from tokenlora_jax.training import loop
 from tokenlora_jax.training import step as training
 from tokenlora_jax.training.loop import held_out_losses, trained_adapters
 from tokenlora_jax.training.step import expert_losses, make_optimizer, put_batch
@@ -305,6 +308,30 @@ def test_held_out_losses_are_means_over_all_batches(mesh, one):
       )
       losses, targets = losses + loss.sum(), targets + mask.sum()
     assert got[task] == pytest.approx(float(losses / targets), rel=1e-5)
+
+
+def test_an_expert_without_held_out_targets_is_named(mesh):
+  config = make_config()
+  (batch,) = first_batches(config, 1)
+  batch["loss_mask"][1] = 0
+  state = random_state(config, make_base(), mesh)
+  with pytest.raises(InputError, match=rf"held-out rows of {TWO[1]} have no"):
+    held_out_losses(config, state, make_base(), [put_batch(batch, mesh)])
+
+
+def test_a_held_out_loss_that_is_no_number_stops_the_run(
+  mesh, tmp_path, monkeypatch
+):
+  config = make_config(steps=2, eval_every=1, save_every=1, keep=2)
+  losses = {TWO[0]: 1.0, TWO[1]: float("nan")}
+  monkeypatch.setattr(loop, "held_out_losses", lambda *_: losses)
+  batches = make_batches(config)
+  console = Console(quiet=True)
+  told = rf"step 1: the held-out loss of {TWO[1]} is nan"
+  with pytest.raises(FloatingPointError, match=told):
+    loop.train(config, make_base(), mesh, batches, [], tmp_path, console)
+  # Nothing that may be broken is saved.
+  assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 # -----------------------------------------------------------------------------

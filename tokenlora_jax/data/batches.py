@@ -27,6 +27,7 @@ import numpy as np
 from tokenlora_jax.config import DataConfig
 from tokenlora_jax.data.examples import LENGTH_STEP, fitting, tokenize
 from tokenlora_jax.data.rows import Row
+from tokenlora_jax.data.tokens import Tokenizer
 from tokenlora_jax.parallel.sharding import process_block
 
 Bin = Sequence[int]
@@ -77,7 +78,7 @@ def pack(
 
 def batches(
   rows_by_task: Mapping[str, Sequence[Row]],
-  tokenizer: Any,
+  tokenizer: Tokenizer,
   config: DataConfig,
   mesh: Mesh | None = None,
 ) -> grain.IterDataset:
@@ -136,7 +137,7 @@ def batches(
 
 def held_out_batches(
   rows_by_task: Mapping[str, Sequence[Row]],
-  tokenizer: Any,
+  tokenizer: Tokenizer,
   config: DataConfig,
   mesh: Mesh | None = None,
 ) -> list[dict[str, Any]]:
@@ -180,7 +181,7 @@ class _Builder:
 
   rows: Sequence[Sequence[Row]]
   lengths: Sequence[Mapping[int, int]]
-  tokenizer: Any
+  tokenizer: Tokenizer
   config: DataConfig
   experts: Sequence[int]
   places: Sequence[int]

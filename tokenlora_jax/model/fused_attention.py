@@ -170,5 +170,11 @@ def _cudnn(q, k, v, lengths):
 
 
 def _lengths(segment_ids):
-  """Returns int32[B], the tokens of each row: one segment, then padding."""
-  return jnp.sum(segment_ids > 0, axis=-1, dtype=jnp.int32)
+  """Returns int32[B], the tokens of each row, at least 1.
+
+  A row is one segment, then padding.
+  """
+  lengths = jnp.sum(segment_ids > 0, axis=-1, dtype=jnp.int32)
+  # Of a row of padding alone cuDNN would take the softmax of nothing. No token
+  # of it has a target, so what its first one sees does not matter.
+  return jnp.maximum(lengths, 1)

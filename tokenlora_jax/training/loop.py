@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 import numpy as np
 from rich.console import Console
 
-from tokenlora_jax.config import Config
+from tokenlora_jax.config import Config, InputError
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
 from tokenlora_jax.training.checkpoint import Checkpoints
@@ -48,11 +48,20 @@ def held_out_losses(
     state: its adapters are used.
     base: with stacked layers.
     batches: on the mesh; rows of padding have no targets.
+
+  Raises:
+    InputError: an expert has no held-out target at all.
   """
   losses = targets = 0.0
   for batch in batches:
     more = _on_host(held_out_sums(state.loras, base, batch))
     losses, targets = losses + more[0], targets + more[1]
+  for expert, count in zip(config.data.tasks, targets, strict=True):
+    if count == 0:
+      raise InputError(
+        f"data.eval_rows: the held-out rows of {expert} have no token to"
+        " predict; give it rows with answers, or set eval_every to 0"
+      )
   return dict(zip(config.data.tasks, (losses / targets).tolist(), strict=True))
 
 
@@ -82,9 +91,10 @@ def train(
 
   Raises:
     FloatingPointError: a loss or gradient is not finite; names step, expert and
-      rows. The checkpoints before it stay as they are.
+      rows. Or a held-out loss is not; names step and expert. The checkpoints before it stay as they are.
     KeyboardInterrupt: with Ctrl-C; says where the same command goes on.
-    InputError: there are checkpoints, but none that is whole.
+    InputError: there are checkpoints, but none that is whole; or an expert has
+      no held-out target.
   """
   steps = config.optim.steps
   data = iter(batches)
@@ -126,6 +136,11 @@ def train(
         stop = terminated(step) and not last
         if last or (config.eval_every and step % config.eval_every == 0):
           losses = held_out_losses(config, state, base, held_out)
+          for expert, loss in losses.items():
+            if not np.isfinite(loss):
+              raise FloatingPointError(
+                f"step {step}: the held-out loss of {expert} is {loss}"
+              )
           if log:
             log.held_out(step, losses)
         # Saved once all is logged: a run that goes on logs only later steps.
