@@ -14,7 +14,6 @@ import tomllib
 
 import jax
 import pytest
-from rich.console import Console
 
 import tokenlora_jax
 from tokenlora_jax.commands import bank, cli, infer
@@ -285,8 +284,42 @@ def test_the_platforms_that_jax_tries(
   monkeypatch.setenv("JAX_PLATFORMS", told or "")
   if told is None:
     monkeypatch.delenv("JAX_PLATFORMS")
-  cli.choose_platforms()
+  assert cli.choose_platforms() == (want is not None and told is None)
   assert os.environ.get("JAX_PLATFORMS") == want
+
+
+def test_a_plugin_that_does_not_load_is_one_warning(monkeypatch, caplog):
+  broken = (
+    "Unable to initialize backend 'cuda': it is no known backend (set"
+    " JAX_PLATFORMS='' to choose)\nmore"
+  )
+  ran = []
+
+  def main(argv):
+    ran.append(os.environ["JAX_PLATFORMS"])
+    if ran[-1] != "cpu":
+      raise RuntimeError(broken)
+
+  def update(name, value):
+    ran.append((name, value))
+
+  monkeypatch.setattr(cli, "quiet", lambda: None)
+  monkeypatch.setattr(cli, "_plugins", lambda: {"tpu", "cuda"})
+  monkeypatch.setattr(cli, "_has_tpu", lambda: False)
+  monkeypatch.setattr(cli, "_has_gpu", lambda: True)
+  monkeypatch.setattr(jax.config, "update", update)
+  monkeypatch.setenv("JAX_PLATFORMS", "")
+  cli.run(main)
+  assert [each for each in ran if "jax_platforms" not in each] == [
+    "cuda,cpu", "cpu"
+  ]  # fmt: skip
+  assert ran[-2] == ("jax_platforms", "cpu")
+  (told,) = caplog.messages
+  assert told == f"{broken.splitlines()[0]}; the CPU calculates"
+  # What a person chose themselves, and other faults, stay errors.
+  monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+  with pytest.raises(RuntimeError, match="Unable"):
+    cli.run(main)
 
 
 # -----------------------------------------------------------------------------
@@ -294,9 +327,8 @@ def test_the_platforms_that_jax_tries(
 
 KEEPS = """
 import sys
-from rich.console import Console
 from tokenlora_jax.commands import cli
-cli.keep_programs(sys.argv[1], Console())
+cli.keep_programs(sys.argv[1])
 import jax
 print(jax.config.jax_compilation_cache_dir)
 # However fast this machine compiles.
@@ -313,10 +345,11 @@ def test_programs_are_kept_where_the_setting_says(setting, tmp_path):
   done = python(
     KEEPS, setting, XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=""
   )
-  assert (done.returncode, done.stderr) == (0, "")
-  first, *_, last = done.stdout.splitlines()
-  assert first.startswith(f"compiled programs are kept in {want} (--compilat")
-  assert last == str(want)
+  assert done.returncode == 0
+  # What is piped is what was asked for, and nothing else.
+  assert done.stdout == f"{want}\n"
+  (told,) = done.stderr.splitlines()
+  assert told.startswith(f"compiled programs are kept in {want} (--compilat")
   assert list(want.glob("*-cache"))
 
 
@@ -326,8 +359,18 @@ def test_programs_are_kept_where_the_setting_says(setting, tmp_path):
 def test_programs_are_not_kept(setting, already, monkeypatch, capsys):
   before = jax.config.jax_compilation_cache_dir
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", already)
-  cli.keep_programs(setting, Console())
-  assert capsys.readouterr().out == ""
+  name = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+  monkeypatch.delenv(name, raising=False)
+  seconds = "jax_persistent_cache_min_compile_time_secs"
+  least = getattr(jax.config, seconds)
+  try:
+    jax.config.update(seconds, 1.0)
+    cli.keep_programs(setting)
+    # A folder that JAX was given keeps what ours would.
+    assert getattr(jax.config, seconds) == (0.05 if already else 1.0)
+  finally:
+    jax.config.update(seconds, least)
+  assert capsys.readouterr() == ("", "")
   assert jax.config.jax_compilation_cache_dir == before
 
 
@@ -338,7 +381,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
   file = tmp_path / "file"
   file.write_text("")
-  cli.keep_programs(str(file), Console())
+  cli.keep_programs(str(file))
   (told,) = caplog.messages
   assert told.startswith(f"--compilation-cache {file}: cannot be written to")
   assert jax.config.jax_compilation_cache_dir == before

@@ -37,6 +37,9 @@ from tokenlora_jax.files import NO_LOCKS, lock, write_atomically
 
 _log = logging.getLogger(__name__)
 
+# Windows opens folders neither to lock them nor to wait until they are written.
+_OPENS_FOLDERS = os.name != "nt"
+
 
 @contextlib.contextmanager
 def drafting(folder: Path) -> Iterator[Path]:
@@ -132,6 +135,14 @@ def _check_bank(folder: Path) -> None:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
   """Locks out other writers; the end of the process frees the lock."""
+  if not _OPENS_FOLDERS:
+    _log.warning(
+      "%s: this system locks no folders; let no other process write to this"
+      " bank",
+      folder,
+    )
+    yield
+    return
   place = os.open(folder, os.O_RDONLY)
   try:
     lock(place)
@@ -163,6 +174,8 @@ def _remove(path: Path) -> None:
 
 def _sync(path: Path) -> None:
   """Flushes a path to the disk, so that it survives a power cut."""
+  if not _OPENS_FOLDERS:  # Windows flushes no file opened to read.
+    return
   place = os.open(path, os.O_RDONLY)
   try:
     os.fsync(place)

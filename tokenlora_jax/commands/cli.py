@@ -24,7 +24,7 @@ import warnings
 from rich.console import Console
 import tyro
 
-from tokenlora_jax.config import Config, InputError, nearest
+from tokenlora_jax.config import Config, InputError, first_line, nearest
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 FlagsT = TypeVar("FlagsT")
@@ -36,6 +36,15 @@ THREADS = 4
 
 # The most that compiled programs may take of a disk.
 CACHE_BYTES = 4 * 2**30
+
+# How JAX begins to say that a platform cannot be used.
+_NO_BACKEND = "Unable to initialize backend"
+
+# What is kept of programs: all but those that compile in a moment.
+_KEPT = {
+  "jax_persistent_cache_min_compile_time_secs": 0.05,
+  "jax_persistent_cache_min_entry_size_bytes": -1,
+}
 
 # Short forms of much used flags.
 SHORT = {"--base": "--base.path"}
@@ -255,10 +264,18 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   Exit status 2 is bad input, 1 a calculation that gave no number, 130 Ctrl-C.
   """
   quiet()
-  choose_platforms()
+  chosen = choose_platforms()
   give_threads()
   try:
-    main(sys.argv[1:])
+    try:
+      main(sys.argv[1:])
+    except RuntimeError as error:
+      # JAX's own choice would have passed over a plugin that does not load.
+      if not chosen or not str(error).startswith(_NO_BACKEND):
+        raise
+      _log.warning("%s; the CPU calculates", first_line(error))
+      _try_platforms("cpu")
+      main(sys.argv[1:])
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
@@ -288,26 +305,30 @@ def give_threads() -> None:
     os.environ.setdefault("PJRT_NPROC", str(threads))
 
 
-def choose_platforms() -> None:
+def choose_platforms() -> bool:
   """Keeps JAX from trying plugins whose accelerator is not here.
 
   libtpu prints five lines where there is no TPU, and JAX a traceback where the
   CUDA plugin finds no GPU. JAX_PLATFORMS wins where it is set, and nothing
   changes where another plugin is installed. Must come before anything that asks
-  JAX for devices.
+  JAX for devices. Returns whether anything was kept from JAX.
   """
   plugins = _plugins()
   if os.environ.get("JAX_PLATFORMS") or not plugins:
-    return
+    return False
   here = {"tpu": _has_tpu, "cuda": _has_gpu}
   if not plugins <= here.keys():
-    return
+    return False
   absent = {name for name in plugins if not here[name]()}
   if absent:
-    platforms = ",".join([*sorted(plugins - absent), "cpu"])
-    os.environ["JAX_PLATFORMS"] = platforms  # Child processes read it, too.
-    if "jax" in sys.modules:
-      sys.modules["jax"].config.update("jax_platforms", platforms)
+    _try_platforms(",".join([*sorted(plugins - absent), "cpu"]))
+  return bool(absent)
+
+
+def _try_platforms(platforms: str) -> None:
+  os.environ["JAX_PLATFORMS"] = platforms  # Child processes read it, too.
+  if "jax" in sys.modules:
+    sys.modules["jax"].config.update("jax_platforms", platforms)
 
 
 def _plugins() -> set[str]:
@@ -335,18 +356,25 @@ def _has_gpu() -> bool:
   return any(map(os.path.exists, devices))
 
 
-def keep_programs(setting: str, console: Console) -> None:
+def keep_programs(setting: str) -> None:
   """Has JAX keep compiled programs for the next command that needs them.
+
+  The folder is said in one line on stderr: what is made may be piped.
 
   Args:
     setting: `Config.compilation_cache`. JAX_COMPILATION_CACHE_DIR wins where it
       is set.
-    console: where the folder is said, in one line.
   """
-  if not setting or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+  if not setting:
     return
   import jax
 
+  # Many small programs take as long as a few large ones.
+  for name, value in _KEPT.items():
+    if name.upper() not in os.environ:
+      jax.config.update(name, value)
+  if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    return
   folder = Path(setting).expanduser()
   if setting == "user":
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -361,12 +389,9 @@ def keep_programs(setting: str, console: Console) -> None:
     )  # fmt: skip
     return
   jax.config.update("jax_compilation_cache_dir", str(folder))
-  # Many small programs take as long as a few large ones.
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
   # What was not used for longest goes first.
   jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
-  console.print(
+  console(stderr=True).print(
     f"compiled programs are kept in {folder} (--compilation-cache '' keeps"
     " none)",
     style="dim", markup=False, soft_wrap=True,

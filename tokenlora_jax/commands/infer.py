@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 def _generate(args: Arguments, console: Console) -> None:
   from tokenlora_jax.commands.generate import generate
 
-  cli.keep_programs(args.compilation_cache, console)
+  cli.keep_programs(args.compilation_cache)
   generate(args, console)
 
 
@@ -62,7 +62,7 @@ def _evaluate(args: Evaluation, console: Console) -> None:
   from tokenlora_jax.commands.evaluate import evaluate
   from tokenlora_jax.commands.wiring import bank_folder, load
 
-  cli.keep_programs(args.compilation_cache, console)
+  cli.keep_programs(args.compilation_cache)
   base, tokenizer, bank = load(args)
   folder = bank_folder(args)
   evaluate(args, base, tokenizer, bank.adapters, bank.router, folder, console)

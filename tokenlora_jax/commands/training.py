@@ -73,7 +73,7 @@ def set_up(config: Config, tasks: Mapping[str, str], console: Console) -> Run:
   """
   start_processes(config.mesh)
   console.quiet = jax.process_index() > 0
-  cli.keep_programs(config.compilation_cache, console)
+  cli.keep_programs(config.compilation_cache)
   mesh = make_mesh(config.mesh, config.data.rows // config.accumulate)
   found = Base.open(config.base.path)
   tokenizer = found.tokenizer()

@@ -8,7 +8,7 @@ from tokenlora_jax.bank.bank import load_bank
 from tokenlora_jax.commands.evaluate_args import Evaluation
 from tokenlora_jax.commands.generate_args import Arguments
 from tokenlora_jax.formats.load import Base
-from tokenlora_jax.formats.tokenizers import import_beside
+from tokenlora_jax.formats.tokenizers import importing_beside
 from tokenlora_jax.parallel.sharding import decoding_mesh
 
 
@@ -22,11 +22,12 @@ def load(args: Arguments | Evaluation):
 
   The base is split between this machine's devices, by its kv heads.
   """
-  import_beside()
   folder, devices = bank_folder(args), jax.local_devices()
-  found, quantize, mesh = Base.open(args.base.path), args.base.quantize, None
-  if len(devices) > 1:
-    mesh = decoding_mesh(found.shape, devices, quantize)
-  base = found.weights(args.base.dtype, mesh, quantize=quantize)
+  quantize, mesh = args.base.quantize, None
+  with importing_beside():
+    found = Base.open(args.base.path)
+    if len(devices) > 1:
+      mesh = decoding_mesh(found.shape, devices, quantize)
+    base = found.weights(args.base.dtype, mesh, quantize=quantize)
   tokenizer = found.tokenizer()
   return base, tokenizer, load_bank(folder, base, same_base=args.same_base)

@@ -89,12 +89,20 @@ def read_tokenizer(place: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def import_beside() -> None:
-  """Starts to import what tokenizers need, beside what the caller does next.
+@contextlib.contextmanager
+def importing_beside() -> Iterator[None]:
+  """Imports what tokenizers need beside what is done in the block.
 
-  It takes most of a second, and reading weights leaves Python idle.
+  It takes most of a second, and reading weights leaves Python idle. The block
+  may load no tokenizer: transformers puts another module in its place while it
+  is imported, and who imports it as well gets half of it.
   """
-  threading.Thread(target=_import, daemon=True).start()
+  thread = threading.Thread(target=_import, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    thread.join()
 
 
 def _import() -> None:
