@@ -19,15 +19,16 @@ from tokenlora_jax.config import (
   OptimConfig,
   RouterConfig,
 )
+from tokenlora_jax.data.rows import Row
 from tokenlora_jax.files import writing
-from tokenlora_jax.training.workdir import claim_workdir
+from tokenlora_jax.training.workdir import claim_workdir, contents
 
 CONFIG = make_config(("squad",), steps=12, save_every=3, keep=2)
 
 
-def claim(config) -> Path:
+def claim(config, made_of=None) -> Path:
   """Claims the folder, and lets go of it."""
-  with claim_workdir(config) as folder:
+  with claim_workdir(config, made_of) as folder:
     return folder
 
 
@@ -66,6 +67,75 @@ def test_the_same_run_goes_on_where_its_result_stays_the_same(tmp_path):
   config = in_folder(tmp_path, **changes)
   claim(config)
   assert json.loads((tmp_path / "config.json").read_text()) == config.to_json()
+
+
+def made_of(folder="here", base="abc", answer=" b"):
+  rows = [Row("q", " a", f"{folder}:1"), Row("r", answer, f"{folder}:2")]
+  return contents(base, train={"squad": rows}, test={"squad": rows[:1]})
+
+
+def moved(config, base, data):
+  return dataclasses.replace(
+    config,
+    base=dataclasses.replace(config.base, path=base),
+    data=dataclasses.replace(config.data, dir=data),
+  )
+
+
+def test_a_run_goes_on_where_its_rows_and_base_have_moved(tmp_path):
+  claim(moved(in_folder(tmp_path), "old/base", "old"), made_of("old"))
+  config = moved(in_folder(tmp_path), "new/base", "new")
+  claim(config, made_of("new"))
+  assert json.loads((tmp_path / "config.json").read_text()) == config.to_json()
+  with pytest.raises(InputError, match=r"optim\.learning_rate 0\.01"):
+    claim(
+      dataclasses.replace(config, optim=OptimConfig(12, 2e-3, 2)),
+      made_of("new"),
+    )
+
+
+@pytest.mark.parametrize(
+  ("change", "name"),
+  [
+    ({"answer": " c"}, "the train rows of squad"),
+    ({"base": "abd"}, "the base"),
+  ],
+)
+def test_other_rows_or_another_base_are_refused(tmp_path, change, name):
+  config = in_folder(tmp_path)
+  claim(config, made_of())
+  before = (tmp_path / "run.json").read_bytes()
+  with pytest.raises(InputError) as error:
+    claim(config, made_of(**change))
+  assert str(error.value) == (
+    f"--workdir {tmp_path}: holds a run in which {name} held something else;"
+    " choose another --workdir, or bring back what it was started with"
+  )
+  assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_the_order_of_rows_counts():
+  rows = [Row("q", " a", "f:1"), Row("r", " b", "f:2")]
+  ways = [rows, rows[::-1], rows[:1], [Row("q a", "", "f:1"), rows[1]]]
+  digests = {str(contents("", train={"squad": way})) for way in ways}
+  assert len(digests) == len(ways)
+
+
+def test_a_run_without_contents_goes_on_in_its_place_alone(tmp_path):
+  config = moved(in_folder(tmp_path), "base", "data")
+  claim(config)
+  with pytest.raises(InputError, match=r"base\.path 'base' \(now 'other'\)"):
+    claim(moved(config, "other", "data"), made_of())
+  claim(config, made_of())
+  claim(moved(config, "other", "elsewhere"), made_of())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3"])
+def test_damaged_contents_are_named(tmp_path, text):
+  claim(in_folder(tmp_path), made_of())
+  (tmp_path / "run.json").write_text(text)
+  with pytest.raises(InputError, match=r"run\.json: not a run's contents"):
+    claim(in_folder(tmp_path), made_of())
 
 
 def test_no_resume_refuses_a_folder_that_holds_the_run(tmp_path):

@@ -30,7 +30,7 @@ from tokenlora_jax.parallel.sharding import make_mesh
 from tokenlora_jax.training.loop import train, trained_adapters
 from tokenlora_jax.training.routers import Work, get_fit
 from tokenlora_jax.training.step import put_batch
-from tokenlora_jax.training.workdir import claim_workdir
+from tokenlora_jax.training.workdir import claim_workdir, contents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,8 @@ def train_bank(config: Config, console: Console) -> None:
   encoders["hidden"] = run.hidden_encoder()
 
   # ---- Train. ----
-  with claim_workdir(config) as workdir:
+  made_of = contents(run.base.fingerprint, train=run.rows, test=held_out)
+  with claim_workdir(config, made_of) as workdir:
     if jax.process_index() == 0:
       pprint(config, console=console, expand_all=True)
       devices = ", ".join(sorted({d.device_kind for d in jax.devices()}))

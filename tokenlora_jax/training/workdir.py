@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from tokenlora_jax.config import Config, InputError, differences
+from tokenlora_jax.data.rows import Row
 from tokenlora_jax.files import locked, write_atomically, writing
 
 # Settings that may change between two starts of one run.
@@ -21,20 +23,54 @@ MAY_CHANGE = (
   "compilation_cache",
 )  # fmt: skip
 
+# Settings that say where something is; what is there counts, once it is known.
+PLACES = ("base.path", "data.dir")
+
+
+def contents(
+  base: str, **splits: Mapping[str, Sequence[Row]]
+) -> dict[str, str]:
+  """Returns what a run is made of, wherever it lies: digests by name.
+
+  Args:
+    base: the base's fingerprint.
+    **splits: by split the rows of each task. Their order, prompts and answers
+      count, not the files that they came from.
+
+  Example:
+    >>> row = Row("1 + 1 =", " 2", "here:1")
+    >>> sorted(contents("f", train={"sums": [row]}))
+    ['the base', 'the train rows of sums']
+  """
+  digests = {"the base": base}
+  for split, tasks in splits.items():
+    for task, rows in tasks.items():
+      text = json.dumps([[row.prompt, row.answer] for row in rows])
+      digest = hashlib.sha256(text.encode()).hexdigest()
+      digests[f"the {split} rows of {task}"] = digest
+  return digests
+
 
 @contextlib.contextmanager
-def claim_workdir(config: Config) -> Iterator[Path]:
+def claim_workdir(
+  config: Config, made_of: Mapping[str, str] | None = None
+) -> Iterator[Path]:
   """Holds the run's folder, which is new or holds this very run.
 
   A lock that dies with the process keeps a second trainer out. Only process 0
   looks and writes; all processes start, or none.
 
+  Args:
+    config: of the run.
+    made_of: its `contents`. If a run was started with them, the same ones may
+      lie elsewhere when it goes on.
+
   Yields:
-    The folder, with the resolved config in `config.json`.
+    The folder, with the resolved config in `config.json`, and `made_of` in `run.json`.
 
   Raises:
-    InputError: another process trains in it, it holds a run of another config,
-      or `resume` is off and it holds any; or it cannot be written to, now or
+    InputError: another process trains in it, it holds a run of another config or
+      of other contents, or `resume` is off and it holds any; or it cannot be written to, now or
       while it is held.
   """
   workdir = Path(config.workdir)
@@ -44,9 +80,12 @@ def claim_workdir(config: Config) -> Iterator[Path]:
       try:
         workdir.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(workdir, "--workdir", "train"))
-        _check(workdir, config)
+        _check(workdir, config, made_of)
         text = json.dumps(config.to_json(), indent=2) + "\n"
         write_atomically(workdir / "config.json", text)
+        if made_of is not None:
+          text = json.dumps(made_of, indent=2) + "\n"
+          write_atomically(workdir / "run.json", text)
       except InputError as error:
         refusal = error
       except OSError as error:
@@ -59,7 +98,9 @@ def claim_workdir(config: Config) -> Iterator[Path]:
       yield workdir
 
 
-def _check(workdir: Path, config: Config) -> None:
+def _check(
+  workdir: Path, config: Config, made_of: Mapping[str, str] | None
+) -> None:
   """Raises `InputError` unless the folder is this run's or no run's."""
   file = workdir / "config.json"
   if file.exists():
@@ -68,11 +109,16 @@ def _check(workdir: Path, config: Config) -> None:
       changed = differences(old, config.to_json(), MAY_CHANGE)
     except (ValueError, AttributeError) as error:
       raise InputError(f"{file}: not a run's config ({error})") from None
+    if made_of is not None and (workdir / "run.json").exists():
+      # Runs that were started before there was a run.json stay in place.
+      changed = [line for line in changed if line.split(" ")[0] not in PLACES]
     if changed:
       raise InputError(
         f"--workdir {workdir}: holds a run with {changed[0]}; choose another"
         " --workdir, or go back to its settings to go on with it"
       )
+    if made_of is not None and (workdir / "run.json").exists():
+      _check_contents(workdir, made_of)
     if not config.resume:
       raise InputError(
         f"--workdir {workdir}: holds this run already; choose another, or"
@@ -83,3 +129,19 @@ def _check(workdir: Path, config: Config) -> None:
       f"--workdir {workdir}: holds checkpoints, but no config.json that says of"
       " which run; choose another --workdir"
     )
+
+
+def _check_contents(workdir: Path, made_of: Mapping[str, str]) -> None:
+  """Raises `InputError` unless a run was started with these contents."""
+  file = workdir / "run.json"
+  try:
+    old = json.loads(file.read_text())
+    names = sorted(old.keys() | made_of.keys())
+  except (ValueError, AttributeError) as error:
+    raise InputError(f"{file}: not a run's contents ({error})") from None
+  for name in names:
+    if old.get(name) != made_of.get(name):
+      raise InputError(
+        f"--workdir {workdir}: holds a run in which {name} held something else;"
+        " choose another --workdir, or bring back what it was started with"
+      )
