@@ -1,10 +1,14 @@
 """infer.py's prompts: how they are given, checked, batched and written."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
 import sys
+from typing import ClassVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +20,7 @@ from tokenlora_jax.decoding import Decoder, generate, make_batches
 from tokenlora_jax.files import NewLines
 from tokenlora_jax.formats.load import load_base
 from tokenlora_jax.formats.tokenizers import load_tokenizer
+from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.model.lora import random_adapters
 
@@ -266,6 +271,58 @@ def test_a_text_that_ends_early_is_cut_in_its_batch(run, parts, monkeypatch):
     cut = tokens.index(end) + 1 if end in tokens else NEW
     assert one["tokens"] == tokens[:cut]
   assert len(records("ended.jsonl")[0]["tokens"]) < NEW
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums(Router):
+  """Gates from the sum of a text's letters; keeps how many it was asked."""
+
+  turns: jax.Array
+  needs = "text"
+  experts = 2
+  asked: ClassVar[list[int]] = []
+
+  def observe(self, texts):
+    self.asked.append(len(texts))
+    return np.array([sum(map(ord, text)) % 97 for text in texts], np.float32)
+
+  def gates(self, batch, observation, seen):
+    del batch, seen
+    return jax.nn.softmax(jnp.sin(observation[:, None] * self.turns))
+
+
+def test_a_router_that_reads_text_is_asked_about_those_that_go_on(
+  parts, monkeypatch
+):
+  base, tokenizer, adapters = parts
+  router, config = Sums(jnp.array([1.0, 2.0])), DecodeConfig(12, 1)
+  prompts = ["a", "b", "cd", "efg", "h"]
+
+  def made(some):
+    out = generate(base, some, adapters, router, config, tokenizer)
+    return [(list(row.tokens), row.gates) for row in rows(out)]
+
+  def rows(out):
+    return [command.Row.of(out, i) for i in range(len(out.lengths))]
+
+  free = made(prompts)
+  end = int(free[0][0][2])
+  monkeypatch.setattr(type(tokenizer), "eos_token_id", end, raising=False)
+  monkeypatch.setattr(Sums, "asked", [])
+  together = made(prompts)
+  counts = [len(tokens) for tokens, _ in together]
+  # At the prompts all; then, a power of two, those that have not ended.
+  want = [5]
+  for n in range(1, max(counts)):
+    left = sum(count > n for count in counts)
+    want.append(min(1 << (left - 1).bit_length(), 5))
+  assert Sums.asked == want
+  assert len(set(want)) > 1
+  for prompt, (tokens, gates) in zip(prompts, together, strict=True):
+    ((alone, own),) = made([prompt])
+    assert tokens == alone
+    np.testing.assert_allclose(gates, own, atol=1e-6)
 
 
 def test_one_prompt_streams_and_several_come_whole(run, monkeypatch):

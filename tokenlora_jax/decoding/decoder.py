@@ -168,7 +168,7 @@ class Decoder:
         raise InputError(f"prompt {i}: {error}") from None
     return encoded
 
-  def _ask(self, router: Router, made=None, seen=None, before=None):
+  def _ask(self, router: Router, made=None, seen=None, before=None, rows=None):
     """Asks a router about the texts so far: float32[B, E].
 
     Args:
@@ -176,19 +176,31 @@ class Decoder:
       made: the tokens made of each text, for one that reads text.
       seen: what else it looks at.
       before: the gates until now; None at the prompt.
+      rows: the texts that one that reads text is asked about; the others keep
+        their gates. None is all of them.
     """
     observation = ()
+    if rows is None:
+      rows = np.arange(len(self._prompts))
+    # Powers of two, so that few shapes compile as texts end.
+    size = min(1 << (len(rows) - 1).bit_length(), len(self._prompts))
+    asked = np.resize(rows, size)
     with self._pace.timing("router"):
       if router.needs == "text":
         made = made or [[]] * len(self._prompts)
         observation = router.observe(
           [
-            self.tokenizer.decode([*prompt, *more], skip_special_tokens=True)
-            for prompt, more in zip(self._prompts, made, strict=True)
+            self.tokenizer.decode(
+              [*self._prompts[i], *made[i]], skip_special_tokens=True
+            )
+            for i in asked
           ]
         )
-      batch = np.zeros(len(self._prompts))
-      gates = graph.route(router, observation, seen, batch)
+      gates = graph.route(router, observation, seen, np.zeros(size))
+      if size < len(self._prompts):
+        whole = np.array(before)
+        whole[asked] = gates
+        gates = jnp.asarray(whole)
       if before is not None:
         gates = graph.smooth(router, before, gates)
       gates.block_until_ready()
@@ -302,6 +314,7 @@ class Decoder:
           self._host_router,
           made=[row[:n] for row, n in texts],
           before=state.gates,
+          rows=np.flatnonzero(~ended),
         )
         state = dataclasses.replace(state, gates=self._placed(gates))
 
