@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from tokenlora_jax.config import DataConfig, InputError
 from tokenlora_jax.data.examples import held_out, tokenize
 from tokenlora_jax.data.rows import Row, load_rows
-from tokenlora_jax.data.tokens import encode_prompt
+from tokenlora_jax.data.tokens import check_vocab, encode_prompt
 
 BOS, EOS = 0, 1
 
@@ -190,3 +190,26 @@ def test_held_out_takes_the_first_rows_that_fit(caplog):
   found = {i: e.prompt_length for i, e in examples.items()}
   assert found == {0: 3, 2: 4, 3: 5}
   assert "left out 1 of 4 rows" in caplog.text
+
+
+def test_tokens_beyond_the_bases_vocabulary_are_told():
+  """A lookup beyond the last row would silently read another."""
+  tokenizer = byte_tokenizer()
+  check_vocab([3, 9], tokenizer, 10)
+  with pytest.raises(
+    InputError, match=r"a token has id 10 .* 10 tokens, 0 to 9"
+  ):
+    check_vocab([3, 10], tokenizer, 10, "a token")
+  tokenizer.base_vocab = EOS
+  with pytest.raises(InputError, match=f"its end token has id {EOS} "):
+    tokenize(ROW, tokenizer, DataConfig())
+  tokenizer.base_vocab = 1 + max(tokenize_ids(tokenizer))
+  assert tokenize(ROW, tokenizer, DataConfig()) is not None
+  tokenizer.base_vocab -= 1
+  with pytest.raises(InputError, match="has id"):
+    tokenize(ROW, tokenizer, DataConfig())
+
+
+def tokenize_ids(tokenizer):
+  del tokenizer.base_vocab
+  return tokenize(ROW, tokenizer, DataConfig()).tokens.tolist()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tokenlora_jax.config import DecodeConfig
+from tokenlora_jax.config import DecodeConfig, InputError
 from tokenlora_jax.decoding import generate, graph
 from tokenlora_jax.formats.load import load_base
 
@@ -93,3 +93,15 @@ def test_a_stop_string_that_is_no_special_token_stays_text(base, free):
   tokenizer.get_vocab = lambda: {text_of(row[2:3]): row[2]}
   out = make(base, tokenizer, stop=(text_of(row[2:3]),))
   assert out.texts[0] == text_of(row[: row.index(row[2])])
+
+
+def test_an_end_token_that_the_base_has_not_is_told(base):
+  with pytest.raises(
+    InputError, match=r"its end token has id 261 .*260 tokens"
+  ):
+    make(base, Beyond(261))
+
+
+class Beyond(Alphabet):
+  def decode(self, tokens, skip_special_tokens):
+    return text_of(tokens)

@@ -15,7 +15,10 @@ import pytest
 import infer
 from tokenlora_jax.bank.bank import Bank
 from tokenlora_jax.commands import generate as command
-from tokenlora_jax.config import DecodeConfig, InputError
+from tokenlora_jax.commands import prompts
+from tokenlora_jax.commands.generate_args import Arguments
+from tokenlora_jax.config import DataConfig, DecodeConfig, InputError
+from tokenlora_jax.data.rows import Row
 from tokenlora_jax.decoding import Decoder, generate, make_batches
 from tokenlora_jax.files import NewLines
 from tokenlora_jax.formats.load import load_base
@@ -411,3 +414,21 @@ def test_lines_are_whole_or_absent(tmp_path, monkeypatch):
   with NewLines("--output", str(tmp_path / "empty")):
     pass
   assert not (tmp_path / "empty").exists()
+
+
+def test_rows_given_as_prompts_are_letters(parts, monkeypatch):
+  """`<eos>` in a row of data is text; in a person's prompt it is a token."""
+  base, tokenizer, _ = parts
+  text = "a<eos>b"
+  given = [
+    prompts.Prompt("a person's", text),
+    prompts.Prompt("a row's", text, letters=True),
+  ]
+  person, row = prompts.encode_all(given, tokenizer, base.config, NEW)
+  assert person == (text, [1, 101, 2, 102])
+  assert row == (text, [1, *(4 + byte for byte in text.encode())])
+  rows = [Row(text, " c", "gsm8k:1")]
+  monkeypatch.setattr(prompts, "load_rows", lambda *_: rows)
+  data = DataConfig(tasks=("gsm8k",))
+  (example,) = prompts.read_prompts(Arguments(examples=1, data=data))
+  assert example.letters and example.content == text

@@ -6,13 +6,13 @@ from collections.abc import Callable
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from tokenlora_jax.commands.evaluate_args import Evaluation
 from tokenlora_jax.config import RouterConfig
 from tokenlora_jax.data.rows import load_rows
+from tokenlora_jax.data.tokens import Tokenizer
 from tokenlora_jax.evaluation.evaluator import Evaluator
 from tokenlora_jax.evaluation.experiment.answers import Judge
 from tokenlora_jax.evaluation.experiment.arms import (
@@ -47,7 +47,7 @@ from tokenlora_jax.model.lora import Adapters
 def evaluate(
   args: Evaluation,
   base: Llama,
-  tokenizer: Any,
+  tokenizer: Tokenizer,
   adapters: Adapters,
   make_router: Callable[[RouterConfig], Router],
   bank: Path,

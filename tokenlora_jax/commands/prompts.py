@@ -31,10 +31,12 @@ class Prompt(NamedTuple):
   Attributes:
     name: names it in errors.
     content: its text, or the messages {"role", "content"} of a conversation.
+    letters: whether it is a row of data, whose `</s>` is no end of a text.
   """
 
   name: str
   content: str | Sequence[Mapping[str, str]]
+  letters: bool = False
 
 
 def read_prompts(args: Arguments) -> list[Prompt]:
@@ -59,7 +61,7 @@ def read_prompts(args: Arguments) -> list[Prompt]:
   for task in args.data.tasks if args.examples else ():
     rows = load_rows(args.data, task, "test")[: args.examples]
     prompts += [
-      Prompt(f"--examples {task}: prompt {i}", row.prompt)
+      Prompt(f"--examples {task}: prompt {i}", row.prompt, letters=True)
       for i, row in enumerate(rows, 1)
     ]
   if prompts:
@@ -192,7 +194,7 @@ def encode_all(
     if not text:
       raise InputError(f"{prompt.name}: is empty")
     try:
-      tokens = encode_checked(text, tokenizer, shape, new)
+      tokens = encode_checked(text, tokenizer, shape, new, prompt.letters)
     except InputError as error:
       raise InputError(f"{prompt.name}: {error}") from None
     encoded.append((text, tokens))

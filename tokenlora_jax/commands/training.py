@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -19,6 +18,7 @@ from tokenlora_jax.config import Config, InputError
 from tokenlora_jax.data.batches import batches, held_out_batches
 from tokenlora_jax.data.rows import Row, load_rows, sample_rows
 from tokenlora_jax.data.tasks import TASKS, get_task
+from tokenlora_jax.data.tokens import Tokenizer
 from tokenlora_jax.encoders import HiddenEncoder
 from tokenlora_jax.formats.load import Base
 from tokenlora_jax.formats.minilm import load_minilm
@@ -47,7 +47,7 @@ class Run:
 
   config: Config
   mesh: jax.sharding.Mesh
-  tokenizer: Any
+  tokenizer: Tokenizer
   rows: Mapping[str, Sequence[Row]]
   base: Llama
 

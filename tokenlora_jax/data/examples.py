@@ -17,7 +17,7 @@ import numpy as np
 
 from tokenlora_jax.config import DataConfig, InputError
 from tokenlora_jax.data.rows import Row
-from tokenlora_jax.data.tokens import Tokenizer, encode_pair
+from tokenlora_jax.data.tokens import Tokenizer, check_vocab, encode_pair
 
 # Batches are padded to a multiple of this, so that few shapes compile.
 LENGTH_STEP = 64
@@ -54,13 +54,19 @@ def tokenize(
     without a target under `truncate`.
 
   Raises:
-    InputError: the tokenizer has no end token, or the row is too long under
-      `fatal`.
+    InputError: the tokenizer has no end token, a token is beyond the base's
+      vocabulary, or the row is too long under `fatal`.
   """
   if tokenizer.eos_token_id is None:
     raise InputError("tokenizer: it has no end token, which answers need")
+  # Looked up, such a token would silently be read as another.
+  vocab = getattr(tokenizer, "base_vocab", None)
+  if vocab is not None:
+    check_vocab(None, tokenizer, vocab)
   prompt, answer = encode_pair(row.prompt, row.answer, tokenizer)
   tokens = np.array([*prompt, *answer, tokenizer.eos_token_id], np.int32)
+  if vocab is not None:
+    check_vocab(tokens.tolist(), tokenizer, vocab, f"{row.origin}: a token")
   loss_mask = np.ones(len(tokens), np.float32)
   # The first token has no prediction, so it is never a target.
   loss_mask[: len(prompt) if config.loss_on == "answer" else 1] = 0

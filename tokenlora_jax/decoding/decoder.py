@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenlora_jax.config import DecodeConfig, InputError
-from tokenlora_jax.data.tokens import Tokenizer
+from tokenlora_jax.data.tokens import Tokenizer, check_vocab
 from tokenlora_jax.decoding import graph
 from tokenlora_jax.decoding.finite import check_finite
 from tokenlora_jax.decoding.generation import Generation, Pace
@@ -125,6 +125,8 @@ class Decoder:
       self._forced = np.pad(forced, ((0, 0), (0, missing)))
     self._prompts = self._encode(prompts)
     self._sampler = Sampler(config.temperature, config.top_k, config.top_p)
+    if tokenizer is not None and config.stop_at_eos:
+      check_vocab(None, tokenizer, base.config.vocab)
     ends, self._stop = text_ends(config, tokenizer)
     self._ends = graph.pad_ends(ends)
     needs = self._needs = router.needs if router is not None else "nothing"

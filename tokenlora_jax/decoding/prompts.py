@@ -14,6 +14,7 @@ def encode_checked(
   tokenizer: Tokenizer | None,
   shape: LlamaConfig,
   new: int = 0,
+  letters: bool = False,
 ) -> list[int]:
   """Returns a prompt's tokens, which the base can read.
 
@@ -22,6 +23,7 @@ def encode_checked(
     tokenizer: of the base; needed for a text.
     shape: of the base.
     new: the tokens to make after it, at most.
+    letters: read the names of special tokens as letters; see `encode_prompt`.
 
   Raises:
     InputError: it is empty, has a token that the base does not know, or is too
@@ -35,7 +37,7 @@ def encode_checked(
   if isinstance(prompt, str):
     if tokenizer is None:
       raise InputError("text needs a tokenizer")
-    prompt = encode_prompt(prompt, tokenizer)
+    prompt = encode_prompt(prompt, tokenizer, letters)
   if len(prompt) == 0:
     raise InputError("is empty")
   if not 0 <= min(prompt) <= max(prompt) < shape.vocab:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from tokenlora_jax.data.tokens import encode_prompt
+from tokenlora_jax.data.tokens import Tokenizer, encode_prompt
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.llama import Llama
 
@@ -49,7 +48,7 @@ class HiddenEncoder:
   """
 
   base: Llama
-  tokenizer: Any
+  tokenizer: Tokenizer
   length: int
 
   def embed(self, texts: Sequence[str], batch: int = 16) -> np.ndarray:

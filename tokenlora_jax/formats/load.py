@@ -112,8 +112,12 @@ class Base:
       InputError: it has none, or one that cannot be read exactly.
     """
     if self.place is None:
-      return load_tokenizer(self.path)
-    return read_tokenizer(self.place)
+      tokenizer = load_tokenizer(self.path)
+    else:
+      tokenizer = read_tokenizer(self.place)
+    # Rows are checked against it, since a tokenizer may know more tokens.
+    tokenizer.base_vocab = self.shape.vocab
+    return tokenizer
 
   def weights(
     self,

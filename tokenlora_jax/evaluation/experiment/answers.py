@@ -11,7 +11,7 @@ import numpy as np
 
 from tokenlora_jax.config import DecodeConfig, InputError
 from tokenlora_jax.data.examples import Example
-from tokenlora_jax.data.tokens import encode_pair
+from tokenlora_jax.data.tokens import Tokenizer, encode_pair
 from tokenlora_jax.decoding import Decoder
 from tokenlora_jax.evaluation.evaluator import BATCH, Evaluator, Variant
 from tokenlora_jax.evaluation.experiment.questions import Question
@@ -40,7 +40,7 @@ class Judge:
     self,
     base: Llama,
     adapters: Adapters,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     evaluator: Evaluator,
     decode: DecodeConfig,
     run_code: bool = False,

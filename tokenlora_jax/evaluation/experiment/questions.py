@@ -10,6 +10,7 @@ from typing import Any
 from tokenlora_jax.config import DataConfig
 from tokenlora_jax.data.examples import Example, held_out
 from tokenlora_jax.data.rows import Row
+from tokenlora_jax.data.tokens import Tokenizer
 from tokenlora_jax.evaluation.experiment.rows import digest
 
 
@@ -29,7 +30,7 @@ class Question:
 
 
 def questions(
-  rows: Sequence[Row], tokenizer: Any, config: DataConfig
+  rows: Sequence[Row], tokenizer: Tokenizer, config: DataConfig
 ) -> list[Question]:
   """Returns one task's first `config.eval_rows` rows that fit.
 
