@@ -121,15 +121,15 @@ class Bank:
     return fitted
 
   def router(self, config: RouterConfig) -> Router:
-    """Returns the router of these settings, for this bank's experts.
+    """Returns the router with these settings, for this bank's experts.
 
-    A router that something was fitted for is made with those arrays and
-    settings. A setting that is the config's default is left to the router's
-    own function, which may have another: one of a person's own.
+    A fitted router is made with the bank's arrays and settings for it. A
+    setting that equals the config's default is left to the router's function,
+    which may have another default (a person's own router).
 
     Raises:
-      InputError: the router does not exist, or the bank lacks its centroids or
-        what was fitted for it.
+      InputError: there is no such router, or the bank lacks its centroids or
+        its fitted arrays.
     """
     taken = router_settings(config.name)
     fitted = self.fitted.get(config.name)
@@ -259,13 +259,13 @@ def describe_expert(
   folder: Path,
   about: Expert,
 ) -> ExpertRecord:
-  """Returns what bank.json says of an expert.
+  """Returns an expert's record for bank.json.
 
   Args:
-    maps: its own, without padding.
-    name: its name.
-    folder: with its files.
-    about: its task.
+    maps: the expert's maps, without padding.
+    name: the expert's name.
+    folder: the folder with the expert's files.
+    about: the expert's task and template.
   """
   digests = {file: sha256(folder / file) for file in ADAPTER_FILES}
   return ExpertRecord(name, about.task, about.template, *figures(maps), digests)

@@ -1,4 +1,4 @@
-"""Encoders: what turns a text into one vector for a router to compare."""
+"""Text encoders, which embed a text as one vector for routers to compare."""
 
 from tokenlora_jax.encoders.hidden import HiddenEncoder
 from tokenlora_jax.encoders.minilm import MiniLM, MiniLMConfig

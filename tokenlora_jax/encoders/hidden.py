@@ -1,4 +1,4 @@
-"""The base itself as an encoder: the mean of its last hidden states.
+"""Embeds texts with the base itself: the mean of its last hidden states.
 
 Axis letters: B batch, T length, D width, N texts.
 """
@@ -28,18 +28,18 @@ def _embed(base, tokens, lengths):
   real = positions < lengths[:, None]
   hidden, _ = base(tokens, positions, causal_mask(real.astype(jnp.int32)))
   mean = jnp.sum(hidden * real[..., None], axis=1, dtype=jnp.float32)
-  # A text of no tokens has no direction: it stays 0.
+  # A text without tokens has no direction, so its vector stays 0.
   norm = jnp.linalg.norm(mean, axis=-1, keepdims=True)
   return mean / jnp.where(norm > 0, norm, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class HiddenEncoder:
-  """embed(text) = h / |h|, h the mean over tokens of the last hidden state.
+  """The base as an encoder: the normalised mean of its last hidden states.
 
-  The last hidden state is that after the final norm, with no adapter. This is
-  the encoder to fit centroids with; while decoding, the decoder itself keeps
-  the running mean.
+  embed(text) = h / |h|, with h the mean over tokens of the last hidden state:
+  that after the final norm, without adapters. This class fits centroids; while
+  decoding, the decoder itself keeps the running mean.
 
   Attributes:
     base: the frozen Llama.
@@ -52,17 +52,17 @@ class HiddenEncoder:
   length: int
 
   def embed(self, texts: Sequence[str], batch: int = 16) -> np.ndarray:
-    """Returns float32[N, D], each of length 1.
+    """Returns the texts' vectors, float32[N, D], each of length 1.
 
     Args:
       texts: N texts.
-      batch: how many run at once.
+      batch: number of texts per forward pass.
     """
     tokens = [
       encode_prompt(text, self.tokenizer, letters=True)[: self.length]
       for text in texts
     ]
-    # By length, so that little is padding.
+    # Sorted by length, so that there is little padding.
     order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
     out = np.zeros((len(texts), self.base.config.width), np.float32)
     for start in range(0, len(order), batch):
@@ -73,7 +73,7 @@ class HiddenEncoder:
       padded = np.zeros((batch, size), np.int32)
       for row, i in enumerate(places):
         padded[row, : len(tokens[i])] = tokens[i]
-      # The base, and so the result, may lie across processes.
+      # The base, and so the result, may be sharded across processes.
       vectors = multihost_utils.process_allgather(
         _embed(self.base, padded, lengths), tiled=True
       )

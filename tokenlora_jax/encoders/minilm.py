@@ -4,8 +4,8 @@ A BERT encoder (Devlin et al., 2019) whose last hidden states are averaged and
 normalised (Reimers and Gurevych, 2019). all-MiniLM-L6-v2 (Wang et al., 2020)
 has the default shape of `MiniLMConfig`.
 
-Axis letters: B batch, W word pieces (Q asks, K answers), D width, F MLP width,
-N heads, H head width, P positions.
+Axis letters: B batch, W word pieces (Q of queries, K of keys), D width, F MLP
+width, N heads, H head width, P positions.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class MiniLMConfig:
   """The shape of one encoder.
 
   Attributes:
-    vocab: how many word pieces there are.
-    width: D, also of the embedding it gives.
+    vocab: size of the vocabulary of word pieces.
+    width: D, model width and width of the embedding.
     mlp_width: F.
-    layers: how many layers there are.
+    layers: number of layers.
     heads: N, a divisor of D.
-    max_length: P, the most word pieces it has positions for.
+    max_length: P, the number of positions.
     types: rows of the token-type table; only the first is used.
     norm_eps: added to the variance in LayerNorm.
   """
@@ -46,7 +46,10 @@ class MiniLMConfig:
 
 
 class LayerNorm(nnx.Module):
-  """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias (Ba et al., 2016)."""
+  """Layer normalisation (Ba et al., 2016).
+
+  y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias
+  """
 
   def __init__(self, name: str, make: MakeParameter, config: MiniLMConfig):
     self.scale = nnx.Param(make(f"{name}.scale", (config.width,)))
@@ -61,7 +64,7 @@ class LayerNorm(nnx.Module):
 
 
 class Layer(nnx.Module):
-  """Self-attention and an MLP, each added to its input and then normed."""
+  """A post-norm layer: self-attention and an MLP, each norm(x + f(x))."""
 
   def __init__(self, name: str, make: MakeParameter, config: MiniLMConfig):
     width, mlp_width = config.width, config.mlp_width
@@ -85,7 +88,7 @@ class Layer(nnx.Module):
       linear(x).reshape(heads) for linear in (self.query, self.key, self.value)
     )
     scores = jnp.einsum("bqnh,bknh->bnqk", q, k) / math.sqrt(q.shape[-1])
-    # Finite, so that a row that is all padding gives numbers and not NaN.
+    # Finite, so that a row of padding alone does not become NaN.
     lowest = jnp.finfo(scores.dtype).min
     scores = jnp.where(mask[:, None, None, :], scores, lowest)
     mixed = jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(scores), v)
@@ -98,11 +101,11 @@ class Layer(nnx.Module):
 
 
 class MiniLM(nnx.Module):
-  """Word pieces in, one vector of length 1 a text out, all in float32.
+  """Embeds word pieces as one vector of length 1 per text, in float32.
 
   Args:
     config: the shape.
-    make: gives each parameter: drawn, loaded, or only described.
+    make: returns each parameter: random, loaded, or only its description.
 
   Example:
     >>> config = MiniLMConfig(vocab=9, width=4, mlp_width=8, layers=1, heads=2)
@@ -137,7 +140,7 @@ class MiniLM(nnx.Module):
     Returns:
       float32[B, D].
     """
-    # Left to themselves, TPUs and GPUs round float32 products' inputs.
+    # By default TPUs and GPUs round the inputs of float32 products.
     with (
       jax.named_scope("minilm"),
       jax.default_matmul_precision("highest"),

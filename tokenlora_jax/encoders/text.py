@@ -1,4 +1,4 @@
-"""Texts in, vectors out: an encoder together with its tokenizer."""
+"""Embeds texts with a sentence encoder and its tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _embed = jax.jit(MiniLM.__call__)
 
 @functools.cache
 def _warn_frozen(max_pieces: int) -> None:
-  # Cached, so that a long decode says it once and not at every refresh.
+  # Cached, so that a long decode warns once and not at every refresh.
   _log.warning(
     "a text is longer than the %d word pieces the encoder reads from its "
     "start: gates that depend on it no longer change; window='end' reads its "
@@ -34,17 +34,16 @@ def _warn_frozen(max_pieces: int) -> None:
 class TextEncoder:
   """A sentence encoder: `prepare` on the host, then `module` in the graph.
 
-  A pytree whose leaves are the module's parameters, so it travels through
-  `jax.jit` inside a router; the tokenizer rides along as a static part and is
-  only called on the host.
+  A pytree whose leaves are the module's parameters, so a router can pass it
+  through `jax.jit`. The tokenizer is static, and is called on the host alone.
 
   Attributes:
     module: the network.
-    tokenize: one text to its word pieces, with exactly one special piece at
-      each end. Hashable; equal tokenizers let two encoders share one trace.
-    max_pieces: the most word pieces read of a text, the two specials included.
-    window: which pieces of a longer text are read: `start` (as the paper does)
-      or `end` (the latest ones, so gates keep following a growing text).
+    tokenize: maps a text to its word pieces, with exactly one special piece at
+      each end. Hashable: encoders with equal tokenizers share one trace.
+    max_pieces: the most word pieces per text, the two special ones included.
+    window: the pieces read of a longer text: `start` (as in the paper) or `end`
+      (the latest ones, so that gates follow a growing text).
   """
 
   module: MiniLM
@@ -61,7 +60,7 @@ class TextEncoder:
 
   @property
   def width(self) -> int:
-    """D_enc, the width of an embedding."""
+    """The width of an embedding, D_enc."""
     return self.module.config.width
 
   def _read(self, text: str) -> list[int]:
@@ -74,10 +73,10 @@ class TextEncoder:
     return pieces[: self.max_pieces - 1] + pieces[-1:]
 
   def prepare(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenizes, cuts to the window and pads, on the host.
+    """Tokenizes texts, cuts them to the window and pads them, on the host.
 
-    W is the longest row's length brought up to 32, 64, 128, ... and no further
-    than `max_pieces`, so that a growing text compiles few shapes.
+    W is the longest row's length rounded up to 32, 64, 128, ..., at most
+    `max_pieces`, so that a growing text compiles few shapes.
 
     Args:
       texts: B texts.
@@ -99,23 +98,23 @@ class TextEncoder:
     return pieces, mask
 
   def embed(self, texts: Sequence[str], batch: int = 32) -> np.ndarray:
-    """Embeds any number of texts, compiled once a shape.
+    """Embeds any number of texts; compiles once per shape.
 
     Args:
       texts: N texts.
-      batch: how many go through the network at once.
+      batch: number of texts per forward pass.
 
     Returns:
       float32[N, D_enc], each row of length 1.
     """
     embeddings = np.zeros((len(texts), self.width), np.float32)
     rows = min(batch, len(texts))
-    # Texts of similar length share a batch, so little of it is padding.
+    # Texts of similar length share a batch, so that there is little padding.
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for start in range(0, len(texts), batch):
       chosen = order[start : start + batch]
       pieces, mask = self.prepare([texts[i] for i in chosen])
-      # The last batch is filled up, so that it needs no program of its own.
+      # The last batch is filled up, so that its shape is compiled already.
       missing = ((0, rows - len(chosen)), (0, 0))
       embedded = _embed(
         self.module, np.pad(pieces, missing), np.pad(mask, missing)

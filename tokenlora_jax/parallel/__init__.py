@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh, the table of shardings, chips."""
+"""Devices and processes: the mesh, the sharding table, chips' peak rates."""

@@ -1,4 +1,4 @@
-"""What the makers say of their accelerators: the one table of peak rates."""
+"""Peak rates and memory of accelerators, from the makers' data sheets."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One accelerator.
+  """Peak rates and memory of one accelerator.
 
   Attributes:
-    kinds: how JAX calls it (`device.device_kind` starts so).
+    kinds: its names in JAX (`device.device_kind` starts with one).
     flops: dense peak in bfloat16, FLOP/s.
     memory: bytes a program may use.
     memory_rate: bytes/s between the chip and its memory.
@@ -26,7 +26,7 @@ class Chip:
 
 _GIB = 2**30
 
-# From the vendors' data sheets. Of a TPU's memory the runtime keeps a part.
+# From the makers' data sheets. A TPU's runtime reserves part of the memory.
 CHIPS = {
   "v4": Chip(("TPU v4",), 275e12, int(30.75 * _GIB), 1228e9, 300e9),
   "v5e": Chip(
@@ -43,7 +43,7 @@ CHIPS = {
 
 
 def chip_of(kind: str) -> Chip | None:
-  """Returns the chip of a `device_kind`, if the table has it.
+  """Returns the chip of a `device_kind`, or None if the table lacks it.
 
   Example:
     >>> chip_of("TPU v5 lite").flops / 1e12

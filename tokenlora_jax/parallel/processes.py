@@ -1,4 +1,4 @@
-"""Starting several processes as one run: on a TPU pod, or where flags say so."""
+"""Joins several processes into one run, on a TPU pod or by flags."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import jax
 
 from tokenlora_jax.config import InputError, MeshConfig, first_line
 
-# Seconds for process 0 to start, as long as JAX itself waits for processes.
+# Seconds to wait for process 0, as long as JAX itself waits for processes.
 WAIT = 300
 
-# Where a Google Cloud TPU machine is told the hosts of its slice.
+# The metadata address with the hosts of a Google Cloud TPU machine's slice.
 _HOSTS = (
   "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
   "worker-network-endpoints"
@@ -25,18 +25,18 @@ _HOSTS = (
 def start_processes(config: MeshConfig) -> None:
   """Joins this process with the others of the run, if there are any.
 
-  Must come before anything that asks JAX for devices. Only process 0 warns from
-  then on.
+  Call it before anything that asks JAX for devices. Afterwards only process 0
+  logs warnings.
 
   Args:
-    config: says how many processes there are, unless this is a TPU pod.
+    config: coordinator and processes; not needed on a TPU pod.
 
   Raises:
     InputError: process 0 does not answer, or JAX cannot join the processes.
   """
   if config.processes > 1:
-    # Of a wrong address JAX itself would say nothing for five minutes, and then
-    # abort with a stack trace.
+    # With a wrong address JAX itself would wait five minutes in silence, and
+    # then abort with a stack trace.
     host, _, port = config.coordinator.rpartition(":")
     if config.process == 0:
       _check_free(int(port))
@@ -58,7 +58,7 @@ def start_processes(config: MeshConfig) -> None:
 
 
 def _check_free(port: int) -> None:
-  """Checks that process 0 can listen for the others."""
+  """Raises `InputError` unless process 0 can listen on a port."""
   try:
     socket.create_server(("", port)).close()
   except OSError as error:
@@ -85,10 +85,10 @@ def _wait_for(host: str, port: int) -> None:
 
 
 def tpu_hosts() -> int:
-  """Returns how many hosts of TPUs start together, 1 where there is no TPU.
+  """Returns the number of TPU hosts in this pod slice, 1 without TPUs.
 
-  Environment variables say it where Kubernetes starts the hosts, else the
-  machine's metadata. JAX is not started.
+  Reads environment variables if Kubernetes started the hosts, else the
+  machine's metadata. Does not start JAX.
 
   Example:
     >>> tpu_hosts()
@@ -112,5 +112,5 @@ def _metadata() -> str:
   try:
     with urllib.request.urlopen(request, timeout=5) as reply:
       return reply.read().decode()
-  except OSError:  # Not a machine of Google Cloud.
+  except OSError:  # Not a Google Cloud machine.
     return ""

@@ -1,14 +1,16 @@
-"""The mesh, and the one table that says how every array lies on it.
+"""The device mesh, and the table of every array's sharding.
 
-A parameter's path matches exactly one row, which names its axes; a second table
-maps those names to axes of the mesh. Experts are split over `expert` and never
-communicate; rows over `data` and `fsdp`; the frozen weights and the adapters
-over `fsdp` and `tensor`.
+  parameter_spec("layers.*.q.a", shape, mesh)  # -> a PartitionSpec
 
-The training step says itself what is sent over `expert`, `data` and `fsdp`: it
-runs under `shard_map`, and `whole` puts a layer together where it is used. Left
-to itself XLA sends activations instead, which are much larger. What `tensor`
-splits, XLA finds out from the weights' shardings, and does well.
+A parameter's path matches exactly one row of the table, which names its axes; a
+second table maps those names to axes of the mesh. Experts are sharded over
+`expert` and never communicate; rows over `data` and `fsdp`; the frozen weights
+and the adapters over `fsdp` and `tensor`.
+
+The training step runs under `shard_map` and does its own communication over
+`expert`, `data` and `fsdp`: `whole` gathers a layer where it is used. XLA on
+its own would send activations, which are much larger. Over `tensor` XLA derives
+the communication from the weights' shardings, and does it well.
 """
 
 from __future__ import annotations
@@ -29,15 +31,15 @@ from tokenlora_jax.model.quantize import GROUP
 
 MESH_AXES = ("expert", "data", "fsdp", "tensor")
 
-# Path -> names of the last axes. Axes in front of them (stacked layers) are not
-# split. `None` is an axis that is never split.
+# Path -> names of the last axes. Axes before them (stacked layers), and those
+# that are `None`, are never sharded.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"embedding", ("vocab", "width")),
   (r"head", ("width", "vocab")),
   (r"norm", (None,)),
   (r"layers\.(.+\.)?(attention|mlp)_norm", (None,)),
-  # Kernels [in, out], or in few bits: int8 `values` with a scale an output, or
-  # blocks of inputs, `steps` [blocks, out] and `codes` [blocks, bytes, out].
+  # Kernels [in, out], or quantised: int8 `values` with a scale per output, or
+  # nf4 `steps` [blocks, out] and `codes` [blocks, bytes, out].
   (
     r"layers\.(.+\.)?(qkv|gate|up)\.kernel(\.values|\.steps)?",
     ("width", "features"),
@@ -60,25 +62,25 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"(.+\.)?(o|down)\.a", ("expert", None, None, "lora_features")),
   (r"(.+\.)?(o|down)\.b", ("expert", None, None, "width")),
   (r"(.+\.)?scaling", ("expert", None)),
-  # The optimizer counts each expert's steps.
+  # The optimizer's step count of each expert.
   (r"(.+\.)?count", ("expert",)),
   (r"step", ()),
 )
 
-# What splits an axis of that name.
+# Name of an axis -> the mesh axes that shard it.
 MESH_AXIS_OF = {
   "expert": "expert",
   "vocab": "tensor",
   "features": "tensor",
-  # Adapters have an optimizer state too, so that no part of them is kept twice.
+  # Adapters are sharded over both axes, since they have an optimizer state too.
   "lora_features": ("fsdp", "tensor"),
   "width": "fsdp",
 }
 
-# The axes over which the training step says itself what is sent.
+# The axes over which the training step does its own communication.
 MANUAL_AXES = frozenset({"expert", "data", "fsdp"})
 
-# A batch, [E, B, T].
+# The sharding of a batch, [E, B, T].
 BATCH_SPEC = P("expert", ("data", "fsdp"), None)
 
 
@@ -88,12 +90,12 @@ def make_mesh(
   """Returns the mesh of a run.
 
   Args:
-    config: devices an axis.
-    rows: B, the rows an expert a step that the mesh has to split; 0 is none.
-    devices: all devices that exist by default.
+    config: number of devices per axis.
+    rows: B, rows per expert and step, which the mesh must divide; 0 is none.
+    devices: the devices; all by default.
 
   Raises:
-    InputError: the mesh takes more or fewer devices, or cannot split the rows.
+    InputError: the mesh takes more or fewer devices, or cannot divide the rows.
 
   Example:
     >>> dict(make_mesh(MeshConfig(), devices=jax.devices()[:1]).shape)
@@ -113,8 +115,8 @@ def make_mesh(
       f"data.rows: {rows} is not a multiple of mesh data {config.data} x fsdp"
       f" {fsdp}, which split them"
     )
-  # An axis of the chips' torus may have to be split among axes of the mesh,
-  # which jax.make_mesh refuses.
+  # One axis of the chips' torus may have to serve several axes of the mesh;
+  # jax.make_mesh refuses that.
   grid = mesh_utils.create_device_mesh(
     (config.expert, config.data, fsdp, config.tensor),
     devices,
@@ -126,24 +128,24 @@ def make_mesh(
 def decoding_mesh(
   shape: LlamaConfig, devices: Sequence, quantize: str = "none"
 ) -> Mesh:
-  """Returns a mesh for decoding, on as many devices as divide every array.
+  """Returns a mesh for decoding, on the most devices that divide every array.
 
-  Heads, the MLP and the vocabulary are split over its `tensor`.
+  Heads, the MLP and the vocabulary are sharded over its `tensor` axis.
 
   Args:
-    shape: of the base.
-    devices: that may be used; the first ones are.
-    quantize: what kernels are kept in; groups of nf4 are not cut either.
+    shape: the base's shape.
+    devices: the available devices; the first ones are used.
+    quantize: quantisation of the kernels; groups of nf4 are not cut.
 
   Example:
     >>> from tokenlora_jax.model.config import PRESETS
     >>> decoding_mesh(PRESETS["tiny"], jax.devices()[:1]).size
     1
   """
-  # The kv heads divide all that heads split.
+  # A divisor of the kv heads divides every axis of heads.
   parts = [shape.kv_heads, shape.mlp_width, shape.vocab]
   if quantize == "nf4":
-    # The inputs of these two are split; those of the others are not.
+    # Only these two are sharded along their inputs.
     inputs = [shape.projection_shapes[name][0] for name in ("o", "down")]
     parts += [size // GROUP for size in inputs]
   tensor = math.gcd(len(devices), *parts)
@@ -151,7 +153,7 @@ def decoding_mesh(
 
 
 def check_heads(shape: LlamaConfig, mesh: Mesh) -> None:
-  """Raises `InputError` unless the mesh splits a base between its kv heads."""
+  """Raises `InputError` unless `tensor` divides the base's kv heads."""
   if shape.kv_heads % mesh.shape["tensor"]:
     raise InputError(
       f"mesh.tensor: {mesh.shape['tensor']} does not divide the base's"
@@ -160,16 +162,16 @@ def check_heads(shape: LlamaConfig, mesh: Mesh) -> None:
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-  """Returns how the parameter of a path is split.
+  """Returns the `PartitionSpec` of a parameter.
 
   Args:
     path: dotted, as in "layers.*.q.kernel" or "opt.mu.q.a".
-    shape: of the parameter.
+    shape: the parameter's shape.
     mesh: the mesh.
 
   Raises:
-    ValueError: no row or several match the path (a bug in the table).
-    InputError: an axis cannot be split evenly.
+    ValueError: no row of the table or several match the path (a bug).
+    InputError: an axis cannot be divided evenly.
   """
   spec = _spec(path, len(shape))
   for size, axes in zip(shape, spec, strict=True):
@@ -183,7 +185,7 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def _spec(path: str, ndim: int) -> P:
-  """The last `ndim` axes of a path's row."""
+  """Returns the last `ndim` axes of a path's row."""
   rows = [axes for regex, axes in PARAMETER_AXES if re.fullmatch(regex, path)]
   if len(rows) != 1:
     raise ValueError(f"{path}: {len(rows)} sharding rules match; want one")
@@ -192,12 +194,12 @@ def _spec(path: str, ndim: int) -> P:
 
 
 def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
-  """The mesh axes that split one axis of an array."""
+  """Returns the mesh axes that shard one axis of an array, as a tuple."""
   return axes if isinstance(axes, tuple) else (axes,) if axes else ()
 
 
 def tree_shardings(tree, mesh: Mesh):
-  """Returns the tree of `NamedSharding`s of a tree of arrays or shapes."""
+  """Returns a tree's `NamedSharding`s; leaves are arrays or shapes."""
 
   def one(path, leaf):
     return NamedSharding(mesh, parameter_spec(_dotted(path), leaf.shape, mesh))
@@ -206,7 +208,7 @@ def tree_shardings(tree, mesh: Mesh):
 
 
 def described(tree, mesh: Mesh):
-  """Returns the shapes of a tree with their shardings, for compiling."""
+  """Returns a tree's shapes with shardings, to compile without arrays."""
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=sharding
@@ -221,12 +223,12 @@ def _dotted(path) -> str:
     str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
     for key in path
   ]
-  # What a Flax parameter holds is named value.
+  # The array inside a Flax parameter has the key "value".
   return ".".join(name for name in names if name != "value")
 
 
 def manual_specs(tree, mesh: Mesh):
-  """Returns the specs of a tree's arrays over the axes of `MANUAL_AXES`."""
+  """Returns a tree's `PartitionSpec`s over `MANUAL_AXES` alone."""
 
   def manual(sharding):
     return P(
@@ -240,14 +242,14 @@ def manual_specs(tree, mesh: Mesh):
 
 
 def whole(tree, prefix: str = ""):
-  """Puts together what `fsdp` splits, inside a `shard_map`.
+  """Gathers arrays that are sharded over `fsdp`, inside a `shard_map`.
 
-  The gradient goes the way back: summed over the devices, each keeps its part.
+  The backward pass sums the gradient over the devices and scatters it.
 
   Args:
-    tree: of this device's parts. Axes in front that a scan or a vmap took away
-      may be missing.
-    prefix: of the paths, as in "layers.".
+    tree: this device's shards. Leading axes that a scan or vmap removed may be
+      missing.
+    prefix: prefix of the paths, such as "layers.".
   """
 
   return jax.tree.map_with_path(
@@ -256,7 +258,7 @@ def whole(tree, prefix: str = ""):
 
 
 def whole_ends(base):
-  """Returns a base, put together as `whole` does, but for its layers."""
+  """Gathers all arrays of a base except its layers, as `whole` does."""
 
   def one(path, x):
     name = _dotted(path)
@@ -268,7 +270,7 @@ def whole_ends(base):
 def _whole(name, x):
   for i, axes in enumerate(_spec(name, x.ndim)):
     if "fsdp" in _names(axes):
-      # A name by which a compiled program is read: see plan/program.py.
+      # plan/program.py finds this name in the compiled program.
       with jax.named_scope("whole"):
         x = jax.lax.all_gather(x, "fsdp", axis=i, tiled=True)
   return x
@@ -277,7 +279,7 @@ def _whole(name, x):
 def process_block(
   mesh: Mesh, experts: int, rows: int
 ) -> tuple[list[int], list[int]]:
-  """Returns which part of a batch [E, B, T] this process's devices hold.
+  """Returns the block of a batch [E, B, T] that this process's devices hold.
 
   Args:
     mesh: the mesh.
@@ -285,12 +287,12 @@ def process_block(
     rows: B.
 
   Returns:
-    (experts, rows): the process holds each of these rows of each of these
+    (experts, rows), indices: the process holds all these rows of all these
     experts, and nothing else.
 
   Raises:
-    InputError: some process does not hold such a block, or two hold parts of
-      the same experts or rows.
+    InputError: a process's shard is not such a block, or two blocks overlap in
+      part.
 
   Example:
     >>> process_block(make_mesh(MeshConfig(), devices=jax.devices()[:1]), 2, 3)
@@ -305,7 +307,7 @@ def process_block(
     process: tuple(sorted(set(axis)) for axis in zip(*cells, strict=True))
     for process, cells in held.items()
   }
-  # All processes look at all blocks, so that all refuse the same mesh.
+  # Every process checks every block, so that all refuse the same mesh.
   whole = all(
     len(held[process]) == len(block[0]) * len(block[1])
     for process, block in blocks.items()

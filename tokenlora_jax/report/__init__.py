@@ -1,4 +1,4 @@
-"""What a person looks at: tables, the trace of gates, and their heat map."""
+"""Reports for people: gate statistics, terminal output and heat maps."""
 
 from tokenlora_jax.report.colours import COLOURS
 from tokenlora_jax.report.heatmap import HeatMap, gate_summary

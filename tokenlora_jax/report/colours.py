@@ -1,25 +1,25 @@
-"""The experts' colours, and what can be read on them."""
+"""The experts' colours, and contrast between colours."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# Colours that colour-blind people can tell apart (Okabe and Ito, 2008).
+# Colours that remain distinct under colour blindness (Okabe and Ito, 2008).
 COLOURS = (
   "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442",
 )  # fmt: skip
 
-# Opacity of a tint: of an expert that just leads, and of one that has it all.
+# Opacity of a tint at a lead of 0 and at a lead of 1.
 FAINTEST, STRONGEST = 0.16, 0.72
 
 
 def colour(expert: int) -> str:
-  """Returns the colour of an expert; those after the seventh share them."""
+  """Returns the colour of an expert; colours repeat after the seventh."""
   return COLOURS[expert % len(COLOURS)]
 
 
 def ink(paper: str) -> str:
-  """Returns black or white, whichever is easier to read on a colour.
+  """Returns black or white, whichever has more contrast to a background.
 
   Example:
     >>> ink("#0072b2"), ink("#f0e442")
@@ -48,7 +48,7 @@ def _luminance(colour: str) -> float:
 
 
 def channels(colour: str) -> tuple[int, ...]:
-  """Returns red, green and blue of a colour, from 0 to 255.
+  """Returns a colour's red, green and blue, from 0 to 255.
 
   Example:
     >>> channels("#0072b2")
@@ -58,7 +58,7 @@ def channels(colour: str) -> tuple[int, ...]:
 
 
 def tint(strength: float) -> float:
-  """Returns the opacity of a leader's colour behind a token.
+  """Returns the opacity of the leading expert's colour behind a token.
 
   Example:
     >>> tint(0), tint(1)
@@ -68,7 +68,7 @@ def tint(strength: float) -> float:
 
 
 def mix(colour: str, paper: str, opacity: float) -> str:
-  """Returns what a colour is on another.
+  """Returns a colour laid over another with some opacity.
 
   Example:
     >>> mix("#000000", "#ffffff", 0.2)

@@ -1,7 +1,7 @@
-"""What a heat map says, whatever it is drawn with.
+"""The contents of a gates' heat map, for every way to draw it.
 
-A token has the colour of the expert that leads it, the stronger the further it
-is ahead of the next. Experts also have letters, for who cannot tell colours.
+Each token has the colour of its leading expert, the stronger the larger the
+lead over the next expert. Experts also have letters, for colour-blind readers.
 
 Axis letters: N tokens, E experts.
 """
@@ -25,10 +25,10 @@ LEGEND = (
   " The prompt has no colour."
 )
 
-# Characters that show nothing, or break a page: pictures of themselves instead.
+# Invisible control characters, each replaced by its picture.
 _PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
 _PICTURES |= {127: 0x2421}
-# Characters that put what follows them in another order.
+# Characters that reorder the characters after them.
 _PICTURES |= dict.fromkeys(
   [*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�"
 )
@@ -39,15 +39,14 @@ class HeatMap:
   """One text and the gates of its tokens.
 
   Attributes:
-    prompt: what the text was made from.
+    prompt: the text's prompt.
     pieces: the N tokens as text; joined, they are the text.
     gates: float[N, E].
-    experts: their names.
-    facts: what else to say of the text, such as {"router": "centroid"}.
+    experts: the experts' names.
+    facts: further facts to show, such as {"router": "centroid"}.
 
   Raises:
-    ValueError: the gates are not of that many tokens and experts, or are no
-      numbers.
+    ValueError: the gates have another shape, or are not finite.
 
   Example:
     >>> found = HeatMap("1, 2", [", 3", "!"], np.eye(2), ["sums", "prose"])
@@ -73,39 +72,39 @@ class HeatMap:
 
   @functools.cached_property
   def trace(self) -> GateTrace:
-    """What the gates come to, as terminal and JSONL tell it too."""
+    """The gates' statistics, the same as in the terminal and in JSONL."""
     return GateTrace.of(self.gates)
 
   @functools.cached_property
   def strengths(self) -> np.ndarray:
-    """float[N]: how far the first is ahead of the next, from 0 to 1."""
+    """float[N], the lead of the first expert over the next, from 0 to 1."""
     alone = len(self.experts) == 1
     ordered = np.sort(np.abs(self.gates), axis=1)
     return np.clip(ordered[:, -1] - (0 if alone else ordered[:, -2]), 0, 1)
 
   @property
   def leads(self) -> np.ndarray:
-    """int[N]: who leads each token; -1 where all gates are 0."""
+    """int[N], the expert that leads each token; -1 if all gates are 0."""
     return self.trace.leaders
 
   @functools.cached_property
   def starts(self) -> np.ndarray:
-    """bool[N]: whether the lead is taken here: at first, and at a switch."""
+    """bool[N], whether a lead starts here: the first one, or a switch."""
     led = np.flatnonzero(self.leads >= 0)[:1]
     return np.isin(np.arange(len(self.leads)), [*led, *self.trace.switches])
 
   @functools.cached_property
   def heights(self) -> np.ndarray:
-    """float[N, E]: where each expert's part of the stacked area ends."""
+    """float[N, E], the upper edge of each expert's part of the stacked area."""
     return np.cumsum(np.maximum(self.gates, 0), axis=1)
 
   @property
   def top(self) -> float:
-    """How high the stacked area is: 1 where gates sum to that, or to 0."""
+    """The height of the stacked area: 1 if gates sum to 1 or 0."""
     return round(float(self.heights[:, -1].max()), 4) or 1.0
 
   def about(self) -> list[str]:
-    """Returns two lines: what it is a map of, and its summary."""
+    """Returns two lines: the facts of the text, and the gates' means."""
     tokens, experts = np.shape(self.gates)
     facts = [f"{label} {value}" for label, value in self.facts.items()]
     facts += [
@@ -124,17 +123,17 @@ class HeatMap:
 
   @property
   def edged(self) -> bool:
-    """Whether the stacked area has room for lines between two experts."""
+    """Whether the stacked area has room for lines between experts."""
     return len(self.pieces) <= 250
 
   def letter_places(self, least: float) -> dict[int, tuple[float, float]]:
-    """Returns where in the stacked area an expert's letter has most room.
+    """Returns the roomiest place for each expert's letter in the stacked area.
 
     Args:
-      least: how high the expert's part must be there, of `top`.
+      least: the least height of the expert's part there, as a share of `top`.
 
     Returns:
-      {expert: (x, y)}: the middle of that place, from the first token's left
+      {expert: (x, y)}, the middle of that place, from the first token's left
       and from the bottom, both between 0 and 1.
     """
     count = len(self.pieces)
@@ -155,15 +154,15 @@ class HeatMap:
 
 
 def gate_summary(gates: np.ndarray) -> dict[str, Any]:
-  """Returns how mixed the gates are, and who has what of them.
+  """Returns the mean entropy, the number of switches and the mean gates.
 
   Args:
     gates: float[N, E].
 
   Returns:
-    Of the `GateTrace` of these gates: `entropy`, the mean over tokens, in nats;
-    `switches`, how often another expert leads than before; `shares`, float[E],
-    the mean gates.
+    From the `GateTrace` of these gates: `entropy`, the mean over tokens, in
+    nats; `switches`, the number of changes of the lead; `shares`, float[E], the
+    mean gates.
 
   Example:
     >>> found = gate_summary(np.array([[0.5, 0.5], [0.0, 1.0]]))
@@ -190,11 +189,11 @@ def letter(expert: int) -> str:
 
 
 def kind(piece: str) -> str:
-  """Returns how a token is not like others, or "".
+  """Returns the kind of a token's text, "" for ordinary text.
 
   Returns:
-    "blank" for white space, "joined" for accents of a character before, "empty"
-    for what shows nothing.
+    "blank" for white space, "joined" for accents on the character before,
+    "empty" for invisible text.
 
   Example:
     >>> [kind(piece) for piece in (" a", "\\n ", "\\u0301", "", "\\u200b")]
@@ -209,7 +208,7 @@ def kind(piece: str) -> str:
 
 
 def indent(piece: str) -> int:
-  """Returns how many spaces come first: a letter stands at the word.
+  """Returns the number of leading spaces; a letter is put after them.
 
   Example:
     >>> indent("  of"), indent("of"), indent("  ")
@@ -219,10 +218,10 @@ def indent(piece: str) -> int:
 
 
 def visible(text: str) -> str:
-  """Returns a text that shows, and leaves what stands around it alone.
+  """Returns a text made visible and safe to put between other text.
 
-  Control characters are pictures, but for tabs and line feeds; what reorders
-  other characters, and half a surrogate pair, is U+FFFD.
+  Control characters but tabs and line feeds become their pictures. Characters
+  that reorder others, and halves of surrogate pairs, become U+FFFD.
 
   Example:
     >>> visible("a\\x1b[0m\\n")
@@ -232,7 +231,7 @@ def visible(text: str) -> str:
 
 
 def ticks(count: int, most: int = 9) -> list[int]:
-  """Returns round numbers of tokens for an axis from 1 to `count`.
+  """Returns round numbers as ticks of an axis from 1 to `count`.
 
   Example:
     >>> ticks(6), ticks(64)
@@ -244,7 +243,7 @@ def ticks(count: int, most: int = 9) -> list[int]:
 
 
 def short(name: str, most: int) -> str:
-  """Returns a name, cut to some characters.
+  """Returns a name, cut to at most `most` characters.
 
   Example:
     >>> short("codealpaca", 10), short("arc_challenge", 10)

@@ -1,8 +1,8 @@
-"""A heat map as one page that a browser shows with no network and no server.
+"""Heat maps as one HTML page, which needs no network and no server.
 
-Texts and names are foreign, so they enter as escaped text or as JSON with no
-"<" in it, and the page's policy runs its own script and nothing else. Without
-the script the page is whole; it adds the pointer and the keyboard.
+Texts and names are untrusted: they are escaped, or put into JSON without "<",
+and the page's content security policy allows only its own script. The page is
+complete without the script, which adds the pointer and the keyboard.
 
 Axis letters: N tokens, E experts.
 """
@@ -23,7 +23,7 @@ from tokenlora_jax.report import colours, heatmap
 from tokenlora_jax.report.colours import COLOURS
 from tokenlora_jax.report.heatmap import HeatMap
 
-# Steps of tint, and the stacked area's height in pixels, without its axis.
+# Number of tints, and height of the stacked area in pixels, without its axis.
 STEPS = 9
 AREA = 112
 
@@ -31,13 +31,13 @@ _SPOKEN = {"\n": "new line", "\r": "return", "\t": "tab"}
 
 
 def heatmap_html(maps: Sequence[HeatMap]) -> str:
-  """Returns a page that shows how the gates of texts went.
+  """Returns an HTML page with the heat maps of texts.
 
   Each token is tinted by the expert that leads it; a stacked area of the gates
   is linked with the text, by pointer and by keyboard.
 
   Args:
-    maps: a section of the page each.
+    maps: heat maps, one section of the page each.
 
   Example:
     >>> page = heatmap_html([HeatMap("1", ["<2>"], np.eye(1), ["sums"])])
@@ -59,13 +59,13 @@ def heatmap_html(maps: Sequence[HeatMap]) -> str:
 
 
 def _digest(text: str) -> str:
-  """Returns how a content security policy names an inline text."""
+  """Returns the hash by which a content security policy allows a text."""
   digest = hashlib.sha256(text.encode()).digest()
   return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 def _styles() -> str:
-  """Returns the rules of the experts' colours and of the steps of tint."""
+  """Returns the CSS rules of the experts' colours and of the tints."""
   rules = []
   for i, colour in enumerate(COLOURS):
     red, green, blue = colours.channels(colour)
@@ -78,7 +78,7 @@ def _styles() -> str:
 
 
 def _data(maps: Sequence[HeatMap]) -> str:
-  """Returns what the page is made from, as JSON that no parser of HTML ends."""
+  """Returns the maps as JSON without characters that end an HTML script."""
   records = [
     {
       "prompt": one.prompt,
@@ -96,7 +96,7 @@ def _data(maps: Sequence[HeatMap]) -> str:
 
 
 def _text(text: str) -> str:
-  """Returns foreign text as HTML."""
+  """Returns untrusted text as HTML."""
   return escape(heatmap.visible(text))
 
 
@@ -126,7 +126,7 @@ def _section(at: int, one: HeatMap, count: int) -> str:
 
 
 def _token(one: HeatMap, i: int) -> str:
-  """Returns a token; its text is exactly what it adds, as far as it shows."""
+  """Returns a token's HTML; its text is the token's text, made visible."""
   piece, lead = one.pieces[i], int(one.leads[i])
   kind = heatmap.kind(piece)
   kinds, badge, name = [kind] if kind else [], "", ""
@@ -140,7 +140,7 @@ def _token(one: HeatMap, i: int) -> str:
   if kind == "empty":
     name = ' aria-label="no visible text"'
   at = heatmap.indent(piece)
-  # A line feed shows too, and is still what is copied.
+  # A line feed is shown by a sign; copying the text still copies the feed.
   text = _text(piece[at:]).replace("\n", '<i class="nl"></i>\n')
   return (
     f'<span role="option" tabindex="{-1 if i else 0}" aria-selected="false"'
@@ -166,11 +166,11 @@ def _spoken(blank: str) -> str:
 
 
 def _area(one: HeatMap) -> str:
-  """Returns the stacked area: a step a token, experts from the bottom up."""
+  """Returns the stacked area: one step per token, experts from the bottom."""
   count, top = len(one.pieces), one.top
   paths = []
-  # Each expert's part is drawn down to the bottom, under those below it: so
-  # no line of background shows between two.
+  # Each expert's part is drawn down to the bottom, behind the parts below it,
+  # so that no line of background shows between two parts.
   for expert in reversed(range(len(one.experts))):
     line = top - one.heights[:, expert]
     changes = np.flatnonzero(np.diff(line)) + 1

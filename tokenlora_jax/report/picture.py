@@ -1,7 +1,7 @@
-"""A heat map as a picture, for where no browser is.
+"""Heat maps as a PNG picture, for use without a browser.
 
-Text is set in cells of one width, so that tints and letters meet; a picture has
-one look everywhere, since its fonts come with matplotlib.
+Text is set in cells of one width, so that tints and letters align. The picture
+looks the same everywhere, since its fonts come with matplotlib.
 
 Axis letters: N tokens, E experts.
 """
@@ -21,25 +21,26 @@ import numpy as np
 from tokenlora_jax.report import colours, heatmap
 from tokenlora_jax.report.heatmap import HeatMap
 
-# In points: a page, its margin, a cell of text and its font, the area.
+# In points: page width, margin, cell width, line height, font size, height of
+# the stacked area.
 WIDTH, MARGIN, CELL, LINE, FONT, AREA = 760, 28, 6, 17, 10, 84
-PIXELS = 2  # A point.
+PIXELS = 2  # Per point.
 COLUMNS = (WIDTH - 2 * MARGIN) // CELL
 
-# What is drawn at most; the rest is a note.
+# The most that is drawn; a note counts the rest.
 PROMPT_LINES, TEXT_LINES, SECTIONS = 8, 48, 12
 
 PAPER, INK, SOFT = "#ffffff", "#16181d", "#565c66"
 
 
 class Cell(NamedTuple):
-  """A place in a line of text.
+  """A cell of a line of text.
 
   Attributes:
-    text: what stands there: a character and its accents, or an expert's letter.
-    token: which token it is of; -1 is the prompt.
-    width: how many columns it takes.
-    ends: "word" or "line" if that ends here.
+    text: a character and its accents, or an expert's letter.
+    token: index of its token; -1 is the prompt.
+    width: width in columns.
+    ends: "word" or "line" if one ends here.
     badge: whether it is an expert's letter.
   """
 
@@ -51,19 +52,19 @@ class Cell(NamedTuple):
 
 
 def heatmap_png(maps: Sequence[HeatMap]) -> bytes:
-  """Returns a picture, as a PNG file, of how the gates of texts went.
+  """Returns a PNG picture with the heat maps of texts.
 
   Each token is tinted by the expert that leads it, over a stacked area of the
-  gates. Where there is more than a picture can show, it says how much.
+  gates. A note counts the lines and prompts that do not fit.
 
   Args:
-    maps: a part of the picture each.
+    maps: heat maps, one section of the picture each.
 
   Example:
     >>> heatmap_png([HeatMap("1", ["2"], np.eye(1), ["sums"])])[1:4]
     b'PNG'
   """
-  # Loading it takes seconds, which other commands need not spend.
+  # Imported here: it takes seconds, and other commands do not need it.
   import matplotlib
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
@@ -90,7 +91,7 @@ def heatmap_png(maps: Sequence[HeatMap]) -> bytes:
 
 
 def set_lines(cells: Sequence[Cell]) -> list[list[Cell]]:
-  """Returns cells as lines of at most COLUMNS, cut after words if possible.
+  """Breaks cells into lines of at most COLUMNS, after words if possible.
 
   Example:
     >>> cells = [Cell("a", 0), Cell("↵", 0, ends="line"), Cell("b", 0)]
@@ -114,7 +115,7 @@ def set_lines(cells: Sequence[Cell]) -> list[list[Cell]]:
 
 
 class _Drawing:
-  """What a picture shows, from the top down, before its height is known."""
+  """The parts of a picture, from the top down; they decide its height."""
 
   def __init__(self, fonts: Path):
     from matplotlib.font_manager import FontProperties, get_font
@@ -134,7 +135,7 @@ class _Drawing:
     self.y = float(MARGIN)
 
   def put_on(self, axes: Any) -> None:
-    """Draws all of it."""
+    """Draws all parts."""
     from matplotlib.collections import LineCollection, PolyCollection
 
     axes.add_collection(
@@ -174,7 +175,7 @@ class _Drawing:
     self._words.append((x, y, self._drawn(text), font, size, colour, middle))
 
   def _drawn(self, text: str) -> str:
-    """Returns a text with a box for what the font lacks."""
+    """Returns a text with a box for each character that the font lacks."""
     text = heatmap.visible(text).replace("\n", " ").replace("\t", " ")
     return "".join(x if ord(x) in self._known else "□" for x in text)
 
@@ -184,13 +185,13 @@ class _Drawing:
     self._word(MARGIN, self.y, text, "bold", size)
 
   def note(self, text: str) -> None:
-    """Adds a small line or more."""
+    """Adds small text of one line or more."""
     for line in textwrap.wrap(text, 144) or [""]:
       self.y += 14
       self._word(MARGIN, self.y, line, size=9, colour=SOFT)
 
   def section(self, one: HeatMap, title: str, titled: bool) -> None:
-    """Adds a text, its gates and who the experts are."""
+    """Adds a text, its gates and the legend of experts."""
     self.y += 12
     if titled:
       self.heading(title, 11)
@@ -204,7 +205,7 @@ class _Drawing:
 
   def _text(self, one: HeatMap) -> None:
     lines = set_lines(list(self._cells(one)))
-    # How many lines the prompt has for itself.
+    # Number of lines that hold the prompt alone.
     begins = next(
       (i for i, line in enumerate(lines) if line[-1].token >= 0), len(lines)
     )
@@ -240,7 +241,7 @@ class _Drawing:
       elif x.isspace():
         marks.append(Cell("·" if kind else " ", token, ends="word"))
       elif unicodedata.category(x) in ("Mn", "Me", "Cf"):
-        # It belongs to the character before.
+        # An accent belongs to the character before.
         if marks and ord(x) in self._known:
           marks[-1] = marks[-1]._replace(text=marks[-1].text + x)
       else:
@@ -260,8 +261,8 @@ class _Drawing:
       self._box(x, self.y + 3, width, 1.5, colour)
       if cell.badge:
         self._badge(x + width / 2, self.y - 4, cell.text, lead, width - 2, 10)
-    # As few words as can be: drawing them is what takes time. But what is
-    # written from right to left stays in its own token's place.
+    # Draws as few words as possible, since each takes time. But text written
+    # from right to left stays in its own token's place.
     turned = any(
       unicodedata.bidirectional(x) in ("R", "AL")
       for cell in line
@@ -289,18 +290,18 @@ class _Drawing:
     width: float,
     height: float,
   ) -> None:
-    """Adds an expert's letter in the expert's colour, its middle at (x, y)."""
+    """Adds an expert's letter in its colour, centred at (x, y)."""
     colour = colours.colour(expert)
     self._box(x - width / 2, y - height / 2, width, height, colour)
     ink = colours.ink(colour)
     self._word(x, y, text, "bold", 0.75 * height, ink, middle=True)
 
   def _area(self, one: HeatMap) -> None:
-    """Adds the stacked area of all N tokens, cut short or not."""
+    """Adds the stacked area of all N tokens, even if the text is cut."""
     left, width = MARGIN + 12, WIDTH - 2 * MARGIN - 12
     count, bottom = len(one.pieces), self.y + AREA
     edges = np.repeat(left + width * np.arange(count + 1) / count, 2)[1:-1]
-    # Each expert down to the bottom, behind those below.
+    # Each expert's part reaches the bottom, behind the parts below it.
     for expert in reversed(range(len(one.experts))):
       line = bottom - AREA * one.heights[:, expert] / one.top
       upper = np.stack([edges, np.repeat(line, 2)], axis=1)

@@ -1,4 +1,4 @@
-"""What a terminal shows of a text: the trace of its gates.
+"""Terminal output of a text's gates: coloured tokens and a summary line.
 
 Axis letters: N tokens, E experts.
 """
@@ -29,12 +29,12 @@ def trace(
 ) -> Text:
   """Returns a text in which each token has its leading expert's colour.
 
-  A token that no expert leads, under gates of zero, has none.
+  A token whose gates are all zero has no colour.
 
   Args:
     pieces: the N tokens as text.
     gates: float[N, E].
-    names: of the experts.
+    names: the experts' names.
 
   Example:
     >>> trace(["a", "b"], np.eye(2), ["x", "y"]).plain
@@ -47,11 +47,11 @@ def trace(
 
 
 def summary(gates: np.ndarray, names: Sequence[str]) -> str:
-  """Returns, in words, who led when, with what share and how firmly.
+  """Returns one line: runs of leading experts, mean gates, entropy, switches.
 
   Args:
     gates: float[N, E].
-    names: of the experts.
+    names: the experts' names.
 
   Example:
     >>> summary(np.array([[0.75, 0.25], [0.75, 0.25], [0.25, 0.75]]), "xy")
@@ -79,7 +79,7 @@ def summary(gates: np.ndarray, names: Sequence[str]) -> str:
 
 
 def _short(number: float) -> str:
-  """Two digits, and no zero before the point."""
+  """Formats a number with two digits and no zero before the point."""
   text = f"{number:.2f}"
   return text.replace("0.", ".", 1) if abs(number) < 1 else text
 
@@ -104,20 +104,20 @@ def speed(stats: Mapping[str, float]) -> str:
 
 
 def token_pieces(tokenizer: Any, tokens: Sequence[int], text: str) -> list[str]:
-  """Returns what each token adds to a text; joined, they are the text.
+  """Splits a text into one piece per token; joined, they are the text.
 
-  A character that several tokens spell is given to the last of them, so that
-  pieces stay as they are when more tokens come.
+  A character that several tokens spell goes to the last of them, so that later
+  tokens never change earlier pieces.
 
   Args:
     tokenizer: a transformers-style tokenizer.
-    tokens: of the text.
-    text: what they say, perhaps cut before a stop string.
+    tokens: the text's tokens.
+    text: their text, perhaps cut before a stop string.
   """
   pieces, shown = [], ""
   for n in range(1, len(tokens) + 1):
     said = tokenizer.decode(list(tokens[:n]), skip_special_tokens=True)
-    # An unfinished character shows as U+FFFD until its last byte comes.
+    # An unfinished character decodes to U+FFFD until its last byte.
     said = said.rstrip("\ufffd")
     said = said if said.startswith(shown) else shown
     pieces.append(said[len(shown) : len(text)])

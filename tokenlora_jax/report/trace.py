@@ -1,4 +1,4 @@
-"""What the gates of one text did: who led, how firmly, and where that changed.
+"""Statistics of one text's gates: leaders, entropy, switches and shares.
 
 Axis letters: N tokens, E experts.
 """
@@ -15,17 +15,17 @@ from tokenlora_jax.config import InputError
 
 @dataclasses.dataclass(frozen=True)
 class GateTrace:
-  """The gates of one text, token by token, and what they come to.
+  """The gates of one text, token by token, and their statistics.
 
-  A gate may be negative, so sizes are what count. Where all gates are zero the
-  base speaks alone: nobody leads, and the entropy is 0.
+  A gate may be negative, so absolute values count. Where all gates are zero the
+  base predicts alone: no expert leads, and the entropy is 0.
 
   Attributes:
     gates: float64[N, E].
     entropy: float64[N], nats; see `entropy`.
     leaders: int[N], the expert that leads each token, -1 for none; see
       `leaders`.
-    switches: int[S], the tokens at which another expert leads than before.
+    switches: int[S], the tokens at which the leading expert changes.
     shares: float64[E], the mean of each expert's gates.
     leads: float64[E], the share of the N tokens that each expert leads.
   """
@@ -45,7 +45,7 @@ class GateTrace:
       gates: float[N, E].
 
     Raises:
-      InputError: the gates have another shape, or are no finite numbers.
+      InputError: the gates have another shape, or are not finite.
 
     Example:
       >>> trace = GateTrace.of([[0.75, 0.25], [0.5, 0.5], [0.25, 0.75], [0, 0]])
@@ -62,7 +62,7 @@ class GateTrace:
         f"gates of shape {list(gates.shape)}: want finite numbers [N, E]"
       )
     leading = leaders(gates)
-    # Tokens that nobody leads are passed over: the lead is as it was.
+    # A token without a leader does not end the lead before it.
     led = np.flatnonzero(leading >= 0)
     changes = np.flatnonzero(np.diff(leading[led])) + 1
     tokens, experts = gates.shape
@@ -85,13 +85,13 @@ class GateTrace:
 
 
 def leaders(gates: np.ndarray) -> np.ndarray:
-  """Returns the expert whose gate is the largest in size, for each token.
+  """Returns, per token, the expert with the largest absolute gate.
 
   Args:
     gates: float[N, E].
 
   Returns:
-    int[N]; the first of equals, and -1 where all gates are zero.
+    int[N]; the first one of equals, -1 where all gates are zero.
 
   Example:
     >>> leaders(np.array([[0.2, 0.8], [-0.5, 0.25], [0.0, 0.0]])).tolist()
@@ -104,7 +104,7 @@ def leaders(gates: np.ndarray) -> np.ndarray:
 
 
 def entropy(gates: np.ndarray) -> np.ndarray:
-  """Returns how undecided each token's gates are (Shannon, 1948).
+  """Returns the entropy of each token's gates (Shannon, 1948).
 
   H = -sum_e p_e ln p_e, with p_e = |g_e| / sum_f |g_f|
 
@@ -112,7 +112,7 @@ def entropy(gates: np.ndarray) -> np.ndarray:
     gates: float[N, E].
 
   Returns:
-    float64[N] in nats, from 0 (one expert, or none) to ln E (all alike).
+    float64[N] in nats, from 0 (one expert, or none) to ln E (all equal).
 
   Example:
     >>> entropy(np.array([[1.0, 1.0], [3.0, 0.0], [0.0, 0.0]])).round(3).tolist()
@@ -121,5 +121,5 @@ def entropy(gates: np.ndarray) -> np.ndarray:
   sizes = np.abs(np.asarray(gates, np.float64))
   total = sizes.sum(axis=1, keepdims=True)
   shares = sizes / np.where(total > 0, total, 1)
-  # 0 ln 0 is 0; and a sum of zeros is to be 0, not -0.
+  # 0 ln 0 counts as 0, and a sum of zeros becomes 0 instead of -0.
   return np.abs(-(shares * np.log(np.where(shares > 0, shares, 1))).sum(axis=1))
