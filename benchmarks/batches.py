@@ -3,7 +3,7 @@
   python -m benchmarks.batches --bank runs/demo/bank
 
 Takes the demo's held-out prompts as `infer.py --prompts-file` would, makes their
-texts with each `decode.batch` in turn, a few prompts a turn, and says how many
+texts with each `decode.batch` in turn, turn after turn, and says how many
 tokens a second each makes, as infer.py says it: calls that compile are left out,
 and so is the reading of the prompts. Greedy texts must be equal; where one is
 not, the two tokens that part it are told with the gap of their log-probabilities.
