@@ -1,1 +1,1 @@
-"""Other people's files, and the only imports of the libraries that read them."""
+"""Readers and writers of foreign files; only they import those libraries."""

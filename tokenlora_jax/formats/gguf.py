@@ -1,7 +1,6 @@
-"""llama.cpp's GGUF files: metadata, and tensors in blocks of few bits.
+"""Reads llama.cpp's GGUF files: metadata and quantised tensors.
 
-Blocks stay in the file until a tensor is read, and only the rows that are asked
-for are read and dequantised.
+Only the requested rows of a tensor are read and dequantised.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from tokenlora_jax.formats.reader import (
 from tokenlora_jax.formats.tensors import check_fetched
 from tokenlora_jax.model.config import LlamaConfig, RopeScaling
 
-# Our modules and theirs; {} is the layer's number.
+# Our module names -> GGUF's; {} is the layer's number.
 _MODULES = {
   "embedding": "token_embd",
   "norm": "output_norm",
@@ -70,10 +69,10 @@ def open_gguf(path: Path) -> Header:
 
 
 def split_error(where: Path, first: Path) -> InputError:
-  """Returns the error for a model in several GGUF files.
+  """Returns the error for a model that is split into several GGUF files.
 
   Args:
-    where: what was given.
+    where: the given path.
     first: one of the files.
   """
   return InputError(
@@ -84,15 +83,15 @@ def split_error(where: Path, first: Path) -> InputError:
 
 
 def metadata(file: Header, name: str, default: Any = None) -> Any:
-  """Returns a metadata value of an open file, or `default` if it has none.
+  """Returns a metadata value of an open file, or `default` if it is absent.
 
   Args:
-    file: what `open_gguf` gives.
-    name: of the value.
-    default: if there is none.
+    file: from `open_gguf`.
+    name: the value's name.
+    default: returned if the value is absent.
 
   Raises:
-    InputError: a text is no UTF-8.
+    InputError: a text is not UTF-8.
   """
   try:
     return _decoded(file.fields.get(name, default))
@@ -112,13 +111,12 @@ def parse_metadata(
   """Reads the shape of the Llama from GGUF metadata.
 
   Args:
-    file: what `open_gguf` gives.
-    stored: the file's tensors, which tell whether there are ties and biases.
+    file: from `open_gguf`.
+    stored: the file's tensors, which show ties and biases.
     where: the file, for errors.
 
   Raises:
-    InputError: naming the value that is missing, out of range, or would change
-      the calculation.
+    InputError: a value is missing, out of range or not supported; names it.
   """
   model = metadata(file, "general.architecture")
   if model not in _MODELS:
@@ -147,7 +145,7 @@ def parse_metadata(
   heads = fields.integer("attention.head_count")
   head_width = fields.integer("attention.key_length", width // heads or None)
   fields.only("attention.value_length", head_width)
-  # Less is a rotation of part of each head.
+  # A smaller value rotates only part of each head.
   fields.only("rope.dimension_count", head_width)
   theta = fields.real("rope.freq_base", 10_000.0)
   embedding = stored.get("token_embd.weight")
@@ -186,12 +184,12 @@ def parse_metadata(
 
 
 def _parse_rope(fields: Fields) -> RopeScaling:
-  """Takes how rotary frequencies are stretched, but for Llama-3's tensor."""
-  # Without a type, llama.cpp takes a factor for a linear one; 0 is none.
+  """Takes the scaling of rotary frequencies, except Llama-3's tensor."""
+  # Without a type, llama.cpp reads a factor as linear scaling; 0 is none.
   kind = fields.take("rope.scaling.type", "linear")
   if kind not in ("none", "linear"):
     raise fields.error("rope.scaling.type", kind, "none or linear")
-  # Only other types read these.
+  # Other types alone use these.
   fields.take("rope.scaling.original_context_length")
   fields.take("rope.scaling.finetuned")
   fields.only("rope.scaling.attn_factor", 1)
@@ -207,11 +205,11 @@ def _parse_rope(fields: Fields) -> RopeScaling:
 def _llama3_scaling(
   divisors: np.ndarray, config: LlamaConfig, where: str
 ) -> RopeScaling:
-  """Finds the settings of which converters only store the result.
+  """Derives Llama-3's scaling from its divisors; converters store only those.
 
   All models of the family share the two frequency factors and the original
-  length, which are our defaults; so the largest divisor must be the factor,
-  and the rest must follow.
+  length, which are our defaults. So the largest divisor must be the factor, and
+  the other divisors must follow from it.
   """
   scaling = RopeScaling("llama3", float(divisors.max(initial=1)))
   powers = np.arange(0, config.head_width, 2) / config.head_width
@@ -232,14 +230,14 @@ def _llama3_scaling(
 
 
 class GgufReader(BaseReader):
-  """A GGUF file; of a tensor, only the rows that are asked for are dequantised.
+  """Reads a base from a GGUF file; dequantises only the requested rows.
 
   Args:
     path: the file.
 
   Raises:
-    InputError: the file is damaged, its metadata asks for what is not
-      calculated here, or tensors and metadata disagree.
+    InputError: the file is damaged, its metadata asks for something that is not
+      supported, or tensors and metadata disagree.
   """
 
   def __init__(self, path: Path):
@@ -252,8 +250,8 @@ class GgufReader(BaseReader):
       for name, tensor in file.tensors.items()
     }
     config = parse_metadata(file, stored, where)
-    # Converters turn q and k into the order of llama.cpp's rotary
-    # embedding, which rotates neighbours; for Qwen2 it rotates halves.
+    # Converters reorder rows of q and k for llama.cpp's rotary embedding, which
+    # rotates neighbours; for Qwen2 it rotates halves.
     self._interleaved = metadata(file, "general.architecture") == "llama"
     types = {tensor.kind for tensor in file.tensors.values()}
     readable = {t.name for t in types if _is_readable(t)}
@@ -290,7 +288,7 @@ class GgufReader(BaseReader):
 
 
 def _half_order(rows: int, head_width: int) -> np.ndarray:
-  """Where each row of the halves' order is in the neighbours' order.
+  """Returns the index, in neighbours' order, of each row in halves' order.
 
   Example:
     >>> _half_order(8, 4).tolist()

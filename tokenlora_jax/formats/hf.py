@@ -1,8 +1,8 @@
-"""Hugging Face folders: config.json beside safetensors, whole or in shards.
+"""Reads Hugging Face folders: config.json and safetensors, whole or sharded.
 
-Every field of config.json is obeyed, known to change no calculation, or an
-error that names it: a field that is skipped is a model that is silently another
-one. Pickles (.bin, .pt) are never opened.
+Every field of config.json is used, is known not to change the calculation, or
+raises an error that names it: skipping a field could silently run another
+model. Pickles (.bin, .pt) are never opened.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
-# Our modules and theirs; {} is the layer's number.
+# Our module names -> Hugging Face's; {} is the layer's number.
 _LAYER = "model.layers.{}"
 _MODULES = {
   "embedding": "model.embed_tokens",
@@ -55,21 +55,20 @@ _FLOATS = {
   "F32": np.dtype(np.float32),
   "F64": np.dtype(np.float64),
 }
-# A table of rotary frequencies that old checkpoints carry; it follows from the
-# config.
+# A table of rotary frequencies in old checkpoints; it follows from the config.
 _ROTARY = re.compile(
   r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 ).fullmatch
 
-# How a server should quantise its cache; transformers does not read it.
+# Quantisation of a server's KV cache; transformers does not read it.
 _CACHE_SCALE = re.compile(
   r"model\.layers\.\d+\.self_attn\.[kv](_proj\.[kv])?_scale"
 ).fullmatch
 
 _MODELS = ("llama", "mistral", "qwen2")
-# Rotary types that we calculate, and our names for them.
+# Hugging Face's names of the rotary types -> ours.
 _ROPES = {"default": "none", "linear": "linear", "llama3": "llama3"}
-# Fields that say nothing about the map from tokens to logits.
+# Fields that do not change the map from tokens to logits.
 _HARMLESS = frozenset([
   "_attn_implementation", "_attn_implementation_autoset", "_commit_hash",
   "_flash_attn_2_enabled", "_name_or_path", "architectures",
@@ -97,7 +96,7 @@ _HARMLESS = frozenset([
 
 
 def parse_config(values: Mapping[str, Any], where: str) -> LlamaConfig:
-  """Reads the fields of a config.json, as transformers 4 or 5 writes them.
+  """Parses the fields of a config.json of transformers 4 or 5.
 
   Args:
     values: the fields.
@@ -107,8 +106,8 @@ def parse_config(values: Mapping[str, Any], where: str) -> LlamaConfig:
     The shape of the Llama.
 
   Raises:
-    InputError: naming the field and value that is missing, is out of range,
-      would change the calculation, or is unknown.
+    InputError: a field is missing, out of range, unsupported or unknown; names
+      field and value.
   """
   fields = Fields(values, where)
   model = fields.take("model_type")
@@ -121,7 +120,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> LlamaConfig:
   width = fields.integer("hidden_size")
   heads = fields.integer("num_attention_heads")
   length = fields.integer("max_position_embeddings")
-  # Only for Llama does transformers read an absent field as null.
+  # Transformers reads an absent field as null for Llama alone.
   is_shared = is_llama or "num_key_value_heads" in values
   kv_heads = fields.integer("num_key_value_heads", heads if is_shared else None)
   if "head_dim" not in fields and width % heads:
@@ -147,12 +146,12 @@ def parse_config(values: Mapping[str, Any], where: str) -> LlamaConfig:
     "max_length": length,
   }
   if model == "mistral" and values.get("sliding_window", "absent") is not None:
-    # transformers takes null for no window, and an absent field for its own
+    # In transformers null means no window, and an absent field means its own
     # default.
     shape["sliding_window"] = fields.integer("sliding_window", 4096)
   fields.only("use_sliding_window", False)
   if is_qwen2:
-    # Not read while use_sliding_window is false.
+    # Unused while use_sliding_window is false.
     fields.take("sliding_window")
   else:
     fields.only("sliding_window")
@@ -178,7 +177,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> LlamaConfig:
 def _parse_rope(
   fields: Fields, where: str, length: int
 ) -> tuple[float, RopeScaling]:
-  """Takes the rotary fields: theta and how the frequencies are stretched."""
+  """Takes the rotary fields: theta and the scaling of the frequencies."""
   theta = (
     fields.real("rope_theta", 10_000.0) if "rope_theta" in fields else None
   )
@@ -218,15 +217,15 @@ def _parse_rope(
 
 
 class HfReader(BaseReader):
-  """A Hugging Face folder; only the slices that are asked for are read.
+  """Reads a base from a Hugging Face folder; reads only requested slices.
 
   Args:
-    folder: config.json beside model.safetensors, or beside shards and
+    folder: config.json with model.safetensors, or with shards and
       model.safetensors.index.json.
 
   Raises:
-    InputError: a file is missing, damaged or a pickle, the config asks for what
-      is not calculated here, or tensors and config disagree.
+    InputError: a file is missing, damaged or a pickle, the config asks for
+      something that is not supported, or tensors and config disagree.
   """
 
   def __init__(self, folder: Path):
@@ -253,7 +252,7 @@ class HfReader(BaseReader):
       self._check_tie(where)
 
   def _check_tie(self, where: str) -> None:
-    """A tied head may be stored once more, but not with other values."""
+    """Raises `InputError` if a tied head is stored with other values."""
     theirs = "lm_head.weight", "model.embed_tokens.weight"
     equal = len({self._stored[key] for key in theirs}) == 1
     vocab = self.config.vocab
@@ -285,10 +284,10 @@ class HfReader(BaseReader):
 
 
 def _offsets(path: Path) -> dict[str, int]:
-  """Where in a whole safetensors file each tensor begins.
+  """Returns the offset of each tensor in a safetensors file.
 
-  The library does not tell; and the array that it maps or reads for a part of a
-  tensor is the whole file, or the whole tensor.
+  The library does not give offsets, and for a part of a tensor it maps the
+  whole file or reads the whole tensor.
   """
   with path.open("rb") as file:
     size = int.from_bytes(file.read(8), "little")
@@ -304,14 +303,14 @@ def read_json(path: Path) -> dict[str, Any]:
     path: the file.
 
   Raises:
-    InputError: there is no such file, it is no JSON, or no object.
+    InputError: the file is missing, is not JSON, or is not a JSON object.
   """
   check_fetched(path)
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError as error:
     raise InputError(f"{path}: there is no such file") from error
-  # RecursionError: brackets nested without end.
+  # RecursionError: brackets are nested too deep.
   except (OSError, ValueError, RecursionError) as error:
     raise InputError(f"{path}: not JSON ({one_line(error)})") from error
   if not isinstance(content, dict):
@@ -320,7 +319,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-  """The safetensors files of a folder, or what it has instead."""
+  """Returns the safetensors files of a folder, or raises `InputError`."""
   if (folder / _WEIGHTS).is_file():
     return [folder / _WEIGHTS]
   if (folder / _INDEX).is_file():

@@ -1,8 +1,11 @@
-"""A base from any path: a folder, a .gguf file, a hub id or `random:PRESET`.
+"""Loads a base from any path: a folder, .gguf file, hub id or `random:PRESET`.
 
-Parameters are made one by one, and those of stacked layers layer by layer, each
-put in its place on the devices before the next is read. So the host holds, of
-all that is not yet on a device, one device's part of one layer's parameter.
+  base = load_base("random:tiny")
+  base.config.layers  # 2
+
+Parameters are loaded one by one, layer by layer; each is put on its devices
+before the next is read. So the host holds at most one device's shard of one
+layer's parameter at a time.
 """
 
 from __future__ import annotations
@@ -38,19 +41,19 @@ from tokenlora_jax.parallel.sharding import check_heads, tree_shardings
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
-# A host array that starts at a multiple of it becomes a CPU device's own
-# without a copy.
+# A host array aligned to this becomes a CPU device's array without a copy.
 _ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseIdentity:
-  """Which base it is, without its weights.
+  """Shape and fingerprints of a base, without its weights.
 
   Attributes:
-    config: its shape.
-    fingerprint: of its weights, as a `Llama` has it.
-    fingerprint_1: as banks of earlier versions hold it; "" if it is the same.
+    config: the base's shape.
+    fingerprint: a hash of its weights, the same as the `Llama`'s.
+    fingerprint_1: the fingerprint in banks of earlier versions; "" if it is
+      the same.
   """
 
   config: LlamaConfig
@@ -161,24 +164,24 @@ def load_base(
 ) -> Llama:
   """Loads a frozen Llama, tensor by tensor, straight onto its devices.
 
-  A device reads only its own part of each tensor; host memory never holds a
-  second copy of the model, nor devices one that is not quantised.
+  Each device reads only its own shard of a tensor. Host memory never holds a
+  second copy of the model, nor do devices hold one that is not quantised yet.
 
   Args:
     path: a Hugging Face folder, a .gguf file, a hub id, `package:NAME` or
       `random:PRESET` (seeded random weights).
     dtype: float32 or bfloat16.
-    mesh: where the weights go; one device by default.
+    mesh: the devices that hold the weights; one device by default.
     stacked: the layout: stacked layers for training, a list for decoding.
-    quantize: what the layers' kernels are kept in: `none` (dtype), `int8` or
-      `nf4`. The fingerprint is that of the weights in the file all the same.
+    quantize: quantisation of the layers' kernels: `none` (kept in `dtype`),
+      `int8` or `nf4`. The fingerprint is that of the file's weights in any case.
 
   Returns:
     A `Llama`.
 
   Raises:
-    InputError: the path, its config or a tensor is not what it should be, or
-      its shape cannot be quantised so.
+    InputError: there is no base at the path, its config or a tensor is invalid,
+      or its shape does not allow this quantisation.
 
   Example:
     >>> load_base("random:tiny").config.layers
@@ -191,7 +194,7 @@ def base_shape(path: str) -> LlamaConfig:
   """Returns the shape of the base at a path, without its weights.
 
   Args:
-    path: as `load_base` takes it; a well-known hub id is not asked for.
+    path: as for `load_base`; well-known hub ids need no download.
 
   Raises:
     InputError: there is no base at the path.
@@ -206,10 +209,10 @@ def base_shape(path: str) -> LlamaConfig:
 
 
 def identify_base(path: str) -> BaseIdentity:
-  """Returns which base is at a path, from the headers of its files.
+  """Returns the identity of the base at a path, without loading its weights.
 
   Args:
-    path: as `load_base` takes it.
+    path: as for `load_base`.
 
   Raises:
     InputError: there is no base at the path.
@@ -222,7 +225,7 @@ def identify_base(path: str) -> BaseIdentity:
 
 
 def _preset(path: str) -> LlamaConfig:
-  """Returns the shape that `random:PRESET` names."""
+  """Returns the shape of `random:PRESET`."""
   preset = path.removeprefix("random:")
   check_choice("base.path random:", preset, tuple(PRESETS))
   return PRESETS[preset]
@@ -230,14 +233,14 @@ def _preset(path: str) -> LlamaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Factory:
-  """Makes the parameters of a Llama, in either layout, where they belong.
+  """Makes a Llama's parameters on their devices, in either layout.
 
   Attributes:
-    read: (name, shape, dtype, sharding) -> a parameter of one layer, or of
-      none.
-    dtype: of what is not quantised.
+    read: (name, shape, dtype, sharding) -> a parameter of one layer, or one
+      outside the layers.
+    dtype: dtype of parameters that are not quantised.
     mesh: the devices.
-    quantize: what kernels are kept in.
+    quantize: quantisation of the kernels.
   """
 
   read: Callable[..., jax.Array]
@@ -263,7 +266,7 @@ class _Factory:
           shapes,
           places,
         )
-      # Waits, or else the layers that are read wait in memory.
+      # Waits, so that the layers read do not pile up in host memory.
       stack = jax.block_until_ready(_inserter(places)(stack, layer, i))
       _trim()
     return stack
@@ -274,7 +277,7 @@ class _Factory:
     x = self.read(name, shape, self.dtype, place)
     if self.quantize == "none" or not name.endswith(".kernel"):
       return x
-    # Layers are alike, and compiled once.
+    # All layers have one shape, so this compiles once.
     name = re.sub(r"\.\d+\.", ".*.", name)
     quantizer = _quantizer(self.quantize, name, struct, self.mesh)
     return jax.block_until_ready(quantizer(x))
@@ -299,14 +302,14 @@ def _inserter(places):
 
 
 def _trim():
-  """Gives freed memory back: glibc keeps tens of MB for each thread."""
+  """Returns freed memory to the system: glibc keeps tens of MB per thread."""
   trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
   if trim is not None:
     trim(0)
 
 
 def _shardings(name, tree, mesh):
-  """Where the arrays of a parameter go: a tree of shardings like `tree`."""
+  """Returns the shardings of a parameter's arrays, a tree like `tree`."""
   if mesh is None:
     place = SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda _: place, tree)
@@ -318,10 +321,10 @@ def _shardings(name, tree, mesh):
 
 
 def _draw(config: LlamaConfig, name, shape, dtype, sharding: Sharding):
-  """Normal weights of variance 1 / fan-in; norms are ones."""
+  """Returns random normal weights of variance 1 / fan-in; norms are ones."""
   if "norm" in name:
     return jnp.ones(shape, dtype, device=sharding)
-  # A parameter draws from its own name, so that both layouts are one model.
+  # A parameter's name seeds it, so that both layouts are the same model.
   names, shapes = [name], [shape]
   if ".qkv." in name:
     names = [name.replace("qkv", p) for p in "qkv"]
@@ -334,7 +337,7 @@ def _draw(config: LlamaConfig, name, shape, dtype, sharding: Sharding):
 
 @functools.cache
 def _drawer(config, shapes, scale, dtype, sharding):
-  """Compiles once for all tensors that are alike."""
+  """Returns a program that is compiled once for all tensors of one shape."""
 
   def draw(seeds):
     parts = [
@@ -351,7 +354,7 @@ def _drawer(config, shapes, scale, dtype, sharding):
 
 
 def _read(reader: BaseReader, name, shape, dtype, sharding: Sharding):
-  """Reads a parameter, a device's part at a time."""
+  """Reads a parameter, one device's shard at a time."""
   devices = {}
   for device, index in sharding.addressable_devices_indices_map(shape).items():
     ends = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
@@ -373,7 +376,7 @@ def _aligned(shape, dtype):
 
 
 def _fill(out, reader, name, index):
-  """Fills `out` with part of a parameter; of q, k and v joined, by kv head."""
+  """Fills `out` with part of a parameter; joins q, k and v by kv head."""
   if ".qkv." not in name:
     reader.fill(out, name, index)
     return
@@ -381,7 +384,7 @@ def _fill(out, reader, name, index):
   group = config.heads // config.kv_heads
   ends = np.cumsum([group, 1, 1]) * config.head_width
   *inputs, features = index
-  # A device has whole kv heads: see sharding.check_heads.
+  # A shard has whole kv heads: see sharding.check_heads.
   kv_heads = range(features.start // ends[-1], features.stop // ends[-1])
   for kv_head, part in zip(
     kv_heads, np.split(out, len(kv_heads), axis=-1), strict=True

