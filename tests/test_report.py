@@ -3,16 +3,9 @@
 import io
 
 import numpy as np
-import pytest
 from rich.console import Console
 
 from tokenlora_jax import report
-from tokenlora_jax.formats.tokenizers import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-  return load_tokenizer("random:tiny")
 
 
 def shown(thing, **settings):
@@ -54,32 +47,3 @@ def test_summary_says_who_led():
   flips = report.summary(np.eye(2)[np.arange(30) % 2], ["a", "b"])
   assert "a 1, b 1, ... (30 runs)" in flips
   assert report.summary(np.zeros((3, 0)), []) == "no adapters"
-
-
-@pytest.mark.parametrize(
-  "text", ["plain", "né €, 😀!", "ends in €", "", "[bold]x[/bold]"]
-)
-def test_pieces_join_to_the_text_and_never_change(tokenizer, text):
-  tokens = tokenizer.encode(text, add_special_tokens=False)
-  assert len(tokens) == len(text.encode())
-  pieces = report.token_pieces(tokenizer, tokens, text)
-  assert len(pieces) == len(tokens)
-  assert "".join(pieces) == text
-  for n in range(len(tokens)):
-    part = tokenizer.decode(tokens[:n])
-    assert report.token_pieces(tokenizer, tokens[:n], part) == pieces[:n]
-
-
-def test_pieces_of_what_is_no_text(tokenizer):
-  """Half a character, bytes that are none, the end token, a stop string."""
-  euro = tokenizer.encode("€", add_special_tokens=False)
-  assert report.token_pieces(tokenizer, euro[:2], "\ufffd") == ["", ""]
-  broken = [*euro[:2], *tokenizer.encode("ab", add_special_tokens=False)]
-  text = tokenizer.decode(broken)
-  pieces = report.token_pieces(tokenizer, broken, text)
-  assert "".join(pieces) == text
-  assert pieces[:2] == ["", ""]
-  ended = [*tokenizer.encode("ab", add_special_tokens=False), 2]
-  assert report.token_pieces(tokenizer, ended, "ab") == ["a", "b", ""]
-  stopped = tokenizer.encode("abSTOP", add_special_tokens=False)
-  assert report.token_pieces(tokenizer, stopped, "ab") == ["a", "b", *[""] * 4]

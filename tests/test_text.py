@@ -154,3 +154,39 @@ def test_lines_end_at_newlines_alone(tmp_path):
   file.write_bytes("caf\xe9".encode("latin-1"))
   with pytest.raises(InputError, match="F cannot be read: byte 3 is no UTF-8"):
     read_lines(file, "F", "prompt")
+
+
+def pieces_of(tokenizer, tokens, *stop):
+  stream = TextStream(tokenizer, stop=stop)
+  stream.push(tokens)
+  return stream.pieces
+
+
+@pytest.mark.parametrize(
+  "text", ["plain", "né €, 😀!", "ends in €", "", "[bold]x[/bold]"]
+)
+def test_pieces_join_to_the_text_and_never_change(text):
+  tokenizer = load_tokenizer("random:tiny")
+  tokens = tokenizer.encode(text, add_special_tokens=False)
+  assert len(tokens) == len(text.encode())
+  pieces = pieces_of(tokenizer, tokens)
+  assert len(pieces) == len(tokens)
+  assert "".join(pieces) == text
+  for n in range(len(tokens)):
+    assert pieces_of(tokenizer, tokens[:n]) == pieces[:n]
+
+
+def test_pieces_of_what_is_no_text():
+  """Half a character, bytes that are none, the end token, a stop string."""
+  tokenizer = load_tokenizer("random:tiny")
+  euro = tokenizer.encode("€", add_special_tokens=False)
+  assert pieces_of(tokenizer, euro[:2]) == ["", ""]
+  broken = [*euro[:2], *tokenizer.encode("ab", add_special_tokens=False)]
+  text = tokenizer.decode(broken)
+  pieces = pieces_of(tokenizer, broken)
+  assert "".join(pieces) == text
+  assert pieces[:2] == ["", ""]
+  ended = [*tokenizer.encode("ab", add_special_tokens=False), 2]
+  assert pieces_of(tokenizer, ended) == ["a", "b", ""]
+  stopped = tokenizer.encode("abSTOP", add_special_tokens=False)
+  assert pieces_of(tokenizer, stopped, "STOP") == ["a", "b", *[""] * 4]

@@ -8,7 +8,6 @@ from tokenlora_jax.report.terminal import (
   legend,
   speed,
   summary,
-  token_pieces,
   trace,
 )
 
@@ -21,6 +20,5 @@ __all__ = [
   "legend",
   "speed",
   "summary",
-  "token_pieces",
   "trace",
 ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import itertools
-from typing import Any
 
 import numpy as np
 from rich.text import Text
@@ -101,25 +100,3 @@ def speed(stats: Mapping[str, float]) -> str:
   if stats["timed_tokens"] < stats["new_tokens"]:
     return f"{rate} (without compiling)"
   return rate
-
-
-def token_pieces(tokenizer: Any, tokens: Sequence[int], text: str) -> list[str]:
-  """Splits a text into one piece per token; joined, they are the text.
-
-  A character that several tokens spell goes to the last of them, so that later
-  tokens never change earlier pieces.
-
-  Args:
-    tokenizer: a transformers-style tokenizer.
-    tokens: the text's tokens.
-    text: their text, perhaps cut before a stop string.
-  """
-  pieces, shown = [], ""
-  for n in range(1, len(tokens) + 1):
-    said = tokenizer.decode(list(tokens[:n]), skip_special_tokens=True)
-    # An unfinished character decodes to U+FFFD until its last byte.
-    said = said.rstrip("\ufffd")
-    said = said if said.startswith(shown) else shown
-    pieces.append(said[len(shown) : len(text)])
-    shown = said
-  return pieces
