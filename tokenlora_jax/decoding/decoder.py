@@ -251,8 +251,9 @@ class Decoder:
     lengths = np.array([len(p) for p in self._prompts], np.int32)
     size = bucket(int(lengths.max()) - 1)
     gates, seen = np.zeros((batch, 0), np.float32), None
-    if self._router is not None:
-      gates, seen = self._ask_at_prompt(self._router)
+    router = self._router
+    if router is not None:
+      gates, seen = self._ask_at_prompt(router)
     hidden = np.zeros((batch, self._base.config.width), np.float32)
     if self._needs == "hidden":
       hidden = seen * lengths[:, None]
@@ -261,8 +262,10 @@ class Decoder:
     self._padded = np.append(tokens, last[:, None], axis=1)
     with self._pace.timing("prefill"):
       cache, looked = graph.prefill(
-        self._base, self._loras, self._graph_router, gates, tokens, pad,
-        reading=self._reading, slots=size + self._room,
+        self._base, self._loras,
+        router if router is not None and router.prototypes else None,
+        gates, tokens, pad,
+        reading=self._reading.of_prompt, slots=size + self._room,
       )  # fmt: skip
       jax.block_until_ready(cache)
     room = batch, self._room

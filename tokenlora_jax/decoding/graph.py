@@ -65,6 +65,12 @@ class Reading:
     """Whether each expert has a row of its own."""
     return self.rule is not None and (self.rule.of_outputs or self.evidence)
 
+  @property
+  def of_prompt(self) -> Reading:
+    """This, but for what happens at refreshes: so few prefills compile."""
+    cache = "remix" if self.cache == "remix" else "reuse"
+    return dataclasses.replace(self, cache=cache, refresh=False)
+
   def copies(self, experts: int) -> int:
     """M: a row, or one an expert, and one of the mixture where it has none."""
     return experts + (not self.rule.of_outputs) if self.apart else 1
