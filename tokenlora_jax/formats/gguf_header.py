@@ -1,12 +1,12 @@
-"""The header of a GGUF file: its metadata, and where its tensors lie.
+"""Reads the header of a GGUF file: metadata, and types and offsets of tensors.
 
-After the magic letters come a version, how many tensors and how many values of
-metadata there are, the values (name, type, value), and of each tensor its name,
-its lengths from the fastest axis on, its type, and where its blocks begin behind
-the header. Texts and arrays start with their length.
+  "GGUF", version, number of tensors, number of metadata values
+  per value:   name, type, value
+  per tensor:  name, shape (fastest axis first), type, offset after the header
 
-The gguf package reads the same, but makes an array of NumPy of every length and
-every letter's place; a vocabulary of 49,152 tokens and its merges take it seconds.
+Texts and arrays start with their length. The gguf package reads the same, but
+makes a NumPy array of each field; it takes seconds for a vocabulary of 49,152
+tokens and its merges.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-# Types of metadata by their number; texts and arrays come besides.
+# dtypes of metadata values by type number; None for text and array.
 _NUMBERS = (
   "u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", None, None,
   "<u8", "<i8", "<f8",
 )  # fmt: skip
 _UINT32, _TEXT, _ARRAY = 4, 8, 9
 _ALIGNMENT = "general.alignment"
-# What tensors that are not in blocks are made of.
+# dtypes of tensors that are not stored in blocks.
 _PLAIN = {
   "F16": "<f2", "F32": "<f4", "F64": "<f8",
   "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8",
@@ -40,14 +40,15 @@ _PLAIN = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where a tensor lies in a file.
+  """Type, shape and offset of a tensor in a GGUF file.
 
   Attributes:
-    kind: its type.
-    shape: of its numbers, the slowest axis first.
-    dtype: of what is stored; bytes where it is in blocks.
-    stored: the shape of that; of blocks, the last axis is a row's bytes.
-    offset: of its first byte in the file.
+    kind: its GGUF type.
+    shape: shape of the tensor, the slowest axis first.
+    dtype: dtype of the stored array; bytes if it is stored in blocks.
+    stored: shape of the stored array; with blocks, the last axis is the bytes
+      of a row.
+    offset: offset of its first byte in the file.
   """
 
   kind: GGMLQuantizationType
@@ -59,12 +60,12 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-  """What stands at the front of a GGUF file.
+  """The header of a GGUF file.
 
   Attributes:
-    fields: values of metadata by their names. Texts are bytes still: that one
-      is no UTF-8 does no harm where nobody asks for it.
-    tensors: by their names.
+    fields: metadata values by name. Texts are bytes, so that one that is not
+      UTF-8 does no harm unless it is used.
+    tensors: the tensors' places by name.
   """
 
   fields: dict[str, Any]
@@ -78,8 +79,8 @@ def read_header(path: Path) -> Header:
     path: the file.
 
   Raises:
-    OSError: it cannot be read.
-    ValueError: it is not a whole GGUF file; saying what is wrong.
+    OSError: the file cannot be read.
+    ValueError: it is not a whole GGUF file; the message names the fault.
   """
   with path.open("rb") as file:
     if not file.read(1):
@@ -89,7 +90,7 @@ def read_header(path: Path) -> Header:
 
 
 class _Cursor:
-  """Reads value after value, none of them beyond the file's end."""
+  """Reads values one after the other, never beyond the file's end."""
 
   def __init__(self, data: mmap.mmap):
     self._data = data
@@ -106,7 +107,7 @@ class _Cursor:
     tensors, fields = self._number("<u8"), self._number("<u8")
     found = {}
     alignment = 32
-    # A name's length, a type and one byte are the least.
+    # A value takes at least a name's length, a type and one byte.
     self._check(fields * 13)
     for _ in range(fields):
       name, kind = self._name(), self._number("<u4")
@@ -118,7 +119,7 @@ class _Cursor:
         # A power of two has one bit.
         if kind != _UINT32 or alignment.bit_count() != 1:
           raise ValueError(f"{name} is {alignment!r}; want a power of two")
-    # A name's length, a number of axes, a type and a place are the least.
+    # A tensor takes at least a name's length, number of axes, type and offset.
     self._check(tensors * 24)
     infos = [self._tensor() for _ in range(tensors)]
     start = -(-self._at // alignment) * alignment
@@ -164,11 +165,11 @@ class _Cursor:
       return self._number(_number_type(kind))
     kind, length = self._pair()
     if kind == _TEXT:
-      # Each has a length at least.
+      # Each text has at least a length.
       self._check(length * 8)
       return [self._text() for _ in range(length)]
     if kind == _ARRAY:
-      # A type and a length each, at least.
+      # Each array has at least a type and a length.
       self._check(length * 12)
       return [self._value(_ARRAY) for _ in range(length)]
     return self._numbers(_number_type(kind), length)
@@ -177,7 +178,7 @@ class _Cursor:
     return self._text().decode()
 
   def _text(self) -> bytes:
-    # A vocabulary asks a hundred thousand times.
+    # Written for speed: a vocabulary needs a hundred thousand calls.
     at = self._at
     if at + 8 > len(self._data):
       self._check(8)

@@ -1,8 +1,10 @@
-"""Adapters in PEFT's folders: stacked into a bank, and written.
+"""Loads PEFT adapter folders into a bank, and writes experts as such folders.
 
-A folder holds adapter_config.json and adapter_model.safetensors. Folders are
-foreign: nothing in them is trusted, and a tensor that has no place, or a place
-that has no tensor, is an error.
+  adapters = load_adapters(["adapters/gsm8k", "adapters/squad"])
+  save_adapter(adapters, "gsm8k", "adapters/copy")
+
+A folder holds adapter_config.json and adapter_model.safetensors. Nothing in it
+is trusted: an unexpected tensor and a missing one are errors.
 """
 
 from __future__ import annotations
@@ -37,21 +39,21 @@ def load_adapters(
 ) -> Adapters:
   """Reads PEFT LoRA folders into one bank, in the decoding layout.
 
-  Ranks that differ are padded with zero rows to the largest of that map. A map
+  Smaller ranks are padded with zero rows to the largest rank of the map. A map
   that only some experts adapt is zero for the others.
 
   Args:
-    folders: one an expert, each with adapter_config.json and
+    folders: one folder per expert, each with adapter_config.json and
       adapter_model.safetensors.
-    names: of the experts; the folders' names by default.
+    names: the experts' names; the folders' names by default.
 
   Returns:
     `Adapters`, a float32[E, R, in], b float32[E, R, out], scaling float32[E].
 
   Raises:
-    InputError: a folder or file is missing or damaged, a config field asks for
-      what is not done here, tensors and config disagree, experts of different
-      bases, or two experts of one name.
+    InputError: a folder or file is missing or damaged, a config field is not
+      supported, tensors and config disagree, or experts have different bases
+      or the same name.
   """
   if isinstance(folders, (str, Path)):
     raise InputError(f"adapters: {str(folders)!r} is one folder; want a list")
@@ -73,14 +75,14 @@ def load_adapters(
 def stack_adapters(
   adapters: Sequence[StoredAdapter], names: Sequence[str]
 ) -> Adapters:
-  """Stacks adapters that were read into one bank, as `load_adapters` does.
+  """Stacks adapters in memory into one bank, as `load_adapters` does.
 
   Args:
-    adapters: E of them.
-    names: of the experts.
+    adapters: E adapters.
+    names: the experts' names.
 
   Raises:
-    InputError: two that adapt the same map were made for different [in, out].
+    InputError: two adapters of one map have different [in, out].
   """
   experts = [adapter.maps for adapter in adapters]
   depth = 1 + max(layer for expert in experts for layer, _ in expert)
@@ -101,21 +103,20 @@ def save_adapter(
   folder: str | Path,
   base_name: str = "",
 ) -> None:
-  """Writes one expert as a PEFT folder, all of it or nothing.
+  """Writes one expert as a PEFT folder, atomically.
 
-  Rows that only pad a rank, and maps that are all zero, are not written.
-  An adapter that is there already is replaced; other files beside it stay.
+  Rows that pad a rank, and maps that are all zero, are not written. An adapter
+  in the folder is replaced; other files in it stay.
 
   Args:
-    adapters: the bank.
-    expert: the expert's name or place.
-    folder: where to, made if need be.
-    base_name: the base's path or hub id, where PEFT looks for the base when it
-      is asked for both.
+    adapters: the bank's adapters.
+    expert: the expert's name or index.
+    folder: the folder to write; made if need be.
+    base_name: the base's path or hub id, from which PEFT can load the base.
 
   Raises:
-    InputError: there is no such expert, all of it is zero, or the folder holds
-      something else.
+    InputError: there is no such expert, all its maps are zero, or the folder
+      holds something else.
 
   Example:
     >>> from tokenlora_jax import load_base, random_adapters
@@ -138,8 +139,8 @@ def expert_maps(
   """Returns one expert's maps by layer and projection, without padding.
 
   Args:
-    adapters: the bank.
-    expert: the expert's name or place.
+    adapters: the bank's adapters.
+    expert: the expert's name or index.
   """
   index = adapters.index(expert)
   maps = {}
@@ -181,12 +182,12 @@ def write_adapter(
   """Writes the maps of one adapter as a PEFT folder, as `save_adapter` does.
 
   Args:
-    folder: where to, made if need be.
-    maps: by layer and projection, at least one.
+    folder: the folder to write; made if need be.
+    maps: at least one map, by layer and projection.
     base_name: the base's path or hub id.
 
   Raises:
-    InputError: a map that is not finite, or the folder holds something else.
+    InputError: a map is not finite, or the folder holds something else.
   """
   folder = Path(folder).resolve()
   _check_replaceable(folder)
@@ -204,7 +205,7 @@ def write_adapter(
 def _stack(
   place: str, maps: Sequence[Factors | None], names: Sequence[str]
 ) -> Lora:
-  """Stacks one map of all experts; `None` is an expert that lacks it."""
+  """Stacks one map of all experts; `None` is an expert without it."""
   there = {
     i: lora_map for i, lora_map in enumerate(maps) if lora_map is not None
   }
@@ -243,7 +244,7 @@ def _check_replaceable(folder: Path) -> None:
 def _replace_folder(
   folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
 ) -> None:
-  """Makes the folder beside its place, then renames it into it."""
+  """Writes a temporary folder beside the target, then renames it."""
   from safetensors.numpy import save_file
 
   folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,7 @@
-"""What a PEFT adapter_config.json asks for.
+"""Reads and writes PEFT's adapter_config.json, and reads mlx-lm's.
 
-With peft.py the only file that knows PEFT's names. Every field is obeyed, known
-to say nothing about the map from inputs to outputs, or an error: a field that
-is skipped is an adapter that is silently another one.
+Every field is used, is known not to change the map from inputs to outputs, or
+raises an error: skipping a field could silently load another adapter.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ _IGNORED = frozenset([
   "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
   "qalora_group_size", "revision", "runtime_config", "task_type",
 ])  # fmt: skip
-# What a field that is neither obeyed nor ignored may hold.
+# Values that an unsupported field may have.
 _EMPTY = (None, False, "none", [], {})
 
-# First weights that leave the base as it is. The others (pissa, olora, corda,
-# loftq, ...) subtract from it what the adapter then adds.
+# Initialisations that leave the base unchanged. The others (pissa, olora,
+# corda, loftq, ...) subtract the initial adapter from the base.
 _INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def _pattern_regex(key: str) -> re.Pattern:
-  """How a key of rank_pattern or alpha_pattern is matched to a module."""
+  """Returns the regex with which rank_pattern or alpha_pattern match modules."""
   return re.compile(rf"(.*\.)?({key})$")
 
 
 def _layer_regex(pattern: str) -> re.Pattern:
-  """How layers_pattern finds a module's layer number."""
+  """Returns the regex with which layers_pattern finds a layer's number."""
   return re.compile(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.")
 
 
@@ -60,7 +59,7 @@ def _is_rank(x) -> bool:
 
 
 def _is_alpha(x) -> bool:
-  # The comparison is false for NaN too.
+  # This comparison is false for NaN.
   return (_is_int(x) or isinstance(x, float)) and abs(x) <= 1e9
 
 
@@ -91,7 +90,7 @@ def _is_pattern(is_value):
   )
 
 
-# Whether a field's value is obeyed, and what is.
+# Field -> (whether a value is supported, the supported values in words).
 _CHECKS = {
   "peft_type": (lambda x: x == "LORA", "LORA"),
   "r": (_is_rank, "a whole number of at least 1"),
@@ -116,7 +115,7 @@ _CHECKS = {
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-  """The fields that are obeyed, under PEFT's own names and defaults."""
+  """The supported fields, under PEFT's own names and with its defaults."""
 
   peft_type: str = ""
   r: int = 8
@@ -129,7 +128,7 @@ class PeftConfig:
   layers_to_transform: int | list[int] | None = None
   layers_pattern: str | list[str] = ""
   init_lora_weights: bool | str = True
-  # Not obeyed: whoever adds an adapter to a bank compares it.
+  # Does not change the adapter; `add_expert` compares it with the bank's base.
   base_model_name_or_path: str = ""
 
   @classmethod
@@ -137,8 +136,8 @@ class PeftConfig:
     """Reads and checks an adapter_config.json.
 
     Raises:
-      InputError: it is no JSON object, or a field has a value that is not
-        obeyed here.
+      InputError: the file is not a JSON object, or a field's value is not
+        supported.
     """
     given = _read_object(path)
 
@@ -146,7 +145,7 @@ class PeftConfig:
       value = repr(given.get(name))[:200]
       raise InputError(f"{path}: {name}: {value} is not allowed; want {wanted}")
 
-    # As in PEFT, null is the default.
+    # As in PEFT, null means the default.
     config = cls(**{
       name: given[name] for name in _CHECKS if given.get(name) is not None
     })  # fmt: skip
@@ -162,10 +161,10 @@ class PeftConfig:
     return config
 
   def is_target(self, path: str) -> bool:
-    """Whether the linear map of a layer is adapted.
+    """Returns whether a linear map is adapted.
 
     Args:
-      path: the module's, "model.layers.0.self_attn.q_proj".
+      path: the module's path, such as "model.layers.0.self_attn.q_proj".
     """
 
     def is_among(modules):
@@ -203,16 +202,16 @@ class PeftConfig:
 
 
 def read_mlx(path: Path, modules: Collection[str]) -> PeftConfig:
-  """Returns what mlx-lm's adapter_config.json asks for, in PEFT's words.
+  """Reads mlx-lm's adapter_config.json as a `PeftConfig`.
 
-  Its `scale` is PEFT's alpha / r. Which maps are adapted only the tensors say.
+  Its `scale` is PEFT's alpha / r. The adapted maps follow from the tensors.
 
   Args:
     path: the file.
-    modules: the paths of the maps that there are tensors of.
+    modules: paths of the maps that have tensors.
 
   Raises:
-    InputError: it is no JSON object, or asks for something else than LoRA.
+    InputError: the file is not a JSON object, or its type is not LoRA.
   """
   given = _read_object(path)
   kind = given.get("fine_tune_type", "lora")
@@ -224,7 +223,7 @@ def read_mlx(path: Path, modules: Collection[str]) -> PeftConfig:
   for name, fine in (
     ("rank", _is_rank(rank)),
     ("scale", _is_alpha(scale)),
-    # Early versions multiplied by alpha / rank as well.
+    # Early versions also multiplied by alpha / rank.
     ("alpha", about.get("alpha") is None),
   ):
     if not fine:
@@ -259,15 +258,15 @@ def _read_object(path: Path) -> dict[str, Any]:
 def describe(
   modules: Mapping[str, tuple[int, float]], base_name: str
 ) -> dict[str, Any]:
-  """Returns the adapter_config.json of exactly these modules.
+  """Returns the adapter_config.json for exactly these modules.
 
   Args:
     modules: each module's path, R and scaling.
     base_name: the base's path or hub id; may be empty.
   """
   ranks = {path: rank for path, (rank, _) in modules.items()}
-  # A float32 scaling times a rank is exact in float64, so that alpha / r gives
-  # it back bit for bit.
+  # A float32 scaling times a rank is exact in float64, so alpha / r returns the
+  # scaling bit for bit.
   alphas = {
     path: int(alpha) if (alpha := scaling * rank).is_integer() else alpha
     for path, (rank, scaling) in modules.items()
@@ -295,12 +294,12 @@ def _common_and_others(values: Mapping[str, Any]):
 
 
 def _targets(modules: Mapping[str, Any]) -> dict[str, Any]:
-  """Short names and layer numbers, if they say it; else the whole paths."""
+  """Returns short names and layer numbers if those suffice, else paths."""
   places = [path.split(".") for path in modules]
   layers = sorted({int(place[2]) for place in places})
   names = sorted({place[-1] for place in places})
   if len(layers) * len(names) == len(places):
-    # The layers are listed even when they are all of the base's, which is not
-    # known here: without the list PEFT would adapt any others with fresh maps.
+    # The layers are always listed, since the base's number of layers is unknown
+    # here: without a list PEFT would add new maps to any other layers.
     return {"target_modules": names, "layers_to_transform": layers}
   return {"target_modules": sorted(modules)}

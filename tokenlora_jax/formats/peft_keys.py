@@ -1,4 +1,4 @@
-"""Which map a tensor of an adapter belongs to, by any name it is saved under."""
+"""Parses names of adapter tensors: PEFT's, mlx-lm's and those of wrappers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import re
 from typing import NamedTuple
 
-# Our linear maps and the modules inside a layer.
+# Our linear maps -> the modules inside a layer.
 MODULES = {
   "q": "self_attn.q_proj",
   "k": "self_attn.k_proj",
@@ -18,30 +18,30 @@ MODULES = {
 }
 _PROJECTION_OF = {module: name for name, module in MODULES.items()}
 
-# What torch.compile, FSDP, activation checkpointing and DDP put into a path.
+# Parts of a path from torch.compile, FSDP, activation checkpointing and DDP.
 _WRAPPERS = re.compile(
   r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|^module\."
 )
 # PEFT's own prefix may be missing, and so may the `model.` of a causal LM: an
-# adapter trained on AutoModel has none. PEFT leaves out the adapter's name, but
-# a state_dict has it. Layer numbers have at most three digits, so that a
-# made-up one cannot make the bank endlessly deep.
+# adapter trained on AutoModel has none. PEFT's files omit the adapter's name, a
+# state_dict has it. Layer numbers have at most three digits, so that a forged
+# one cannot allocate a huge bank.
 _KEY = re.compile(
   r"(?:base_model\.model\.)?(model\.)?layers\.(0|[1-9][0-9]{0,2})"
   rf"\.({'|'.join(map(re.escape, _PROJECTION_OF))})"
   r"\.(?:lora_(A|B)(?:\.(\w+))?\.weight|lora_(a|b))"
 )
-# How many tensors an error names for one reason.
+# The most tensors that an error names for one reason.
 _SHOWN = 8
 
 
 class Place(NamedTuple):
-  """The map, and the half of it, that a tensor is.
+  """The map that an adapter's tensor belongs to, and its half, A or B.
 
   Attributes:
-    root: of the layers' paths, `model.` or "".
-    layer: its number.
-    projection: by our name.
+    root: start of the layers' paths, `model.` or "".
+    layer: the layer's number.
+    projection: our name of the linear map.
     half: A or B.
     adapter: the adapter's name, or "".
     is_mlx: whether the name is mlx-lm's, which stores both halves transposed.
@@ -56,10 +56,10 @@ class Place(NamedTuple):
 
 
 def parse_key(key: str) -> Place | None:
-  """Returns what a tensor's name says, or None if it is no map of a layer.
+  """Parses a tensor's name; returns None if it is not a map of a layer.
 
   Args:
-    key: its name in the file.
+    key: the tensor's name in the file.
 
   Example:
     >>> parse_key("_orig_mod.model.layers.3.mlp.up_proj.lora_A.default.weight")
@@ -82,7 +82,7 @@ def parse_key(key: str) -> Place | None:
 
 
 def why_unknown(key: str) -> str:
-  """Returns the reason why a tensor's name is not understood."""
+  """Returns the reason why a tensor's name cannot be parsed."""
   if "language_model." in key:
     return (
       "is of the language model inside a multimodal one; if the base is that"
@@ -92,10 +92,10 @@ def why_unknown(key: str) -> str:
 
 
 def tell(problems: Mapping[str, Sequence[str]]) -> str:
-  """Joins what is wrong: each reason once, after the names it is true of.
+  """Joins problems into one line: each reason once, after its tensors' names.
 
   Args:
-    problems: names by reason, which begins with a verb.
+    problems: names by reason; a reason begins with a verb.
 
   Example:
     >>> tell({"is missing": ["a", "b"], "is empty": ["c"]})

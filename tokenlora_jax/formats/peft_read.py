@@ -1,4 +1,4 @@
-"""Reads one adapter from its folder: PEFT's, or mlx-lm's."""
+"""Reads one adapter from a folder of PEFT or mlx-lm."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MLX_WEIGHTS = "adapters.safetensors"
 
 LORA_KEY = "base_model.model.{}.lora_{}.weight"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# Why, most often, a tensor has no numbers.
+# The most frequent reason for an empty tensor.
 _EMPTY = (
   "is empty, as DeepSpeed ZeRO-3 leaves a tensor that it did not gather; save"
   " with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py"
@@ -40,7 +40,7 @@ _EMPTY = (
 
 
 class Factors(NamedTuple):
-  """One expert's adapter of one linear map, x -> scaling (x a^T) b.
+  """One expert's adapter of one linear map: adds scaling (x a^T) b.
 
   Attributes:
     a: float32[R, in].
@@ -54,11 +54,11 @@ class Factors(NamedTuple):
 
 
 class StoredAdapter(NamedTuple):
-  """An adapter as it was read.
+  """One adapter, read from a folder.
 
   Attributes:
-    base: the path or hub id of the base that its config names, or "".
-    maps: by layer and projection.
+    base: the path or hub id of the base in its config, or "".
+    maps: its maps, by layer and projection.
   """
 
   base: str
@@ -68,13 +68,13 @@ class StoredAdapter(NamedTuple):
 def adapter_shapes(
   folder: str | Path,
 ) -> dict[tuple[int, str], tuple[int, int]]:
-  """Returns [in, out] of an adapter's maps from its file's header alone.
+  """Returns [in, out] of an adapter's maps; reads only the file's header.
 
   Args:
     folder: a PEFT folder.
 
   Raises:
-    InputError: there is no such folder or file, or it is damaged.
+    InputError: the folder or file is missing or damaged.
   """
   sizes: dict[tuple[int, str], dict[str, int]] = {}
   with open_tensors(_file(Path(folder), WEIGHTS)) as file:
@@ -92,14 +92,14 @@ def adapter_shapes(
 
 
 def read_adapter(folder: str | Path) -> StoredAdapter:
-  """Reads one adapter: PEFT's folder, or mlx-lm's.
+  """Reads one adapter from a folder of PEFT or mlx-lm.
 
-  The names that wrappers (torch.compile, FSDP), a state_dict or AutoModel give
-  to its tensors are understood as well.
+  Tensor names may also be those of wrappers (torch.compile, FSDP), a state_dict
+  or AutoModel.
 
   Args:
-    folder: with adapter_config.json and adapter_model.safetensors, or mlx-lm's
-      adapters.safetensors.
+    folder: a folder with adapter_config.json and adapter_model.safetensors, or
+      mlx-lm's adapters.safetensors.
 
   Raises:
     InputError: as in `load_adapters`.
@@ -145,7 +145,7 @@ def _read_halves(
   config: PeftConfig,
   problems: Mapping[str, list[str]],
 ) -> dict[tuple[int, str], dict[str, np.ndarray]]:
-  """Returns {"A": [R, in], "B": [out, R]} of each map, and what is wrong."""
+  """Returns {"A": [R, in], "B": [out, R]} of each map; adds to `problems`."""
   halves: dict[tuple[int, str], dict[str, np.ndarray]] = {}
   for key, place in places.items():
     stored = file.get_slice(key)
@@ -165,7 +165,7 @@ def _read_halves(
     else:
       tensor = np.asarray(file.get_tensor(key), np.float32)
       if not is_finite(tensor):
-        # Even under a gate of 0: 0 x NaN is NaN.
+        # An error even if its gate is 0, since 0 x NaN is NaN.
         problems["holds NaN or infinity, which spoils every mixture"].append(
           key
         )
@@ -180,7 +180,7 @@ def _read_maps(
   config: PeftConfig,
   problems: Mapping[str, list[str]],
 ) -> dict[tuple[int, str], Factors]:
-  """Returns the maps that config and tensors agree on, and what is wrong."""
+  """Returns the maps on which config and tensors agree; adds to `problems`."""
   maps = {}
   told = {name for names in problems.values() for name in names}
   depth = 1 + max((layer for layer, _ in halves), default=-1)
@@ -207,7 +207,7 @@ def _read_maps(
 
 
 def _file(folder: Path, name: str) -> Path:
-  """Returns the path of a folder's file, or says what is there instead."""
+  """Returns the path of a folder's file, or raises `InputError`."""
   if not folder.is_dir():
     parent = folder.parent
     beside = [p.name for p in parent.iterdir()] if parent.is_dir() else []

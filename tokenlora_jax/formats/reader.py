@@ -1,6 +1,6 @@
-"""What readers of foreign bases share: our names, all checks, one interface.
+"""The interface, parameter names and checks that all readers of bases share.
 
-Our matmul kernels are [in, out]; every format here stores them [out, in].
+Our kernels are [in, out]; every format here stores them as [out, in].
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ from tokenlora_jax.config import InputError, nearest
 from tokenlora_jax.formats.tensors import is_finite
 from tokenlora_jax.model.config import LlamaConfig
 
-# How many names an error shows before it counts the rest.
+# The most names that an error shows; it counts the rest.
 _SHOWN = 8
-# Bytes of each end of a tensor that a fingerprint of version 1 reads.
+# Bytes that a fingerprint of version 1 reads at each end of a tensor.
 END = 4096
-# Numbers of each end that one of version 2 reads; one row where that is more.
+# Numbers that version 2 reads at each end; at least one row.
 _SAMPLE = 1024
-# What to do where the head is missing, or has another shape.
+# Remedies for a head that is missing, or has another shape.
 _HEAD_HINTS = (
   " (where the embedding is the head, the config must say"
   ' "tie_word_embeddings": true)',
   " (the head must have the embedding's rows: cut or pad it to the config's"
   " vocabulary)",
 )
-# Bytes of a tensor that are in hand at once while an array is filled.
+# Bytes of a tensor that are read at once while an array is filled.
 PIECE = 4 << 20
 
 
 class Stored(NamedTuple):
-  """A tensor in a file: its shape as stored, and its type by the format's name."""
+  """A tensor's stored shape, and its dtype by the format's own name."""
 
   shape: tuple[int, ...]
   dtype: str
 
 
 class BaseReader(abc.ABC):
-  """A base in a foreign file, read tensor by tensor under our names.
+  """Reads a base from a file, tensor by tensor, under our names.
 
-  Names are `embedding` [V, D], `norm` [D], `head` [D, V] (absent when tied) and,
-  for every layer i, `layers.i.attention_norm` [D], `layers.i.mlp_norm` [D],
-  `layers.i.P.kernel` [in, out] and `layers.i.P.bias` [out] where the config has
-  one, with P of q, k, v, o, gate, up, down. Rows of q and k are in the order of
-  Hugging Face's rotary embedding, which rotates halves.
+  Names are `embedding` [V, D], `norm` [D], `head` [D, V] (absent if tied) and,
+  for each layer i, `layers.i.attention_norm` [D], `layers.i.mlp_norm` [D],
+  `layers.i.P.kernel` [in, out] and, if the config has it, `layers.i.P.bias`
+  [out], with P of q, k, v, o, gate, up, down. Rows of q and k are in the order
+  of Hugging Face's rotary embedding, which rotates halves.
 
   Attributes:
     config: the shape of the Llama.
@@ -68,21 +68,21 @@ class BaseReader(abc.ABC):
     readable: Collection[str],
     ignore: Callable[[str], object],
   ):
-    """Checks that the stored tensors are those of the config.
+    """Checks the stored tensors against the config.
 
     Args:
       where: the file or folder, for errors.
       config: the shape of the Llama.
-      modules: the format's module of each of ours; {} is the layer's number.
-      stored: the tensors that the file has.
-      readable: the stored types that can be read.
-      ignore: whether a tensor that has no place here does no harm.
+      modules: our module names -> the format's; {} is the layer's number.
+      stored: the file's tensors.
+      readable: the stored dtypes that can be read.
+      ignore: whether an unexpected tensor is harmless.
 
     Raises:
-      InputError: naming, all at once, what is missing, has no place, or has
-        another shape or type than it should.
+      InputError: tensors are missing, unexpected, or of a wrong shape or dtype;
+        names all of them at once.
     """
-    # Also keeps a made-up number of layers from being counted through.
+    # Also refuses a forged, huge number of layers before the loop over them.
     if config.layers > len(stored):
       raise InputError(
         f"{where}: the config has {config.layers} layers, but there are only"
@@ -123,20 +123,20 @@ class BaseReader(abc.ABC):
     return frozenset(self._shapes)
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """Returns the shape of a parameter in our layout."""
+    """Returns a parameter's shape in our layout."""
     return self._shapes[name]
 
   def read(
     self, name: str, index: tuple[slice, ...] | None = None
   ) -> np.ndarray:
-    """Reads one parameter, or the part of it that `index` takes.
+    """Reads one parameter, or the part of it at `index`.
 
     Args:
       name: our name.
       index: one slice a dimension, without steps; everything by default.
 
     Returns:
-      The values, in the type they are stored in (float32 where quantised).
+      The values, in their stored dtype (float32 if quantised).
 
     Raises:
       ValueError: `index` has a step, or not one slice a dimension.
@@ -155,17 +155,17 @@ class BaseReader(abc.ABC):
   def fill(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
     """Reads part of a parameter into an array, a few rows at a time.
 
-    So nothing else of the part's size exists on the way.
+    So no second array of the part's size is needed.
 
     Args:
-      out: written over; of the part's shape and any float type.
+      out: the array to fill, with the part's shape and any float dtype.
       name: our name.
-      index: one slice a dimension, with both ends.
+      index: one slice per dimension, with both ends.
 
     Raises:
-      InputError: a value is NaN or infinite, in `out`'s type.
+      InputError: a value is NaN or infinite in `out`'s dtype.
     """
-    # The axis along which a file has whole rows.
+    # The axis along which the file stores whole rows.
     axis = out.ndim - 1 if _is_transposed(name) else 0
     length, start = out.shape[axis], index[axis].start
     rows = max(1, PIECE * length // out.nbytes)
@@ -176,7 +176,7 @@ class BaseReader(abc.ABC):
       target[axis] = slice(at, stop)
       piece = out[tuple(target)]
       piece[...] = self.read(name, tuple(source))
-      # While it is in the processor's cache.
+      # Checked now, while the piece is in the processor's cache.
       if not is_finite(piece):
         key = self._keys[name]
         raise InputError(
@@ -186,16 +186,16 @@ class BaseReader(abc.ABC):
         )
 
   def fingerprint(self) -> str:
-    """Returns a SHA-256, in hex, that tells bases apart at little cost.
+    """Returns a SHA-256, in hex, of the config and of parts of all tensors.
 
-    It covers the config, but for the longest text, and of every tensor its
-    name, its shape and its first and last output rows (about 1,000 numbers
-    each): a change in the middle of a tensor alone goes unseen. Numbers count
-    as bfloat16, and those below 2^-16 as 0: so a base of bfloat16 and its
-    copies in float32 and float16 have one fingerprint (what is above 65,504
-    overflows in float16), and so have one of float32 and its copy in bfloat16.
+    It covers the config except `max_length`, and each tensor's name, shape and
+    first and last output rows (about 1,000 numbers each): it misses a change in
+    the middle of a tensor. Numbers are rounded to bfloat16, and to 0 below
+    2^-16. So a bfloat16 base and its copies in float32 and float16 have the
+    same fingerprint (but numbers above 65,504 overflow in float16), as have a
+    float32 base and its copy in bfloat16.
     """
-    # A field that comes later, None where a base has none of it, changes none.
+    # Fields that are None are left out, so that a later field changes nothing.
     about = {
       name: value
       for name, value in dataclasses.asdict(self.config).items()
@@ -214,13 +214,13 @@ class BaseReader(abc.ABC):
     return digest.hexdigest()
 
   def fingerprint_1(self) -> str:
-    """Returns the fingerprint that banks of earlier versions hold.
+    """Returns the fingerprint in banks of earlier versions.
 
-    It covers all of the config, the stored types and the stored bytes at both
-    ends of each tensor.
+    It covers the whole config, and the stored dtype and the stored bytes at
+    both ends of each tensor.
     """
     about = dataclasses.asdict(self.config)
-    # Came later: no base of that time had any.
+    # Fingerprints of version 1 are older than this field.
     del about["sliding_window"]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, key in sorted(self._keys.items()):
@@ -231,32 +231,32 @@ class BaseReader(abc.ABC):
     return digest.hexdigest()
 
   def _file(self, key: str) -> str:
-    """The file that a tensor is in, for errors."""
+    """Returns the file of a tensor, for errors."""
     del key
     return self._where
 
   @abc.abstractmethod
   def _read(self, key: str, index: tuple[slice, ...]) -> np.ndarray:
-    """Reads part of a tensor as it is stored; every slice has both ends."""
+    """Reads part of a tensor as stored; every slice has both ends."""
 
   @abc.abstractmethod
   def _ends(self, key: str) -> tuple[bytes, bytes]:
-    """The first and the last stored bytes of a tensor, about `END` of each."""
+    """Returns the first and the last stored bytes of a tensor, about `END`."""
 
 
 def _coarse(values: np.ndarray) -> bytes:
-  """Returns bytes that are alike in every precision; see `fingerprint`."""
+  """Returns bytes that are equal for every precision; see `fingerprint`."""
   # A number too large for bfloat16 is refused when it is read, not here.
   with np.errstate(over="ignore", invalid="ignore"):
     rounded = np.asarray(values, np.float32).astype(ml_dtypes.bfloat16)
   rounded = rounded.astype(np.float32)
-  # Float16 has no more digits there. Zeros have one sign.
+  # Below 2^-16 float16 loses digits, so those become 0; all zeros become +0.
   rounded[np.abs(rounded) < 2**-16] = 0
   return rounded.astype("<f4", order="C").tobytes()
 
 
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-  """Returns the shape of every parameter by our names.
+  """Returns the shapes of all parameters, by our names.
 
   Args:
     config: the shape of the Llama.
@@ -290,7 +290,7 @@ def _is_transposed(name: str) -> bool:
 
 
 def _key(name: str, modules: Mapping[str, str]) -> str:
-  """Our parameter's name in the file: layers.0.q.bias -> blk.0.attn_q.bias."""
+  """Returns a name in the file: layers.0.q.bias -> blk.0.attn_q.bias."""
   leaf = "bias" if name.endswith(".bias") else "weight"
   _, layer, module, *_ = (
     name.split(".") if name.startswith("layers.") else ("", "", name)
@@ -305,17 +305,17 @@ def part_of_file(
   shape: tuple[int, ...],
   index: Any = slice(None),
 ) -> np.ndarray:
-  """Reads part of an array that lies in a file, and nothing else of it.
+  """Reads part of an array in a file, and no other bytes.
 
-  The file is mapped for as long as that takes: pages of a map that stays count
-  as the process's memory.
+  The file is mapped only meanwhile: pages of an open map count as the process's
+  memory.
 
   Args:
     path: the file.
-    dtype: of the array.
-    offset: of its first byte.
-    shape: of the whole array.
-    index: what part.
+    dtype: the array's dtype.
+    offset: the offset of its first byte.
+    shape: the shape of the whole array.
+    index: the part to read.
   """
   # Given a path, NumPy looks at each folder above it.
   with open(os.fspath(path), "rb") as file:
@@ -323,7 +323,7 @@ def part_of_file(
 
 
 def shorten(items: Collection[str]) -> str:
-  """Joins what is wrong into one line, and counts what is too much for it.
+  """Joins items into one line; shows the first ones and counts the rest.
 
   Example:
     >>> shorten([*"abcdefghij"])
@@ -335,15 +335,15 @@ def shorten(items: Collection[str]) -> str:
 
 
 class Fields:
-  """A foreign config, taken apart field by field until nothing is left.
+  """The fields of a foreign config, which a parser takes one by one.
 
-  So that no field is skipped unseen: what nobody takes is an error. A field
-  that is null counts as absent.
+  A field that is left over at the end is an error, so that none is skipped. A
+  field that is null counts as absent.
 
   Args:
     values: the fields.
     where: the file, for errors.
-    prefix: what stands before a field's name in errors.
+    prefix: prefix of the field's name in errors.
   """
 
   def __init__(self, values: Mapping[str, Any], where: str, prefix: str = ""):
@@ -363,12 +363,12 @@ class Fields:
     )
 
   def take(self, name: str, default: Any = None) -> Any:
-    """Takes a field out."""
+    """Takes a field; returns its value, or `default` if it is absent."""
     self._asked.add(name)
     return self._left.pop(name, default)
 
   def integer(self, name: str, default: int | None = None) -> int:
-    """Takes a whole number of at least 1; without a default it must be there."""
+    """Takes a whole number of at least 1; required if it has no default."""
     value = self.take(name, default)
     # A bool is an int in Python.
     if type(value) is not int or value < 1:
@@ -376,9 +376,9 @@ class Fields:
     return value
 
   def real(self, name: str, default: float | None = None) -> float:
-    """Takes a number above 0; without a default it must be there."""
+    """Takes a number above 0; required if it has no default."""
     value = self.take(name, default)
-    # JSON as Python reads it has infinities, NaN and endless integers.
+    # Python's JSON parser accepts infinities, NaN and huge integers.
     if type(value) not in (int, float) or not 0 < value < 1e38:
       raise self.error(name, value, "a number above 0")
     return float(value)
@@ -391,14 +391,14 @@ class Fields:
     return value
 
   def only(self, name: str, *allowed: Any) -> None:
-    """Takes a field that we can only read at the values we calculate with."""
+    """Takes a field of which only some values are supported."""
     value = self.take(name)
     if value is not None and value not in allowed:
       want = " or ".join([*map(_short, allowed)] or ["null"])
       raise self.error(name, value, f"{want}; nothing else is supported")
 
   def finish(self, harmless: Collection[str] = ()) -> None:
-    """Refuses what is left but for the fields that change no calculation."""
+    """Raises `InputError` if fields are left that may change the calculation."""
     left = sorted(self._left.keys() - set(harmless))
     if left:
       told = [
@@ -418,6 +418,6 @@ def _short(value: object) -> str:
 
 
 def one_line(error: Exception) -> str:
-  """Returns a foreign library's message as one line of bearable length."""
+  """Returns a library's error message as one line of at most 200 letters."""
   text = " ".join(str(error).split()) or type(error).__name__
   return text if len(text) <= 200 else f"{text[:197]}..."

@@ -1,4 +1,4 @@
-"""Opens other people's safetensors files, or says what lies in their place."""
+"""Opens safetensors files safely, and checks for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from tokenlora_jax.config import InputError
 
-# How the text file begins that Git LFS leaves where it did not fetch a file.
+# The start of a Git LFS pointer, the text that stands for an unfetched file.
 _POINTER = b"version https://git-lfs"
 
 
@@ -45,12 +45,12 @@ class TensorFile(Protocol):
 
 
 def check_fetched(path: Path) -> None:
-  """Raises `InputError` for a folder or a Git LFS pointer in a file's place.
+  """Raises `InputError` if a path is a folder or a Git LFS pointer.
 
-  A file that is not there is left to its reader.
+  A missing file is no error here; its reader reports it.
 
   Args:
-    path: where a file is expected.
+    path: the path of an expected file.
   """
   if path.is_dir():
     raise InputError(f"{path}: is a folder; want a file")
@@ -75,10 +75,10 @@ def open_tensors(path: Path) -> TensorFile:
     path: the file.
 
   Returns:
-    safetensors' own handle, which reads one tensor at a time.
+    A handle of the library safetensors, which reads one tensor at a time.
 
   Raises:
-    InputError: it is missing, a folder, a Git LFS pointer, or not a whole
+    InputError: the file is missing, a folder, a Git LFS pointer, or not a whole
       safetensors file.
   """
   import safetensors
@@ -93,13 +93,13 @@ def open_tensors(path: Path) -> TensorFile:
 
 
 def is_finite(values: np.ndarray) -> bool:
-  """Returns whether no value is infinite or NaN.
+  """Returns whether all values are finite.
 
-  Works on the bits: a value is neither unless all its exponent bits are set,
-  and integers are compared several times as fast as bfloat16 is.
+  Compares the bits as integers, several times as fast as comparing bfloat16: a
+  value is infinite or NaN only if all its exponent bits are set.
 
   Args:
-    values: of any shape and any IEEE float type or bfloat16.
+    values: an array of any shape, of any IEEE float dtype or bfloat16.
 
   Example:
     >>> is_finite(np.array([1.0, -2.0])), is_finite(np.array([0.0, np.nan]))

@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a base, from the same path as the base."""
+"""Loads the tokenizer of a base, from the base's path."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
   from tokenizers import Tokenizer
   from transformers import PreTrainedTokenizerFast
 
-# Kinds of token, alike in GGUF and SentencePiece.
+# Kinds of token, with the same numbers in GGUF and SentencePiece.
 _NORMAL, _UNKNOWN, _CONTROL, _USER = 1, 2, 3, 4
 
-# How byte-level vocabularies first cut text, by GGUF's tokenizer.ggml.pre; None
-# is GPT-2's way. "default" is not here: it says that whoever wrote the file did
-# not know. SmolLM2 was trained with digits cut off as well, which tells
-# only after two spaces or more; we cut as transformers does for the same file.
+# Regex that first splits text for byte-level vocabularies, by GGUF's
+# tokenizer.ggml.pre; None is GPT-2's. "default" is missing: the file's writer
+# did not know. SmolLM2 was trained with digits split off too, which matters only
+# after two spaces or more; we split as transformers does for the same file.
 _WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,7 +39,7 @@ _CUTS = {
   "qwen2": _WORDS % "",
 }
 
-# `random:` bases read bytes: byte b is token b + 4.
+# `random:` bases have byte tokens: byte b is token b + 4.
 _BYTE_SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
@@ -47,14 +47,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
   """Loads the tokenizer of a base.
 
   Args:
-    path: what `load_base` takes: a Hugging Face folder, a .gguf file, a hub id,
-      `package:NAME`, or `random:PRESET` (bytes, with BOS at the front).
+    path: as for `load_base`: a Hugging Face folder, a .gguf file, a hub id,
+      `package:NAME`, or `random:PRESET` (bytes, with BOS at the start).
 
   Returns:
     A fast tokenizer of transformers; its repository's own code is never run.
 
   Raises:
-    InputError: there is no tokenizer at the path, or it cannot be read exactly.
+    InputError: the path has no tokenizer, or we cannot reproduce it exactly.
 
   Example:
     >>> tokenizer = load_tokenizer("random:tiny")
@@ -113,14 +113,14 @@ def _import() -> None:
 
 @contextlib.contextmanager
 def _as_input_error(where: str) -> Iterator[None]:
-  """Silences the libraries' advice and tells what fails in one line."""
+  """Silences the libraries' advice; turns their errors into `InputError`s."""
   before = logging.root.manager.disable
   logging.disable(logging.ERROR)
   try:
     yield
   except InputError:
     raise
-  # The tokenizers library raises a bare Exception for what it cannot read.
+  # The tokenizers library raises a bare Exception for files it cannot read.
   except Exception as error:
     raise InputError(
       f"{where}: its tokenizer cannot be read ({one_line(error)})"
@@ -199,7 +199,7 @@ def _from_tokenizer_json(folder: Path) -> PreTrainedTokenizerFast:
 def _from_gguf(
   path: Path,
 ) -> tuple[PreTrainedTokenizerFast, tuple[int, ...]]:
-  """Builds a tokenizer from metadata: transformers' own way needs torch."""
+  """Builds a tokenizer from metadata; transformers' own loader needs torch."""
   file = open_gguf(path)
 
   def get(name, default=None):
@@ -228,7 +228,7 @@ def _from_gguf(
     check_choice(f"{path}: tokenizer.ggml.pre", cut, tuple(_CUTS))
     merges = [tuple(m.split(" ")) for m in get("ggml.merges", [])]
     tokenizer = _byte_level(tokens, merges, cut)
-    # llama.cpp's default, where the file says nothing.
+    # llama.cpp's default if the file has no value.
     has_bos = cut == "llama-bpe"
   elif model == "llama":
     tokenizer = _sentencepiece(
@@ -276,7 +276,7 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
   ]  # fmt: skip
   scores = [model.get_score(i) for i in ids]
   tokenizer = _sentencepiece(tokens, scores, kinds, add_space=True)
-  # Other algorithms and normal forms than Llama's would give other tokens.
+  # Algorithms and normal forms other than Llama's would give other tokens.
   probe = "\ufb01 \uff21  \xe9\t" + "".join(tokens).replace("▁", " ")
   if tokenizer.encode(probe).ids != model.encode(probe):
     raise InputError(f"{path}: want BPE without normal forms, as in Llama")
@@ -326,7 +326,7 @@ def _add_listed(
 def _byte_level(
   tokens: Sequence[str], merges: Sequence[tuple[str, ...]], cut: str
 ) -> Tokenizer:
-  """GPT-2's: text is cut by a regex, and its bytes are merged by rank."""
+  """Returns a tokenizer like GPT-2's: regex split, bytes merged by rank."""
   from tokenizers import (
     Regex,
     Tokenizer,
@@ -337,7 +337,7 @@ def _byte_level(
   )
 
   vocab = {token: i for i, token in enumerate(tokens)}
-  # Llama-3 takes a whole word that is a token before it merges.
+  # Llama-3 looks a whole word up in the vocabulary before it merges bytes.
   whole = cut == "llama-bpe"
   tokenizer = Tokenizer(
     models.BPE(vocab=vocab, merges=merges, ignore_merges=whole)
@@ -363,7 +363,7 @@ def _sentencepiece(
   kinds: Sequence[int],
   add_space: bool,
 ) -> Tokenizer:
-  """Llama's: characters are merged into the token of the highest score."""
+  """Returns a tokenizer like Llama's: merges characters by highest score."""
   from tokenizers import Tokenizer, decoders, models, normalizers
 
   vocab = {token: i for i, token in enumerate(tokens)}
@@ -399,9 +399,9 @@ def _sentencepiece(
 
 
 def _bytes_tokenizer() -> PreTrainedTokenizerFast:
-  """All 256 bytes and four special tokens; nothing is merged."""
+  """Returns a tokenizer of 256 bytes and four special tokens, no merges."""
   plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  # How byte-level tokenizers write bytes: as themselves, or from 256 upwards.
+  # Byte-level tokenizers write bytes as themselves, or from code 256 upwards.
   hidden = [byte for byte in range(256) if byte not in plain]
   letters = {byte: chr(byte) for byte in plain}
   letters |= {byte: chr(256 + i) for i, byte in enumerate(hidden)}
@@ -416,7 +416,7 @@ def _bytes_tokenizer() -> PreTrainedTokenizerFast:
 def _add_tokens(
   tokenizer: Tokenizer, tokens: Sequence[str], kinds: Sequence[int]
 ) -> None:
-  """Makes control and user-defined tokens match as a whole in text."""
+  """Adds control and user-defined tokens, which match as a whole in text."""
   from tokenizers import AddedToken
 
   for token, kind in zip(tokens, kinds, strict=True):
