@@ -141,20 +141,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 class NewLines:
-  """A new file that whole lines are added to, one by one.
+  """A new file to which whole lines are added; a context manager.
 
-  A line is on the disk once `add` returns, and a process that is killed leaves
-  whole lines. A file that got none is not left. A context manager.
+  A line is on the disk once `add` returns, so a killed process leaves whole
+  lines. A file without lines is removed.
 
   Args:
-    flag: names the file in errors.
-    path: of the file; nothing is written where it is empty.
+    flag: the flag that errors name.
+    path: the file's path; "" writes nothing.
 
   Attributes:
-    count: the lines added.
+    count: number of lines added.
 
   Raises:
-    InputError: the file is there already, or its disk is full or fails.
+    InputError: the file exists already, or its disk is full or fails.
   """
 
   def __init__(self, flag: str, path: str):

@@ -260,7 +260,7 @@ def _read_adapter(
 
 
 def _source(adapter: str | Path | Adapters, name: str) -> str:
-  """What errors call an adapter."""
+  """Returns an adapter's name for errors."""
   return name if isinstance(adapter, Adapters) else str(adapter)
 
 

@@ -125,8 +125,8 @@ class DecodeConfig:
     stop_at_eos: whether an end token of the base ends a sequence.
     stop: strings that end a sequence (they are cut from the text); a special
       token's name stands for that token.
-    batch: how many prompts infer.py reads at once, at most. Greedy texts do not
-      depend on it; texts drawn at a temperature do.
+    batch: the most prompts that infer.py decodes at once. Greedy texts do not
+      depend on it; texts sampled at a temperature do.
   """
 
   max_new_tokens: int = 64

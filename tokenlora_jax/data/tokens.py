@@ -53,12 +53,12 @@ class Tokenizer(Protocol):
 def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
   """Returns the tokens that end a text, the tokenizer's own first.
 
-  A chat model may end a turn with one token and a document with another; which
-  these are, its files say, and `load_tokenizer` keeps as `end_tokens`. Rows of
-  training end with the tokenizer's own, so that one always counts.
+  A chat model may end a turn with one token and a document with another.
+  `load_tokenizer` reads them from the model's files into `end_tokens`. Training
+  rows end with the tokenizer's own, so that one always counts.
 
   Args:
-    tokenizer: of the base.
+    tokenizer: the base's tokenizer.
 
   Example:
     >>> from tokenlora_jax import load_tokenizer
@@ -71,11 +71,11 @@ def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def special_token(text: str, tokenizer: Tokenizer) -> int | None:
-  """Returns the special token that is written so, or None.
+  """Returns the id of the special token with a name, or None.
 
   Args:
-    text: such as `<|im_end|>`.
-    tokenizer: of the base.
+    text: the name, such as `<|im_end|>`.
+    tokenizer: the base's tokenizer.
 
   Example:
     >>> from tokenlora_jax import load_tokenizer
@@ -94,13 +94,13 @@ def check_vocab(
   vocab: int,
   where: str = "tokenizer",
 ) -> None:
-  """Raises `InputError` where a base has no row for a token.
+  """Raises `InputError` if a token is beyond the base's vocabulary.
 
   Args:
-    tokens: of a text; None checks the tokenizer's own end token.
-    tokenizer: that made them.
-    vocab: how many tokens the base knows.
-    where: what the tokens are of.
+    tokens: a text's tokens; None checks the tokenizer's own end token.
+    tokenizer: the tokenizer that encoded them.
+    vocab: size of the base's vocabulary.
+    where: the text's origin, for errors.
   """
   if tokens is None:
     end = tokenizer.eos_token_id

@@ -63,13 +63,13 @@ class BaseIdentity:
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-  """A base on disk: found and opened once, read as often as need be.
+  """A base on disk: opened once, for its shape, weights and tokenizer.
 
   Attributes:
-    path: as it was given.
-    shape: of its layers.
-    place: its folder or .gguf file; None is `random:PRESET`.
-    reader: of its tensors; None likewise.
+    path: the base's path, as it was given.
+    shape: the shape of the Llama.
+    place: its folder or .gguf file; None for `random:PRESET`.
+    reader: reads its tensors; None for `random:PRESET`.
 
   Example:
     >>> base = Base.open("random:tiny")
@@ -89,7 +89,7 @@ class Base:
     """Finds a base and reads its files' headers.
 
     Args:
-      path: as `load_base` takes it.
+      path: as for `load_base`.
 
     Raises:
       InputError: there is no base at the path.
@@ -102,17 +102,17 @@ class Base:
 
   @functools.cached_property
   def identity(self) -> BaseIdentity:
-    """Which base it is: its shape and fingerprints."""
+    """The base's shape and fingerprints."""
     if self.reader is None:
       return BaseIdentity(self.shape, self.path)
     prints = self.reader.fingerprint(), self.reader.fingerprint_1()
     return BaseIdentity(self.shape, *prints)
 
   def tokenizer(self) -> PreTrainedTokenizerFast:
-    """Returns its tokenizer.
+    """Returns the base's tokenizer.
 
     Raises:
-      InputError: it has none, or one that cannot be read exactly.
+      InputError: it has none, or we cannot reproduce it exactly.
     """
     if self.place is None:
       tokenizer = load_tokenizer(self.path)
@@ -129,17 +129,17 @@ class Base:
     stacked: bool = False,
     quantize: str = "none",
   ) -> Llama:
-    """Loads it, tensor by tensor, straight onto its devices: see `load_base`.
+    """Loads the weights straight onto their devices; see `load_base`.
 
     Args:
       dtype: float32 or bfloat16.
-      mesh: where the weights go; one device by default.
+      mesh: the devices that hold the weights; one device by default.
       stacked: the layout: stacked layers for training, a list for decoding.
-      quantize: `none` (dtype), `int8` or `nf4`.
+      quantize: `none` (kept in `dtype`), `int8` or `nf4`.
 
     Raises:
-      InputError: a tensor is not what it should be, or the shape cannot be
-        quantised or split so.
+      InputError: a tensor is invalid, or the shape does not allow this
+        quantisation or sharding.
     """
     check_choice("base.dtype", dtype, ("float32", "bfloat16"))
     check_choice("base.quantize", quantize, QUANTIZERS)

@@ -154,10 +154,10 @@ def expert_maps(
 def trim(
   maps: Mapping[tuple[int, str], Factors],
 ) -> dict[tuple[int, str], Factors]:
-  """Returns maps in float32 without rows and maps that only pad.
+  """Returns maps in float32 without padding: no zero rows, no zero maps.
 
   Args:
-    maps: by layer and projection.
+    maps: the maps by layer and projection.
 
   Example:
     >>> one = Factors(np.eye(3)[:2] * [[1], [0]], np.zeros((2, 4)), 2)

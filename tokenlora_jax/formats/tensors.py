@@ -28,7 +28,7 @@ class StoredTensor(Protocol):
 
 
 class TensorFile(Protocol):
-  """What we use of safetensors' handle of an open file."""
+  """The methods that we use of safetensors' handle of an open file."""
 
   def keys(self) -> list[str]:
     """Returns the tensors' names."""

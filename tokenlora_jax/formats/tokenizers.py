@@ -79,7 +79,7 @@ def read_tokenizer(place: Path) -> PreTrainedTokenizerFast:
     place: a folder or a .gguf file, from `locate`.
 
   Raises:
-    InputError: there is no tokenizer, or it cannot be read exactly.
+    InputError: there is no tokenizer, or we cannot reproduce it exactly.
   """
   with _as_input_error(str(place)):
     read = _from_gguf if place.is_file() else _from_folder
@@ -91,11 +91,11 @@ def read_tokenizer(place: Path) -> PreTrainedTokenizerFast:
 
 @contextlib.contextmanager
 def importing_beside() -> Iterator[None]:
-  """Imports what tokenizers need beside what is done in the block.
+  """Imports transformers in a thread while the block runs.
 
-  It takes most of a second, and reading weights leaves Python idle. The block
-  may load no tokenizer: transformers puts another module in its place while it
-  is imported, and who imports it as well gets half of it.
+  The import takes most of a second, and reading weights leaves Python idle. The
+  block must not load a tokenizer: a second import of transformers meanwhile
+  would get a module that is not complete yet.
   """
   thread = threading.Thread(target=_import, daemon=True)
   thread.start()
@@ -106,7 +106,7 @@ def importing_beside() -> Iterator[None]:
 
 
 def _import() -> None:
-  # Whoever needs it next is told what is wrong.
+  # The next import raises the error again, where it can be reported.
   with contextlib.suppress(Exception):
     from transformers import PreTrainedTokenizerFast  # noqa: F401
 
@@ -155,7 +155,7 @@ def _from_folder(
 
 
 def _listed_ends(folder: Path) -> tuple[int, ...]:
-  """The end tokens by generation_config.json, or else by config.json."""
+  """Returns generation_config.json's end tokens, or else config.json's."""
   for name in ("generation_config.json", "config.json"):
     file = folder / name
     listed = _json(file).get("eos_token_id")
@@ -173,15 +173,15 @@ def _listed_ends(folder: Path) -> tuple[int, ...]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-  """Returns a file's object; {} where there is no such file."""
+  """Returns a JSON file's object, or {} if there is no such file."""
   return read_json(file) if file.is_file() else {}
 
 
 def _from_tokenizer_json(folder: Path) -> PreTrainedTokenizerFast:
-  """Reads tokenizer.json as it is, whatever class another file names.
+  """Reads tokenizer.json alone; ignores the tokenizer class in other files.
 
-  transformers' class of that name would build parts of it anew: Llama's loses
-  the spaces that a text begins with.
+  transformers' class would rebuild parts of it: Llama's drops the spaces at the
+  start of a text.
   """
   from tokenizers import Tokenizer
   from transformers import PreTrainedTokenizerFast
@@ -291,7 +291,7 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
   for name in special:
     token = config.get(name)
     token = token.get("content") if isinstance(token, dict) else token
-    # Old files have "" for what they leave to the model.
+    # Old files have "" where the model's default counts.
     if token and tokenizer.token_to_id(token) is not None:
       special[name] = token
   has_bos = special["bos_token"] is not None
@@ -307,7 +307,7 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
 def _add_listed(
   tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]
 ) -> None:
-  """Adds the tokens that stand behind those of a SentencePiece model."""
+  """Adds the tokens that follow those of a SentencePiece model."""
   listed = {
     i: {"content": token, "special": False}
     for token, i in _json(folder / "added_tokens.json").items()
