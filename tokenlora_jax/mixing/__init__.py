@@ -1,1 +1,1 @@
-"""Mixing: what gates mean (rules), who decides them (routers)."""
+"""Mixing: rules combine adapters by gates, and routers compute the gates."""

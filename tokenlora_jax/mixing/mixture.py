@@ -25,7 +25,7 @@ from tokenlora_jax.model.lora import Adapters, LayerLoras, Lora
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routed:
-  """The adapters of one linear map, and what a router knows about it.
+  """The adapters of one linear map, and the router's prototype for it.
 
   Attributes:
     lora: the adapters.
@@ -39,7 +39,7 @@ class Routed:
 def route_layers(
   layers: Sequence[LayerLoras], router: Router | None
 ) -> Sequence[Mapping[str, Lora | Routed]]:
-  """Returns adapters with the prototypes of a router that looks inside layers.
+  """Returns adapters with the prototypes of an in-layer router.
 
   Args:
     layers: a mapping a layer.
@@ -67,7 +67,7 @@ def routed(
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """What a `Llama` calls at each adapted map: y = sum_e B_e mix(A_e x, gates).
+  """Computes the adapters' output at a map: y = sum_e B_e mix(A_e x, gates).
 
   Attributes:
     rule: what the gates mean.
@@ -86,7 +86,7 @@ class Mixture:
   def __call__(
     self, lora: Lora | Routed, x: jax.Array, keys: jax.Array | None = None
   ) -> jax.Array:
-    """Returns what the adapters add: [B, T, out] for x [B, T, in]."""
+    """Returns the adapters' output: [B, T, out] for x [B, T, in]."""
     del keys  # No dropout.
     low, gates = self.down(lora, x), self.gates
     gates = gates[:, None, :, None] if gates.ndim == 2 else gates[..., None]
@@ -110,7 +110,7 @@ class Mixture:
     return low.reshape(*low.shape[:2], experts, rank)
 
   def up(self, lora: Lora, low: jax.Array, kv_heads: int) -> jax.Array:
-    """Returns what mixed rank activations of values add to attention.
+    """Returns the adapters' output for mixed rank activations of values.
 
     Attention sums values over positions, and a value's adapters are linear in
     its rank activations: so z may be summed in the values' place, under the
@@ -222,7 +222,7 @@ def _check_remix(router: Router, adapters: Adapters) -> None:
 
 
 class Read(NamedTuple):
-  """What a pass over tokens gave.
+  """The result of a forward pass over tokens.
 
   Attributes:
     hidden: [B, T, D], the last hidden states.

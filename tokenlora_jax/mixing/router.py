@@ -1,4 +1,4 @@
-"""What a router is.
+"""The interface of a router.
 
 Axis letters: B batch, T length, D width of the base, E experts, R rank.
 """
@@ -58,7 +58,7 @@ class Router(abc.ABC):
 
   @property
   def prototypes(self) -> Sequence[Mapping[str, Any]]:
-    """Of each layer, what `position_gates` needs at each adapted map.
+    """The arrays of each layer that `position_gates` reads at each adapted map.
 
     A mapping a layer, from the projection's name to a pytree of arrays. Empty:
     the router decides for whole sequences.
@@ -155,7 +155,7 @@ class Router(abc.ABC):
     return belief + log_probs
 
   def look(self, hidden: jax.Array) -> Router:
-    """Returns the router that knows what the base alone made of the tokens.
+    """Returns the router with the base's own hidden states of the tokens.
 
     Args:
       hidden: [B, T, D], the base's last hidden states.

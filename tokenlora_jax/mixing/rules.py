@@ -1,10 +1,9 @@
-"""What a set of gates means: how several adapters become one map.
+"""Rules: combine several adapters into one map, by gates.
 
-For x [.., in] each adapter e has rank activations z_e = A_e x [R], and what all
-of them add is sum_e B_e m_e, where the rule says what m = mix(z, gates) is. All
-that a rule decides lies between A and B, so that A and B of all experts are
-read as one matrix each, whatever the gates, and gates may differ between rows
-and tokens of one batch.
+For x [.., in] each adapter e has rank activations z_e = A_e x [R]. A rule turns
+z and gates g into m = mix(z, g); the layer adds sum_e B_e m_e. A rule acts only
+between A and B, so A and B of all experts are read as one matrix each, whatever
+the gates, and gates may differ between rows and tokens of one batch.
 
 A rule may also leave the experts apart and mix what they predict.
 
@@ -114,7 +113,7 @@ def exact(low: jax.Array, gates: jax.Array, scaling: jax.Array) -> jax.Array:
 def peft_linear(
   low: jax.Array, gates: jax.Array, scaling: jax.Array
 ) -> jax.Array:
-  """What PEFT's combination "linear" means since 0.7.
+  """PEFT's combination "linear" since 0.7.
 
   y = B A x, A = sum_e sign(w_e) sqrt|w_e| A_e, B = sum_e sqrt|w_e| B_e with
   w_e = gates_e scaling_e: each adapter, and cross terms sqrt|w_e w_f| B_f A_e.
@@ -140,7 +139,7 @@ def peft_linear(
 
 @register_rule("peft040")
 def peft040(low: jax.Array, gates: jax.Array, scaling: jax.Array) -> jax.Array:
-  """What PEFT 0.4.0's combination "linear" means: the paper's own code.
+  """PEFT 0.4.0's combination "linear": the paper's own code.
 
   y = B A x, A = sum_e gates_e scaling_e A_e, B = sum_e B_e: the gates weigh A
   alone, so that even one-hot gates do not give an adapter back.

@@ -40,7 +40,7 @@ def keep_top(gates: jax.Array, k: int) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shaping:
-  """What becomes of gates after a router has decided them.
+  """The settings that shape a router's gates.
 
   First gates^(1 / temperature) (a softmax becomes that of its logits divided by
   the temperature), then the `top_k` largest, both scaled to the sum there was;
@@ -86,15 +86,14 @@ class Shaping:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ShapedRouter(Router):
-  """A router, and how its gates are shaped after it has decided.
+  """A router with its gates shaped.
 
-  These are the gates of whole sequences, or of a router that decides in the
-  layers alone those that it decides there. All else that a router has is the
-  router's own.
+  Shapes sequence gates; for in-layer routers, per-position gates. All else is
+  the router's own.
 
   Attributes:
-    router: who decides.
-    shaping: what becomes of its gates.
+    router: computes the gates.
+    shaping: shapes them.
   """
 
   router: Router

@@ -1,4 +1,4 @@
-"""Routers: who decides the gates, by name; one file a family."""
+"""Routers compute the gates; looked up by name, one file a family."""
 
 from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers.ariadne import AriadneRouter, fit_ariadne

@@ -1,4 +1,4 @@
-"""ARIADNE: the one expert with the centroid that the prompt is nearest to.
+"""ARIADNE: routes to the one expert whose centroid is nearest to the prompt.
 
 Cassano et al., "ARIADNE: Agnostic Routing for Inference-time Adapter DyNamic
 sElection" (2026, arXiv 2606.19079).
@@ -77,7 +77,7 @@ def ariadne(
 def fit_ariadne(
   embeddings_by_expert: Sequence[np.ndarray], clusters: int = 1, seed: int = 0
 ) -> dict[str, np.ndarray]:
-  """Returns what `ariadne` is made of.
+  """Fits the centroids of `ariadne`.
 
   Args:
     embeddings_by_expert: E arrays float32[N_e, D_enc], of training texts.

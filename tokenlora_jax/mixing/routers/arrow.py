@@ -1,4 +1,4 @@
-"""Arrow: which adapter would stretch this input most?
+"""Arrow: routes each input to the adapter that would stretch it most.
 
 Ostapenko et al., "Towards Modular LLMs by Building and Reusing a Library of
 LoRAs" (2024).

@@ -1,4 +1,4 @@
-"""c-BTM's router: how far is the running text from each expert's cluster?
+"""c-BTM's router: weighs experts by the distance of text to cluster.
 
 Gururangan et al., "Scaling Expert Language Models with Unsupervised Domain
 Discovery" (2023, arXiv 2303.14177).

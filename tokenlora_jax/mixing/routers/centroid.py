@@ -1,4 +1,4 @@
-"""The paper's router: which expert's training texts is this text nearest to?
+"""The paper's router: weighs experts by similarity to their training texts.
 
 Belofsky, "Token-Level Adaptation of LoRA Adapters for Downstream Task
 Generalization" (2023).
@@ -124,7 +124,7 @@ def centroid(
 
 
 class Embeds(Protocol):
-  """What averaging needs of an encoder; a `TextEncoder` has it."""
+  """The encoder interface that averaging needs; `TextEncoder` has it."""
 
   def embed(self, texts: Sequence[str]) -> np.ndarray: ...
 

@@ -1,4 +1,4 @@
-"""A linear classifier: which expert's task does the running text belong to?
+"""A linear classifier of the running text, with one class per expert.
 
 Multinomial logistic regression (Cox, "Some procedures connected with the logistic
 qualitative response curve", 1966) on the vectors of an encoder.
@@ -90,7 +90,7 @@ def classifier(
 def fit_classifier(
   embeddings_by_expert: Sequence[np.ndarray],
 ) -> dict[str, np.ndarray]:
-  """Returns what `classifier` is made of, by multinomial logistic regression.
+  """Fits W and b of `classifier` by multinomial logistic regression.
 
   W, b = argmin  sum_i -log softmax(W z_i + b)_e(i) + |W|^2 / 2
 

@@ -1,4 +1,4 @@
-"""Routers that look at nothing: the same gates for every text.
+"""Routers with constant gates: the same for every text.
 
 `one-hot` on the expert of the prompt's own task is the oracle. What the paper's
 code calls uniform is `sum`; `uniform` here is the mean.
@@ -52,7 +52,7 @@ class ConstantRouter(Router):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class UnboundRouter(Router):
-  """A constant router that has yet to meet the bank it is for.
+  """A constant router not yet bound to a bank.
 
   Attributes:
     values_for: the experts' names to float32[E].

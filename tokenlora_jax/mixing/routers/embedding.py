@@ -1,4 +1,4 @@
-"""What routers share that compare a text's vector with vectors of experts.
+"""Shared parts of routers that compare a text's vector with the experts'.
 
 Axis letters: B batch, E experts, C centroids an expert, D_enc width of an
 embedding.
@@ -23,7 +23,7 @@ Encoder = TextEncoder | Literal["hidden"]
 
 
 def unit(x: jax.Array) -> jax.Array:
-  """Returns vectors brought to length 1; those of length 0 stay."""
+  """Normalises vectors to length 1; those of length 0 stay."""
   norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
   return x / jnp.maximum(norm, 1e-12)
 

@@ -1,4 +1,4 @@
-"""HiLoRA: a gaussian an expert, and of each adapter the parts that answer.
+"""HiLoRA: a gaussian per expert, and each adapter's most active rank parts.
 
 Han et al., "HiLoRA: Adaptive Hierarchical LoRA Routing for Training-Free Domain
 Generalization" (2025, arXiv 2510.12266).
@@ -162,7 +162,7 @@ def hilora(
 def fit_hilora(
   embeddings_by_expert: Sequence[np.ndarray], shrinkage: float = 0.5
 ) -> dict[str, np.ndarray]:
-  """Returns what `hilora` is made of: a gaussian over each expert's texts.
+  """Fits `hilora`: a gaussian over each expert's texts.
 
   variance_ed = (1 - a) v_ed + a v, v_ed the variance among the expert's texts
   and v the mean of all v_ed: a few texts say little about D_enc variances.

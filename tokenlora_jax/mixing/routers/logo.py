@@ -1,4 +1,4 @@
-"""LoGo: how strongly does each adapter answer to the prompt?
+"""LoGo: weighs adapters by the strength of their output at the prompt.
 
 Lee et al., "LoRA on the Go: Instance-level Dynamic LoRA Selection and Merging"
 (2025, arXiv 2511.07129).

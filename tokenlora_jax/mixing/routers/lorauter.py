@@ -1,4 +1,4 @@
-"""LoRAuter: which tasks' validation texts is the prompt similar to?
+"""LoRAuter: weighs experts by the prompt's similarity to their tasks' texts.
 
 Dhasade et al., "Effective LoRA Adapter Routing using Task Representations"
 (2026, arXiv 2601.21795).
@@ -77,7 +77,7 @@ def lorauter(tasks: np.ndarray | jax.Array, encoder: Encoder) -> LorauterRouter:
 def fit_lorauter(
   embeddings_by_expert: Sequence[np.ndarray],
 ) -> dict[str, np.ndarray]:
-  """Returns what `lorauter` is made of: the mean vector of each task's texts.
+  """Fits `lorauter`: the mean vector of each task's texts.
 
   Args:
     embeddings_by_expert: E arrays float32[N_e, D_enc], of some texts of each

@@ -1,4 +1,4 @@
-"""PHATGOOSE: each expert's own gate, trained for it alone, then compared.
+"""PHATGOOSE: compares gates that were trained one expert at a time.
 
 Muqeeth et al., "Learning to Route Among Specialized Experts for Zero-Shot
 Generalization" (2024).

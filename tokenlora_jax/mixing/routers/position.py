@@ -1,4 +1,4 @@
-"""What routers share that decide for each position, inside the layers.
+"""Shared parts of in-layer routers, which compute gates per position.
 
 Such a router keeps a prototype an adapted map: a mapping from field to array.
 Outside, in banks, these are flat: `layers.3.q.weights`.

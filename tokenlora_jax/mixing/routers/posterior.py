@@ -1,4 +1,4 @@
-"""Bayes: how well has each expert predicted the text so far?
+"""Bayes: weighs experts by the likelihood that each gives the text so far.
 
 Axis letters: B batch, E experts.
 """

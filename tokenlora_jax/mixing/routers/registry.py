@@ -48,7 +48,7 @@ def register_router(
 
 
 def router_settings(name: str) -> tuple[str, ...]:
-  """Returns what a router takes, besides what shapes the gates of any.
+  """Returns the names of a router's own settings, without the shaping.
 
   Raises:
     InputError: there is no such router.
@@ -62,7 +62,7 @@ def router_settings(name: str) -> tuple[str, ...]:
 
 
 def router_defaults(name: str) -> dict[str, Any]:
-  """Returns what a router's settings are where they are left out.
+  """Returns the defaults of a router's settings.
 
   Args:
     name: the router's.

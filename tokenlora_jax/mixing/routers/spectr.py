@@ -1,4 +1,4 @@
-"""SpectR: which adapter does stretch this input most?
+"""SpectR: routes each input by how far each adapter stretches it.
 
 Fleshman and Van Durme, "SpectR: Dynamically Composing LM Experts with Spectral
 Routing" (2025).

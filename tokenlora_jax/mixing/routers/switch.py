@@ -1,4 +1,4 @@
-"""The sparse gate of mixtures of experts, over adapters that are frozen.
+"""The sparse gate of mixtures of experts, over frozen adapters.
 
 Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated
 Mixture-of-Experts Layer" (2017); Fedus et al., "Switch Transformers" (2022).
@@ -28,9 +28,9 @@ from tokenlora_jax.model.lora import Adapters
 class SwitchRouter(PositionRouter):
   """gates = softmax(W h), of which top-k stay (Shazeer et al., 2017, eq. 3).
 
-  Of the k that stay the sum is 1, as in Shazeer et al., so that with k = 1 an
-  adapter acts as strongly as it was trained; Fedus et al. (2022, eq. 2) leave
-  that one its share of the whole softmax.
+  The k gates are normalised to sum to 1, as in Shazeer et al., so that with
+  k = 1 an adapter acts as strongly as it was trained; Fedus et al. (2022, eq. 2)
+  keep that one's share of the whole softmax.
 
   Prototypes are {weights: float32[E, in]}.
   """
