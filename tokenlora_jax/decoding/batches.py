@@ -1,4 +1,4 @@
-"""Which prompts are decoded together.
+"""Groups prompts into batches for decoding.
 
 Axis letters: B batch, P padded prompt.
 """

@@ -1,4 +1,4 @@
-"""Text from a base and a mixture of adapters whose gates a router refreshes.
+"""Decodes with a base and a mixture of adapters; a router refreshes the gates.
 
 Token n of a text (n = 0, 1, ...) is made under the gates of its chunk,
 floor(n / refresh_every), which the router decided from the prompt and the
@@ -375,7 +375,7 @@ def generate(
   config: DecodeConfig = DecodeConfig(),
   tokenizer: Tokenizer | None = None,
 ) -> Generation:
-  """Makes texts with a mixture of adapters.
+  """Generates texts with a mixture of adapters.
 
   Token n is made under gates that the router decided from the prompt and the
   first floor(n / refresh_every) * refresh_every tokens made (Belofsky, 2023,

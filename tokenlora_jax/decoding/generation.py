@@ -1,4 +1,4 @@
-"""What decoding returns, and how fast it was without compiling."""
+"""The result of decoding, and its speed without compilation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """What `generate` returns.
+  """The result of `generate`.
 
   Attributes:
     tokens: int32[B, N], the tokens made; the end token after the end.
@@ -47,7 +47,7 @@ class Generation:
 
 
 class Pace:
-  """Adds up the seconds of calls, and finds the rate of those that are warm."""
+  """Adds up the seconds of calls, and computes the rate of the warm ones."""
 
   def __init__(self):
     self._seconds = dict.fromkeys(("prefill", "router", "decode"), 0.0)
@@ -59,7 +59,7 @@ class Pace:
 
   @contextlib.contextmanager
   def timing(self, part: str) -> Iterator[None]:
-    """Times what is done in its block, as `prefill`, `router` or `decode`."""
+    """Times its block, as `prefill`, `router` or `decode`."""
     programs = _programs()
     before, start = len(programs), time.perf_counter()
     yield

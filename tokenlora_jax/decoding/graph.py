@@ -44,7 +44,7 @@ def pad_ends(ends: Sequence[int]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """How tokens are read: what is static in a compiled program.
+  """The static settings of a compiled decoding program.
 
   Attributes:
     rule: what gates mean; None is the base alone.
@@ -122,7 +122,7 @@ class Reading:
   def join(
     self, gates: jax.Array, logits: jax.Array, hidden: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Makes of what the rows say what their sequences say.
+    """Combines the predictions of the rows of each sequence.
 
     Args:
       gates: float32[B, E].
@@ -185,7 +185,7 @@ class DecodeState:
   key: jax.Array
 
   def seen(self, needs: str) -> jax.Array | None:
-    """Returns what a router that decides in the graph looks at."""
+    """Returns the inputs of a router that decides in the graph."""
     if needs == "evidence":
       return self.belief
     # Over the prompt and the tokens made that were read.
@@ -250,7 +250,7 @@ def prompt_evidence(base, loras, tokens, pad, gates):
 
 @jax.jit
 def read_prompt(router, base, loras, tokens, pad) -> Any:
-  """What a router that reads prompts itself makes of padded ones [B, P]."""
+  """Runs the router's own pass over padded prompts [B, P]."""
   return router.read_prompt(base, loras, tokens, pad)
 
 
@@ -331,7 +331,7 @@ def decode(
     ), None
 
   def reread(state):
-    """Reads all that was read before anew, under the gates of now."""
+    """Recomputes the KV cache of all tokens read, under the current gates."""
     slots = state.cache.layers[0].k.shape[2]
     # The token of each slot; what stands behind the newest is masked or comes.
     texts = jnp.concatenate([prompt, state.tokens], axis=1)[:, :slots]

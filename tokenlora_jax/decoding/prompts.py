@@ -1,4 +1,4 @@
-"""A prompt's tokens, checked against the base that is to read them."""
+"""Tokenises prompts and checks the tokens against the base."""
 
 from __future__ import annotations
 

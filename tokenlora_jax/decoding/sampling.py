@@ -1,4 +1,4 @@
-"""How the next token is picked."""
+"""Samples the next token."""
 
 from __future__ import annotations
 

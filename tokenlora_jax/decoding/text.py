@@ -1,4 +1,4 @@
-"""What made tokens say after their prompt, a piece a token."""
+"""Detokenises generated tokens as a stream, one piece a token."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def text_ends(
 
 
 class TextStream:
-  """The text of tokens that come one after the other.
+  """Detokenises a stream of tokens.
 
-  It is what they say after the prompt: decoded alone, a SentencePiece tokenizer
-  would drop the first space. Each token is decoded with the few before it that
+  Tokens are decoded after the prompt: alone, a SentencePiece tokenizer would
+  drop the first space. Each token is decoded with the few before it that
   its character may need, so that the work is linear in the tokens.
 
   Args:
@@ -102,7 +102,7 @@ class TextStream:
 
   @property
   def text(self) -> str:
-    """What all tokens say, an unfinished character as U+FFFD."""
+    """The text of all tokens, an unfinished character as U+FFFD."""
     if self.stopped:
       return self._text
     whole = len(self._said.rstrip(_UNFINISHED))
