@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from slow import make_base, shaped
+from tiny import Tokenizer
 
 from tokenlora_jax.config import DecodeConfig, InputError, RouterConfig
 from tokenlora_jax.data.examples import Example
@@ -102,7 +103,7 @@ def test_the_flattest_gates_are_alike():
   np.testing.assert_allclose(warm.gates(1, (), None), [want], atol=1e-6)
 
 
-class Nothing:
+class Nothing(Tokenizer):
   """A tokenizer that puts no token in front."""
 
   bos_token_id = None

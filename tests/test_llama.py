@@ -20,9 +20,10 @@ from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.cache import KV, Cache
 from tokenlora_jax.model.config import RopeScaling
-from tokenlora_jax.model.llama import rms_norm, rope_frequencies, rotate
+from tokenlora_jax.model.llama import rms_norm
 from tokenlora_jax.model.lora import random_adapters
 from tokenlora_jax.model.loss import token_losses
+from tokenlora_jax.model.rope import rope_frequencies, rotate
 
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
 # With theta 100 and these lengths a head of 16 has frequencies that are kept,

@@ -18,15 +18,15 @@ from tokenlora_jax.mixing.routers import make_router, register_router
 from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.config import LlamaConfig
-from tokenlora_jax.model.llama import Llama, rms_norm, rope_frequencies, rotate
+from tokenlora_jax.model.llama import Llama, rms_norm
 from tokenlora_jax.model.lora import Adapters, Lora, random_adapters
+from tokenlora_jax.model.rope import rope_frequencies, rotate
 
 SHAPE = LlamaConfig(
   vocab=48, width=32, mlp_width=48, layers=2, heads=4, kv_heads=2, head_width=8
 )
 PROMPTS = [[1, 14, 5, 12, 8], [1, 9], [1, 7, 17, 27, 37, 4, 5, 6, 7]]
-NEW = 6
-LENGTH = 16  # All texts are padded to this, so that one pass is compiled.
+NEW, LENGTH = 6, 16  # All texts are padded to LENGTH: one compiled pass.
 GATES = np.array([[0.7, 0.2, 0.4], [0.1, 1.0, 0.5], [0.3, 0.3, 0.4]])
 
 

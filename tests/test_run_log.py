@@ -239,7 +239,7 @@ def test_a_terminal_gets_a_bar_that_is_closed(tmp_path, clock):
   ],
 )
 def test_known_devices_peaks_are_their_data_sheets(kind, want):
-  device = types.SimpleNamespace(device_kind=kind)
+  device = types.SimpleNamespace(device_kind=kind, platform="")
   assert peak_flops(device) == want
 
 

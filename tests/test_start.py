@@ -354,7 +354,7 @@ def test_programs_are_kept_where_the_setting_says(setting, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("setting", "already"), [("", ""), ("user", "/tmp/elsewhere")]
+  ("setting", "already"), [("", ""), ("user", "/data/elsewhere")]
 )
 def test_programs_are_not_kept(setting, already, monkeypatch, capsys):
   before = jax.config.jax_compilation_cache_dir
@@ -394,8 +394,8 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
 @pytest.mark.parametrize(
   ("given", "there", "want"),
   [
-    ("/tmp/nobank", ["/tmp/bash_jobs", "/tmp/node", "/tmp/nobank"], ""),
-    ("/tmp/nobank", ["/tmp/mobank"], "/tmp/mobank"),
+    ("/data/nobank", ["/data/bash_jobs", "/data/node", "/data/nobank"], ""),
+    ("/data/nobank", ["/data/mobank"], "/data/mobank"),
     ("runs/demo/bank", ["runs/demo/tensorboard", "runs/demo/checkpoints"], ""),
     ("tyni", ["tiny", "small"], "tiny"),
     ("gsm", ["gsm8k", "squad"], "gsm8k"),

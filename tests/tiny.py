@@ -73,11 +73,26 @@ def make_base(dtype: str = "float32") -> Llama:
 class Tokenizer:
   """A token a letter; 0 starts and 1 ends a text."""
 
+  bos_token_id = 0
   eos_token_id = 1
+  all_special_ids = (0, 1)
+  chat_template = None
+
+  def __len__(self):
+    return 48
 
   def encode(self, text, add_special_tokens=True, **kwargs):
     letters = [2 + string.ascii_letters.index(c) % 46 for c in text]
     return [0, *letters] if add_special_tokens else letters
+
+  def decode(self, token_ids, skip_special_tokens=False):
+    raise AssertionError("nothing here is turned into text")
+
+  def get_vocab(self):
+    return {c: 2 + i % 46 for i, c in enumerate(string.ascii_letters)}
+
+  def apply_chat_template(self, conversation, **kwargs):
+    raise AssertionError("there is no template")
 
 
 def make_rows(task: str, count: int = 20, longest: int = 12) -> list[Row]:

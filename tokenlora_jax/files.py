@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 import errno
-from io import FileIO
+from io import FileIO, TextIOBase
 import logging
 import os
 from pathlib import Path
 import re
 import socket
-from typing import TextIO
 
 from tokenlora_jax.config import InputError
 
@@ -218,13 +217,13 @@ def check_new_file(flag: str, path: str) -> None:
     raise InputError(f"{flag} {file}: there is no folder {file.parent}")
 
 
-def read_lines(source: Path | TextIO, name: str, what: str) -> list[str]:
+def read_lines(source: Path | TextIOBase, name: str, what: str) -> list[str]:
   """Returns the lines of `numbered_lines` without their numbers."""
   return [line for _, line in numbered_lines(source, name, what)]
 
 
 def numbered_lines(
-  source: Path | TextIO, name: str, what: str
+  source: Path | TextIOBase, name: str, what: str
 ) -> list[tuple[int, str]]:
   """Returns the lines of a UTF-8 text file that are not blank, numbered from 1.
 

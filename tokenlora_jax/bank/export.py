@@ -38,7 +38,7 @@ def export_mixture(
   adapters: Adapters,
   gates: Sequence[float] | np.ndarray,
   folder: str | Path,
-  rank: int | None = None,
+  rank: float | None = None,
   base_name: str = "",
 ) -> Exported:
   """Writes the mixture under fixed gates as one PEFT folder.

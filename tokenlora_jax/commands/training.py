@@ -1,6 +1,6 @@
 """What train.py runs: a bank is trained, or a router fitted to one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import functools
 from pathlib import Path
@@ -51,7 +51,7 @@ class Run:
   rows: Mapping[str, Sequence[Row]]
   base: Llama
 
-  def batches(self) -> Iterator:
+  def batches(self) -> Iterable:
     """Returns the training rows' endless batches."""
     return batches(self.rows, self.tokenizer, self.config.data, self.mesh)
 

@@ -26,7 +26,7 @@ def nearest(value: str, allowed: Iterable[str]) -> str:
     " (did you mean 'centroid'?)"
     >>> nearest("--learning-rate", ["--optim.learning-rate"])
     " (did you mean '--optim.learning-rate'?)"
-    >>> nearest("/tmp/nobank", ["/tmp/nobank", "/tmp/noble-books"])
+    >>> nearest("/data/nobank", ["/data/nobank", "/data/noble-books"])
     ''
   """
   value = str(value)

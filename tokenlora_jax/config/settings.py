@@ -281,7 +281,7 @@ class Config:
 
 
 def differences(
-  old: Mapping, new: Mapping, ignored: Sequence[str] = ()
+  old: object, new: Mapping, ignored: Sequence[str] = ()
 ) -> list[str]:
   """Returns one line for each setting in which two configs differ.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tokenlora_jax.config import InputError
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
   """The methods that we use of transformers' fast tokenizers.
 

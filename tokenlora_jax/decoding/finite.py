@@ -11,9 +11,9 @@ import numpy as np
 
 
 def check_finite(
-  log_probs: Sequence[np.ndarray],
-  gates: Sequence[np.ndarray],
-  lengths: Sequence[int],
+  log_probs: Sequence[np.ndarray] | np.ndarray,
+  gates: Sequence[np.ndarray] | np.ndarray,
+  lengths: Sequence[int] | np.ndarray,
   names: Sequence[int] | None = None,
 ) -> None:
   """Raises `FloatingPointError` where gates or logits are not finite.

@@ -341,7 +341,9 @@ def decode(
         reading, base, loras, router, state.gates, texts, pad
       )
 
-    def filled(cache: Cache | None, layers: tuple[KV, ...]) -> Cache | None:
+    def filled(
+      cache: Cache | None, layers: tuple[KV, ...] | None
+    ) -> Cache | None:
       return cache and dataclasses.replace(cache, layers=tuple(layers))
 
     return dataclasses.replace(

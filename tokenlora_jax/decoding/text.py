@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from tokenlora_jax.config import DecodeConfig, InputError
 from tokenlora_jax.data.tokens import Tokenizer, end_tokens, special_token
 
@@ -108,7 +110,7 @@ class TextStream:
     whole = len(self._said.rstrip(_UNFINISHED))
     return self._text + (self._said[whole:] if self._fresh else "")
 
-  def push(self, tokens: Sequence[int]) -> None:
+  def push(self, tokens: Sequence[int] | np.ndarray) -> None:
     """Takes the next tokens, until one ends the text.
 
     Args:

@@ -300,7 +300,7 @@ def _key(name: str, modules: Mapping[str, str]) -> str:
 
 def part_of_file(
   path: Path,
-  dtype: np.dtype,
+  dtype: np.typing.DTypeLike,
   offset: int,
   shape: tuple[int, ...],
   index: Any = slice(None),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +14,7 @@ from tokenlora_jax.config import InputError
 _POINTER = b"version https://git-lfs"
 
 
+@runtime_checkable
 class StoredTensor(Protocol):
   """A tensor in a file, of which parts are read when asked for."""
 
@@ -27,6 +28,7 @@ class StoredTensor(Protocol):
     """Reads a part of it."""
 
 
+@runtime_checkable
 class TensorFile(Protocol):
   """The methods that we use of safetensors' handle of an open file."""
 
@@ -39,7 +41,7 @@ class TensorFile(Protocol):
   def get_tensor(self, name: str) -> np.ndarray:
     """Reads a tensor."""
 
-  def __enter__(self) -> Self: ...
+  def __enter__(self) -> TensorFile: ...
 
   def __exit__(self, *error: object) -> None: ...
 

@@ -37,8 +37,8 @@ class Routed:
 
 
 def route_layers(
-  layers: Sequence[LayerLoras], router: Router | None
-) -> Sequence[Mapping[str, Lora | Routed]]:
+  layers: Sequence[LayerLoras] | LayerLoras, router: Router | None
+) -> Sequence[Mapping[str, Lora | Routed]] | LayerLoras:
   """Returns adapters with the prototypes of an in-layer router.
 
   Args:
@@ -245,7 +245,7 @@ def read(
   mask: jax.Array,
   *,
   rule: Rule | None = None,
-  loras: Sequence[LayerLoras] | None = None,
+  loras: Sequence[LayerLoras] | LayerLoras | None = None,
   gates: jax.Array | None = None,
   router: Router | None = None,
   remix: bool = False,

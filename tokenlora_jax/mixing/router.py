@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from tokenlora_jax.config import InputError
 from tokenlora_jax.model.llama import Llama
@@ -163,7 +164,7 @@ class Router(abc.ABC):
     del hidden
     return self
 
-  def smooth(self, before: jax.Array, gates: jax.Array) -> jax.Array:
+  def smooth(self, before: ArrayLike, gates: ArrayLike) -> ArrayLike:
     """Returns the gates of a refresh, given those before it: float32[B, E]."""
     del before
     return gates

@@ -17,6 +17,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from tokenlora_jax.config import check_choice
 
@@ -167,7 +168,7 @@ def peft040(low: jax.Array, gates: jax.Array, scaling: jax.Array) -> jax.Array:
 register_rule("probabilities", of_outputs=True)(exact)
 
 
-def mix_probabilities(log_probs: jax.Array, gates: jax.Array) -> jax.Array:
+def mix_probabilities(log_probs: ArrayLike, gates: ArrayLike) -> jax.Array:
   """Mixes predictions: log sum_e w_e exp(log_probs_e), w = gates / sum gates.
 
   Args:

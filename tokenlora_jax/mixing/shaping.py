@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 import numpy as np
 
 from tokenlora_jax.config import InputError, check
@@ -76,7 +77,7 @@ class Shaping:
       gates = jnp.where(highest >= self.threshold, gates, 0.0)
     return gates
 
-  def smooth(self, before: jax.Array, gates: jax.Array) -> jax.Array:
+  def smooth(self, before: ArrayLike, gates: ArrayLike) -> ArrayLike:
     """Returns the gates of a refresh, given those before it."""
     if self.smoothing is None:
       return gates

@@ -16,9 +16,11 @@ import math
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 # The arrays that attention sums with its weights.
-Values = Sequence[jax.Array]
+Values = Sequence[Float[Array, "..."]]
 
 # A remat policy may save the forward pass's output and sums under this name;
 # then the backward pass does not run the forward pass again.
@@ -33,8 +35,11 @@ _ROWS_AND_COLUMNS = (((2,), (2,)), _HEADS)
 
 @jax.custom_vjp
 def attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
-) -> jax.Array:
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B K S H"],
+  v: Float[Array, "B K S H"],
+  mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
   """Grouped-query attention (Ainslie et al., 2023), softmax in float32.
 
   softmax(q k^T / sqrt(H)) v, where G = N/K query heads share a kv head. As in
@@ -94,8 +99,9 @@ attention.defvjp(_forward, _backward)
 
 
 def joint_attention(
-  q: jax.Array, parts: Sequence[tuple[jax.Array, Values, jax.Array]]
-) -> list[jax.Array]:
+  q: Float[Array, "B T N H"],
+  parts: Sequence[tuple[Float[Array, "B K _ H"], Values, Bool[Array, "B T _"]]],
+) -> list[Float[Array, "B T N _"]]:
   """Attention over several sets of keys as if they were one.
 
   Equals `attention` over a cache and the new keys and values in one array,
@@ -179,7 +185,9 @@ def _by_token(x, length):
   return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, width)
 
 
-def causal_mask(segment_ids: jax.Array) -> jax.Array:
+def causal_mask(
+  segment_ids: Int[Array | np.ndarray, "B T"],
+) -> Bool[Array, "B T T"]:
   """Returns the mask bool[B, T, T]: each token sees its segment up to itself.
 
   Args:
@@ -195,8 +203,10 @@ def causal_mask(segment_ids: jax.Array) -> jax.Array:
 
 
 def windowed_mask(
-  mask: jax.Array, window: int | None, first: jax.Array | int = 0
-) -> jax.Array:
+  mask: Bool[Array, "B T S"],
+  window: int | None,
+  first: Int[Array, ""] | int = 0,
+) -> Bool[Array, "B T S"]:
   """Narrows an attention mask to a sliding window (Mistral).
 
   The last T columns are the queries' own keys: query t and key t lie in slot

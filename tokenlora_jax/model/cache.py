@@ -22,6 +22,7 @@ import dataclasses
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -36,12 +37,12 @@ class KV:
       which later gates can be applied; or None.
   """
 
-  k: jax.Array
-  v: jax.Array
-  z: jax.Array | None = None
+  k: Float[Array, "B K S H"]
+  v: Float[Array, "B K S H"]
+  z: Float[Array, "B 1 S ER"] | None = None
 
   @property
-  def values(self) -> list[jax.Array]:
+  def values(self) -> list[Float[Array, "B _ S _"]]:
     """The arrays that attention sums with its weights."""
     return [self.v] if self.z is None else [self.v, self.z]
 
@@ -59,15 +60,15 @@ class Cache:
   """
 
   layers: tuple[KV, ...]
-  slot: jax.Array
-  pad: jax.Array
+  slot: Int[Array, ""]
+  pad: Int[Array, " B"]
   split: bool = dataclasses.field(default=False, metadata={"static": True})
 
   @classmethod
   def of_prompt(
     cls,
     layers: Sequence[KV],
-    pad: jax.Array,
+    pad: Int[Array, " B"],
     slots: int,
     split: bool = False,
   ) -> Cache:
@@ -84,7 +85,7 @@ class Cache:
     grown = jax.tree.map(lambda x: jnp.pad(x, room), tuple(layers))
     return cls(grown, jnp.int32(length), pad, split)
 
-  def append(self, layers: Sequence[KV], after: jax.Array) -> Cache:
+  def append(self, layers: Sequence[KV], after: Float[Array, "..."]) -> Cache:
     """Returns the cache with T more tokens, written in place inside a jit.
 
     Args:
@@ -109,7 +110,7 @@ class Cache:
     slot = self.slot + layers[0].k.shape[2]
     return dataclasses.replace(self, layers=written, slot=slot)
 
-  def positions(self, length: int) -> jax.Array:
+  def positions(self, length: int) -> Int[Array, "B {length}"]:
     """Returns int32[B, T], the positions of the next `length` tokens.
 
     A pad slot's position would be negative; it gets 0, and is masked.
@@ -117,7 +118,7 @@ class Cache:
     slots = self.slot + jnp.arange(length)
     return jnp.maximum(slots[None] - self.pad[:, None], 0)
 
-  def mask(self, length: int) -> jax.Array:
+  def mask(self, length: int) -> Bool[Array, "B {length} _"]:
     """Returns the attention mask bool[B, T, S + T] of the next `length` tokens.
 
     Row b, with pad 2, in a cache of 6 slots of which 3 are written: the next

@@ -10,16 +10,16 @@ Axis letters: B batch, T length, N query heads, K kv heads, H head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.experimental.pallas.ops.tpu import splash_attention
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+import numpy as np
 
 from tokenlora_jax.model.attention import ATTENTION, attention, causal_mask
 from tokenlora_jax.model.config import LlamaConfig
@@ -54,7 +54,23 @@ _CAPABILITIES = {
 }
 
 
-def compute_capability(device: jax.Device) -> tuple[int, int] | None:
+@runtime_checkable
+class Accelerator(Protocol):
+  """The two facts of a device that choose a kernel."""
+
+  platform: str
+  device_kind: str
+
+
+@runtime_checkable
+class Devices(Protocol):
+  """The two facts of a mesh that choose a kernel: its devices and axes."""
+
+  devices: np.ndarray
+  shape: Mapping[str, int]
+
+
+def compute_capability(device: Accelerator) -> tuple[int, int] | None:
   """Returns an NVIDIA GPU's compute capability, or None if it is unknown.
 
   Args:
@@ -77,7 +93,7 @@ def compute_capability(device: jax.Device) -> tuple[int, int] | None:
 
 
 def choose_kernel(
-  mesh: Mesh,
+  mesh: Devices,
   length: int,
   shape: LlamaConfig,
   dtype: jax.typing.DTypeLike,

@@ -16,13 +16,14 @@ N query heads, K kv heads, G = N/K, H head width, V vocabulary, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-import math
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+import numpy as np
 
 from tokenlora_jax.config import PROJECTIONS
 from tokenlora_jax.model.attention import (
@@ -32,27 +33,33 @@ from tokenlora_jax.model.attention import (
   windowed_mask,
 )
 from tokenlora_jax.model.cache import KV, Cache
-from tokenlora_jax.model.config import LlamaConfig, RopeScaling
-from tokenlora_jax.model.lora import LayerLoras, Lora
+from tokenlora_jax.model.config import LlamaConfig
+from tokenlora_jax.model.lora import Lora
 from tokenlora_jax.model.quantize import dot
+from tokenlora_jax.model.rope import rope_frequencies, rotate
 
 # (name, shape) -> the parameter: random, loaded, or only its description.
 # Stacked layers are named "layers.*. ..." and have a leading L. A kernel may
 # be quantised (`model/quantize.py`).
-MakeParameter = Callable[[str, tuple[int, ...]], jax.Array]
+MakeParameter = Callable[[str, tuple[int, ...]], Float[Array, "..."]]
 
 # (lora, x [B, T, in], keys [B]) -> [B, T, out], which is added to the linear
 # map's output.
 Adapt = Callable[[Lora, jax.Array, jax.Array | None], jax.Array]
 
 
+@runtime_checkable
 class Remix(Protocol):
   """Adapters on values, applied after attention instead of before it."""
 
-  def down(self, lora: Lora, x: jax.Array) -> jax.Array:
+  def down(
+    self, lora: Lora, x: Float[Array, "B T I"]
+  ) -> Float[Array, "B T E R"]:
     """Returns the rank activations, [B, T, E, R], of x [B, T, in]."""
 
-  def up(self, lora: Lora, low: jax.Array, kv_heads: int) -> jax.Array:
+  def up(
+    self, lora: Lora, low: Float[Array, "B T N ER"], kv_heads: int
+  ) -> Float[Array, "B T N H"]:
     """Returns [B, T, N, H] to add, from attention's sums [B, T, N, E*R]."""
 
 
@@ -147,7 +154,9 @@ def join_heads(config: LlamaConfig, parts: Sequence[jax.Array]) -> jax.Array:
   return joined.reshape(*joined.shape[:-3], -1)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(
+  x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float
+) -> Float[Array, "*B D"]:
   """Root-mean-square norm (Zhang and Sennrich, 2019, eq. 4), in float32.
 
   y = x / sqrt(mean(x^2) + eps) * scale
@@ -168,54 +177,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
   normed = wide * jax.lax.rsqrt(mean_square + eps)
   return (normed.astype(x.dtype) * scale).astype(x.dtype)
-
-
-def rope_frequencies(
-  width: int, theta: float, scaling: RopeScaling
-) -> jax.Array:
-  """Rotary frequencies theta^(-2i/H) (Su et al., 2021, eq. 15), scaled.
-
-  `llama3` divides the frequencies of long wavelengths by `factor`, keeps those
-  of short ones, and ramps linearly (in original_length / wavelength) between.
-
-  Args:
-    width: H, even.
-    theta: the base of the frequencies.
-    scaling: their scaling for long texts.
-
-  Returns:
-    float32[H/2], radians per position.
-
-  Example:
-    >>> rope_frequencies(4, 10_000.0, RopeScaling()).tolist()
-    [1.0, 0.009999999776482582]
-  """
-  exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
-  frequencies = 1.0 / theta**exponent
-  if scaling.kind == "linear":
-    return frequencies / scaling.factor
-  if scaling.kind == "llama3":
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    turns = scaling.original_length * frequencies / (2 * math.pi)
-    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return frequencies * (keep + (1 - keep) / scaling.factor)
-  return frequencies
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotary position embedding (Su et al., 2021, eq. 34), halves paired.
-
-  Args:
-    x: [B, T, heads, H]; dimension i is paired with i + H/2.
-    cos: float32[B, T, 1, H/2], cosines of position times frequency.
-    sin: float32[B, T, 1, H/2], their sines.
-
-  Returns:
-    x rotated, in x's dtype; the rotation itself is float32.
-  """
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  rotated = (first * cos - second * sin, second * cos + first * sin)
-  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def _fold(keys, number):
@@ -245,16 +206,16 @@ class Layer(nnx.Module):
 
   def __call__(
     self,
-    x: jax.Array,
-    rotation: tuple[jax.Array, jax.Array],
+    x: Float[Array, "B T D"],
+    rotation: tuple[Float[Array, "#B T 1 half"], Float[Array, "#B T 1 half"]],
     mask: jax.Array,
     cached: KV | None = None,
-    loras: LayerLoras | None = None,
-    keys: jax.Array | None = None,
+    loras: Mapping[str, Any] | None = None,
+    keys: Key[Array, " B"] | None = None,
     adapt: Adapt | None = None,
     attend: Attend = attention,
     remix: Remix | None = None,
-  ) -> tuple[jax.Array, KV]:
+  ) -> tuple[Float[Array, "B T D"], KV]:
     """Returns (x [B, T, D], the tokens' keys and values)."""
     config = self.config
     heads = (*x.shape[:2], -1, config.head_width)
@@ -350,18 +311,18 @@ class Llama(nnx.Module):
 
   def __call__(
     self,
-    tokens: jax.Array,
-    positions: jax.Array,
+    tokens: Int[Array | np.ndarray, "B T"],
+    positions: Int[Array | np.ndarray, "B T"],
     mask: jax.Array,
     cache: Cache | None = None,
-    loras: Sequence[LayerLoras] | Mapping[str, Lora] | None = None,
+    loras: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
     adapt: Adapt | None = None,
-    keys: jax.Array | None = None,
+    keys: Key[Array, " B"] | None = None,
     remat: str = "none",
     attend: Attend = attention,
     gather: Gather | None = None,
     remix: Remix | None = None,
-  ) -> tuple[jax.Array, Cache | tuple[KV, ...] | None]:
+  ) -> tuple[Float[Array, "B T D"], Cache | tuple[KV, ...] | None]:
     """Runs the layers and the final norm.
 
     Args:
@@ -430,7 +391,7 @@ class Llama(nnx.Module):
     hidden = rms_norm(x, self.norm[...], config.norm_eps)
     return hidden, kvs if cache is None else cache.append(kvs, after=hidden)
 
-  def logits(self, hidden: jax.Array) -> jax.Array:
+  def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Returns logits float32[..., V] of hidden states [..., D]."""
     with jax.named_scope("head"):
       if self.head is None:

@@ -18,6 +18,7 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 import numpy as np
 
 from tokenlora_jax.config import InputError, LoraConfig, nearest
@@ -38,9 +39,9 @@ class Lora:
   inside a scan over layers.
   """
 
-  a: jax.Array
-  b: jax.Array
-  scaling: jax.Array
+  a: Float[Array, "E R I"] | Float[Array, "E L R I"]
+  b: Float[Array, "E R O"] | Float[Array, "E L R O"]
+  scaling: Float[Array, " E"] | Float[Array, "E L"]
 
 
 # The adapted maps of one layer, by projection name.
@@ -177,7 +178,7 @@ class Adapters:
     return cls(tuple(names), layers)
 
 
-def expert_keys(key: jax.Array, names: Sequence[str]) -> jax.Array:
+def expert_keys(key: Key[Array, ""], names: Sequence[str]) -> Key[Array, " E"]:
   """Returns one PRNG key per expert, derived from its name alone.
 
   So an expert's initial weights and dropout do not depend on the other experts
@@ -188,7 +189,10 @@ def expert_keys(key: jax.Array, names: Sequence[str]) -> jax.Array:
 
 
 def init_stacked(
-  key: jax.Array, config: LlamaConfig, lora: LoraConfig, names: Sequence[str]
+  key: Key[Array, ""],
+  config: LlamaConfig,
+  lora: LoraConfig,
+  names: Sequence[str],
 ) -> dict[str, Lora]:
   """Returns initial adapters for training: A uniform, B zero.
 

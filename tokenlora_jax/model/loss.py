@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import numpy as np
 
 # Positions per chunk: logits are float32[B, CHUNK, V], never [B, T, V].
 CHUNK = 64
 
 
 @jax.custom_vjp
-def token_losses(base, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+def token_losses(
+  base, hidden: Float[Array, "B T D"], targets: Int[Array | np.ndarray, "B T"]
+) -> Float[Array, "B T"]:
   """Cross-entropy of each target token, in nats.
 
   loss_t = logsumexp(z_t) - z_t[target_t], z_t = hidden_t W, in float32.

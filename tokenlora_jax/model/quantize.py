@@ -17,6 +17,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 
 from tokenlora_jax.config import InputError
@@ -97,7 +98,7 @@ class Nf4:
 Kernel = jax.Array | Int8 | Nf4
 
 
-def quantize_int8(kernel: jax.Array) -> Int8:
+def quantize_int8(kernel: Float[Array | np.ndarray, "I ..."]) -> Int8:
   """Quantises a kernel to int8: values = round(W / scales).
 
   scales = max over inputs of |W| / 127, the symmetric absmax.
@@ -116,7 +117,9 @@ def quantize_int8(kernel: jax.Array) -> Int8:
   return Int8(jnp.round(kernel * inverse).astype(jnp.int8), scales)
 
 
-def quantize_nf4(kernel: jax.Array, block: int = BLOCK) -> Nf4:
+def quantize_nf4(
+  kernel: Float[Array | np.ndarray, "I ..."], block: int = BLOCK
+) -> Nf4:
   """Quantises a kernel to 4 bits: the nearest level to each W / (step scale).
 
   Each block takes the step of least squared error among several of either sign.
@@ -199,7 +202,7 @@ def check_blocks(config: LlamaConfig, kind: str) -> None:
       )
 
 
-def dot(x: jax.Array, kernel: Kernel) -> jax.Array:
+def dot(x: Float[Array, "*B I"], kernel: Kernel) -> Float[Array, "..."]:
   """Multiplies activations with a kernel: y = x W.
 
   Args:

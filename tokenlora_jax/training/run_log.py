@@ -32,13 +32,14 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from tokenlora_jax.files import write_atomically
+from tokenlora_jax.model.fused_attention import Accelerator
 from tokenlora_jax.parallel.chips import chip_of
 
 # Seconds after which TensorBoard sees what is new.
 FLUSH_EVERY = 30
 
 
-def peak_flops(device: jax.Device) -> float:
+def peak_flops(device: Accelerator) -> float:
   """Returns a device's peak, FLOP/s: from the table, or measured once.
 
   Of a CPU or an unknown device the rate of a large float32 matrix product is

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import numbers
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ import numpy as np
 from tokenlora_jax.config import InputError
 from tokenlora_jax.mixing.routers.embedding import (
   EmbeddingRouter,
-  Encoder,
   check_encoder,
   check_table,
 )
@@ -93,7 +92,7 @@ class CentroidRouter(EmbeddingRouter):
 
 @register_router("centroid")
 def centroid(
-  centroids: np.ndarray | jax.Array, encoder: Encoder, sharpen: float = 4.0
+  centroids: np.ndarray | jax.Array, encoder: object, sharpen: float = 4.0
 ) -> CentroidRouter:
   """The paper's router (Belofsky, 2023).
 
@@ -123,6 +122,7 @@ def centroid(
   return CentroidRouter(jnp.asarray(table), text_encoder, jnp.float32(sharpen))
 
 
+@runtime_checkable
 class Embeds(Protocol):
   """The encoder interface that averaging needs; `TextEncoder` has it."""
 

@@ -73,7 +73,7 @@ class UnboundRouter(Router):
 
 def _constant(
   values_for: Callable[[Sequence[str]], np.ndarray],
-  experts: int | None,
+  experts: object,
   names: Sequence[str],
 ) -> Router:
   router = UnboundRouter(values_for)
@@ -122,7 +122,7 @@ def all_summed(experts: int | None = None, names: Sequence[str] = ()) -> Router:
 
 
 @register_router("uniform")
-def uniform(experts: int | None = None, names: Sequence[str] = ()) -> Router:
+def uniform(experts: object = None, names: Sequence[str] = ()) -> Router:
   """Gates of 1/E: the mean of the adapters.
 
   Args:
@@ -172,7 +172,7 @@ def one_hot(
 
 
 @register_router("fixed")
-def fixed(gates: Sequence[float]) -> Router:
+def fixed(gates: object) -> Router:
   """The gates you say; they need not sum to 1.
 
   Args:

@@ -104,7 +104,7 @@ def check_table(
 
 
 def check_encoder(
-  encoder: Encoder, name: str, table: np.ndarray
+  encoder: object, name: str, table: np.ndarray
 ) -> TextEncoder | None:
   """Returns an encoder as `EmbeddingRouter` wants it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 import numpy as np
@@ -16,6 +16,7 @@ from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
 
 
+@runtime_checkable
 class Embeds(Protocol):
   """What turns texts into vectors."""
 
