@@ -1,1 +1,1 @@
-"""How good a way to mix is, on held-out rows."""
+"""Evaluation of ways to mix on held-out rows."""

@@ -62,7 +62,7 @@ class Variant:
 
 
 class Scored(NamedTuple):
-  """What became of one answer.
+  """The losses and gates of one answer.
 
   Attributes:
     place: of the row among those that were scored.
@@ -116,7 +116,7 @@ def _learn(router, belief, log_probs):
 
 
 class _Decided(NamedTuple):
-  """What a router decided of one text.
+  """A router's decision for one text.
 
   Attributes:
     gates: float32[E].
@@ -129,12 +129,12 @@ class _Decided(NamedTuple):
 
 
 def _key(tokens: np.ndarray) -> bytes:
-  """Returns what a text of tokens is known by: short, and for ever the same."""
+  """Returns a short, stable key of a text of tokens."""
   return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
 def _identity(router: Router) -> Hashable:
-  """Returns what a router is known by: its structure and all its numbers."""
+  """Returns a router's identity: its structure and all its numbers."""
   leaves, structure = jax.tree.flatten(router)
   numbers = hashlib.blake2b(digest_size=16)
   for leaf in map(np.asarray, leaves):

@@ -1,4 +1,4 @@
-"""How likely given continuations are, and whether greedy decoding makes them.
+"""Scores given continuations: log-likelihood, and whether they are greedy.
 
 Token n of a continuation (n = 0, 1, ...) is predicted under the gates of chunk
 floor(n / refresh_every), which the router decided from the context and the
@@ -38,7 +38,7 @@ _ROUTED_TOKENS = 2**14
 
 
 class Score(NamedTuple):
-  """What the model says of one continuation.
+  """The model's score of one continuation.
 
   Attributes:
     place: of its pair among those that were given.
@@ -52,7 +52,7 @@ class Score(NamedTuple):
 
 
 class _Row(NamedTuple):
-  """What is read once, for all continuations that differ in their last token.
+  """One row to read, shared by continuations that differ in their last token.
 
   Attributes:
     tokens: the context and the continuation but for its last token.
@@ -81,7 +81,7 @@ class _Row(NamedTuple):
 
 @jax.jit
 def _look_up(logits, rows, places, tokens):
-  """What logits [B, T, V] say of tokens at [row, place], each int32[K].
+  """Looks up tokens in logits [B, T, V] at [row, place], each int32[K].
 
   Returns float32[K], their log-probabilities, and bool[K], whether each is the
   likeliest there.
@@ -194,7 +194,7 @@ class Scorer:
     return [gates[: len(answer)] for gates, answer in pairs]
 
   def _score(self, batch, gates, asked, size) -> Iterator[Score]:
-    """Reads rows; yields what they say of (row, place, continuation)s."""
+    """Reads rows; yields the scores of (row, place, continuation)s."""
     tokens = np.zeros((size, batch[0].size), np.int32)
     for i, row in enumerate(batch):
       tokens[i, : len(row.tokens)] = row.tokens

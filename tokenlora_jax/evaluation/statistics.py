@@ -1,4 +1,4 @@
-"""How sure a figure is: bootstrap intervals over questions.
+"""Confidence of figures: bootstrap intervals over questions.
 
 Axis letters: Q questions, A figures that are compared, S resamples.
 """

@@ -1,4 +1,4 @@
-"""What an arm says to a question, and how its task's scorers find it."""
+"""Generates each arm's answers and scores them with the task's scorers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Judge:
   def judge(
     self, task: str, variant: Variant, questions: Sequence[Question]
   ) -> list[dict[str, Any]]:
-    """Returns what a row is to say of each question.
+    """Returns the scores of each question, for its row.
 
     Args:
       task: of the questions.

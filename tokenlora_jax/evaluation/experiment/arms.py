@@ -1,4 +1,4 @@
-"""The arms of an experiment: which ways to mix are compared."""
+"""The arms of an experiment: the ways to mix that are compared."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Arm(NamedTuple):
 
   @property
   def label(self) -> str:
-    """What a person calls it.
+    """The arm's name in tables.
 
     Example:
       >>> Arm("token:2", "centroid", "exact", "reuse").label
@@ -66,7 +66,7 @@ class Arm(NamedTuple):
 
 
 class Routers:
-  """Who decides in each arm; each router is made once.
+  """The routers of the arms; each is made once.
 
   Attributes:
     named: the routers that arms may have, by name.
@@ -77,7 +77,7 @@ class Routers:
     self._made: dict[tuple[str, str], Router] = {}
 
   def variant(self, arm: Arm, task: str) -> Variant:
-    """Returns what an `Evaluator` is given for a cell.
+    """Returns the `Evaluator`'s variant for a cell.
 
     Args:
       arm: the arm.

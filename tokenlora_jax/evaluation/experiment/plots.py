@@ -1,4 +1,4 @@
-"""Pictures of an experiment: quality by refresh, gates by task, who led."""
+"""Plots of an experiment: quality by refresh, gates by task, leading expert."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _lines_by_refresh(
 def _marks(
   axes: Axes, known: Mapping[Arm, Estimate], single: Arm | None
 ) -> None:
-  """Draws what does not depend on the refresh as level lines."""
+  """Draws arms that do not depend on the refresh as level lines."""
   styles = {"own": "--", "uniform": "-."}
   dash_dot_dot = (0, (6, 2, 1, 2, 1, 2))
   # One rule's are enough, and most rules leave an adapter alone as it is.

@@ -1,4 +1,4 @@
-"""What the rows of an experiment say: a pure function of them.
+"""Computes an experiment's figures from its rows; pure.
 
 Axis letters: Q questions, A figures, S resamples.
 """
@@ -60,7 +60,7 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-  """What an arm took, over all its rows.
+  """The time and tokens of an arm, over all its rows.
 
   Attributes:
     seconds: of scoring and generation, compilation and the router included; a
@@ -112,7 +112,7 @@ def _place(arm: Arm) -> tuple:
 def summarise(
   rows: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES
 ) -> Results:
-  """Returns what rows say.
+  """Computes all figures of rows.
 
   A task's questions are those that any arm has; a cell that lacks some has no
   figure. Losses are over all answer tokens of all rows, scores over rows. The
@@ -213,7 +213,7 @@ def _singles(
 
 
 def _paces(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Arm, Pace]]:
-  """Yields what each arm took."""
+  """Yields the time and tokens of each arm."""
   totals: dict[Arm, np.ndarray] = {}
   for row in rows:
     of_row = (

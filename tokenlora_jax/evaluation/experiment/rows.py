@@ -124,7 +124,7 @@ def open_rows(folder: Path, about: Mapping[str, Any]) -> Iterator[RowLog]:
 
 
 def _same(file: Path, about: dict[str, Any]) -> dict[str, Any]:
-  """Returns what to write, or raises `InputError` if it is another's."""
+  """Returns the text to write, or raises `InputError` if it is another's."""
   try:
     old = json.loads(file.read_text())
     rows = dict(old["rows"])
@@ -189,7 +189,7 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def digest_bank(folder: Path) -> str:
-  """Returns a fingerprint of all that a bank's folder says and holds."""
+  """Returns a fingerprint of a bank's folder: settings and arrays."""
   files = sorted(
     path.relative_to(folder).as_posix()
     for kind in ("json", "safetensors")

@@ -35,7 +35,7 @@ def run_cells(
   log: RowLog,
   console: Console,
 ) -> None:
-  """Scores what the log lacks of each arm on each task.
+  """Scores the missing rows of each arm on each task.
 
   Args:
     arms: in the order to run.

@@ -1,4 +1,4 @@
-"""ARC-Challenge: is the right choice the likeliest, or the one written?"""
+"""ARC-Challenge: scores choices by likelihood, and written letters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class ChoiceTexts(ChoiceScorer):
-  """Which choice's text is likeliest after the question alone.
+  """Picks the choice whose text is likeliest after the question alone.
 
   As lm-evaluation-harness's arc_challenge: with l_c the log-likelihood of " "
   and the text of choice c after "Question: ...\\nAnswer:", `acc` takes the
@@ -70,7 +70,7 @@ class ChoiceTexts(ChoiceScorer):
 
 
 class ChoiceLetters(ChoiceScorer):
-  """Which choice's letter is likeliest after the prompt that adapters learn.
+  """Picks the choice by its letter's likelihood after the task's prompt.
 
   That prompt shows the choices, and the answer is a letter, or a number where a
   row's labels are numbers.
@@ -101,7 +101,7 @@ class ChoiceLetters(ChoiceScorer):
 
 
 class WrittenLetter(TextScorer):
-  """Is the letter that was generated after the task's prompt the right one?
+  """Compares the letter generated after the task's prompt with the right one.
 
   As lm-evaluation-harness's arc_challenge_chat: the text up to a full stop or
   an empty line must be the letter, whatever its case and other punctuation.
@@ -135,5 +135,5 @@ def _labels(row: Any) -> list[str]:
 
 
 def _gold(row: Any) -> int:
-  """Returns which choice is right, and checks the row."""
+  """Returns the right choice, and checks the row."""
   return _labels(row).index(_TASK.answer(row)[1:])

@@ -1,4 +1,4 @@
-"""HumanEval and MBPP: does the program that a text makes pass the row's tests?
+"""HumanEval and MBPP: runs the text's program against the row's tests.
 
 Scoring runs what the model wrote, so it is off unless `run_code` asks for it;
 `sandbox.py` says what guards it, and what does not.

@@ -1,4 +1,4 @@
-"""CodeAlpaca: how much of the gold answer does the text say, in order?"""
+"""CodeAlpaca: scores the text's overlap with the gold answer by ROUGE-L."""
 
 from __future__ import annotations
 

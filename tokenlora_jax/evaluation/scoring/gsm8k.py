@@ -1,4 +1,4 @@
-"""GSM8K: is the number that the text ends on the right one?"""
+"""GSM8K: compares the text's final number with the right one."""
 
 from __future__ import annotations
 

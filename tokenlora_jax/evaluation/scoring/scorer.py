@@ -1,4 +1,4 @@
-"""What a scorer is: from what a model did with one row to named numbers.
+"""The interface of scorers: from a model's answer to one row to named numbers.
 
 There are two kinds. A `TextScorer` reads a text that was generated after the
 task's prompt. A `ChoiceScorer` compares how likely some continuations are: it

@@ -1,4 +1,4 @@
-"""SQuAD v1.1: does the text say what one of the gold answers says?"""
+"""SQuAD v1.1: compares the text with the gold answers."""
 
 from __future__ import annotations
 
