@@ -420,6 +420,8 @@ def _unraisable(error: Any) -> None:
   They are Orbax's; some are collected as Python ends, when there is nobody left
   who could await or close them.
   """
+  if "Event loop is closed" in str(error.exc_value):
+    return
   module = str(getattr(error.object, "__module__", None) or "")
   if not (
     inspect.iscoroutine(error.object)
