@@ -1,1 +1,1 @@
-"""Adapters and routers learn."""
+"""Training of adapters and routers."""

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: adapters, optimizer, step and data position, by Orbax.
+"""Saves and restores a run: adapters, optimizer, step and data position.
 
 Orbax writes in the background and renames a checkpoint into place only when it
-is whole, so that a killed run leaves whole checkpoints or none. A disk may
-damage one later: each holds a checksum of what was saved, and one that cannot
-be read, or reads as something else, makes room for the one before it.
+is complete, so a killed run leaves complete checkpoints or none. A disk may
+damage one later: each holds a checksum of its arrays, and one that cannot be
+read, or whose checksum differs, is moved aside for the one before it.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class Checkpoints:
   """The checkpoints in a folder, the newest few kept.
 
   Args:
-    folder: where they go; made if need be.
-    keep: how many stay.
+    folder: of the checkpoints; made if need be.
+    keep: number of checkpoints that stay.
   """
 
   def __init__(self, folder: str | Path, keep: int):
     self._folder = Path(folder).absolute()
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
-      # What a killed run left half written.
+      # Those that a killed run left half written.
       cleanup_tmp_directories=True,
     )
     self._manager = ocp.CheckpointManager(
@@ -56,10 +56,10 @@ class Checkpoints:
     Args:
       step: optimizer steps done.
       state: a pytree of arrays.
-      about: what else is to be known of the run then, JSON.
+      about: the run's config and data position, as JSON.
 
     Raises:
-      OSError, ValueError: the one before could not be written.
+      OSError, ValueError: the previous checkpoint could not be written.
     """
     about = json.loads(json.dumps(about))
     about["checksum"] = checksum(state, about)
@@ -83,11 +83,11 @@ class Checkpoints:
 
     Args:
       like: a pytree of arrays or shapes as the state's.
-      mesh: where the state goes, which need not be the mesh it was saved from.
+      mesh: to put the state on; need not be the mesh it was saved from.
 
     Raises:
-      InputError: there are checkpoints, but none that is whole; or one cannot
-        be read now, for want of memory or of an answer of the disk. All stay.
+      InputError: there are checkpoints, but none is whole; or one cannot be
+        read now, because memory ran out or the disk did not answer. All stay.
     """
     self._manager.wait_until_finished()
     abstract = described(like, mesh)
@@ -97,7 +97,7 @@ class Checkpoints:
       if not reason:
         self._set_aside(damaged, step)
         return restored
-      # Its files, without the folder that is named anyway.
+      # Its files, without the folder, which the error names already.
       damaged[step] = reason.replace(f"{self._folder / str(step)}/", "")
     if damaged:
       reasons = "; ".join(f"{step}: {why}" for step, why in damaged.items())
@@ -116,7 +116,9 @@ class Checkpoints:
       folder = self._folder / str(step) / "state"
       try:
         reason = _why_unreadable(folder, len(jax.tree.leaves(abstract)))
-      except Exception as error:  # What does not pass is a bug.
+      # TensorStore raises its own and the system's errors alike; `passes` picks
+      # those of memory and disk, and any other is a bug, raised as it came.
+      except Exception as error:
         if not passes(error):
           raise
         raise self._unread(step, error) from error
@@ -133,14 +135,16 @@ class Checkpoints:
       if about.pop("checksum") != checksum(items.state, about):
         reason = "it does not hold the numbers that were saved"
       restored = items.state, about
-    except Exception as error:  # Whatever damaged files make Orbax raise.
+    # Orbax documents no errors for damaged files, and raises KeyError,
+    # TypeError, ValueError and OSError for them, so nothing narrower is safe.
+    except Exception as error:
       if passes(error):
         raise self._unread(step, error) from error
       reason = first_line(error)
     return restored, _anywhere(reason)
 
   def _unread(self, step: int, error: BaseException) -> InputError:
-    """Returns the error of a checkpoint that may well be whole."""
+    """Returns the error for a checkpoint that is perhaps not damaged."""
     return InputError(
       f"{self._folder / str(step)}: cannot be read now ({first_line(error)});"
       " it stays as it is: free memory or look after the disk, and start again"
@@ -171,8 +175,8 @@ class Checkpoints:
     self._manager.close()
 
 
-# What TensorStore, XLA and the operating system say in an error that has no
-# errno, where it is not the file that is at fault.
+# The messages of TensorStore, XLA and the operating system for errors without
+# an errno that are no fault of the file.
 _PASSING = re.compile(
   r"RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|[Oo]ut of memory"
   r"|Cannot allocate memory|Input/output error|Stale file handle|timed out"
@@ -187,10 +191,12 @@ _PASSING_ERRNO = frozenset(
 
 
 def passes(error: BaseException) -> bool:
-  """Returns whether an error says nothing about the file that was read.
+  """Returns whether an error is temporary: no memory, or a disk's hiccup.
 
-  Too little memory and a network disk that does not answer pass; a checkpoint
-  that met them is not damaged.
+  A checkpoint whose reading fails with such an error is not damaged.
+
+  Args:
+    error: with its causes, which count too.
 
   Example:
     >>> passes(MemoryError()), passes(ValueError("DATA_LOSS: bad checksum"))
@@ -208,14 +214,17 @@ def passes(error: BaseException) -> bool:
 
 
 def checksum(state: Any, about: Mapping) -> int:
-  """Returns a number that changes with any bit of a checkpoint.
+  """Returns a checksum that changes with any single bit of a checkpoint.
 
-  It is the CRC-32 of `about` and of the sum, modulo 2^32, of the bits of each
-  array: sums of integers are the same in any order, so on any mesh.
+  It is the CRC-32 of `about` and of each array's sum of bits, modulo 2^32. Sums
+  of integers do not depend on their order, so not on the mesh.
 
   Args:
     state: a pytree of arrays.
-    about: JSON.
+    about: a JSON object.
+
+  Returns:
+    An int of 32 bits.
 
   Example:
     >>> state = {"a": jnp.arange(3.0)}
@@ -236,7 +245,7 @@ def _sums(leaves):
 
 
 def _why_unreadable(folder: Path, count: int) -> str:
-  """Returns why not all of so many arrays of a folder can be read, or ""."""
+  """Returns why a folder's `count` arrays cannot all be read, or ""."""
   store = {
     "driver": "ocdbt",
     "base": {"driver": "file", "path": f"{folder}/"},

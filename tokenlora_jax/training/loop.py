@@ -1,4 +1,4 @@
-"""The training loop: steps, checkpoints, held-out losses, and how it ends."""
+"""The training loop: steps, checkpoints, held-out losses, clean shutdown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,12 @@ from tokenlora_jax.training.step import (
 
 
 def trained_adapters(config: Config, state: TrainState) -> Adapters:
-  """Returns the bank that the state holds, in the decoding layout, on host."""
+  """Returns the state's adapters, float32, in the decoding layout, on the host.
+
+  Args:
+    config: names the experts.
+    state: on the mesh; every process must call this.
+  """
   return Adapters.unstack(config.data.tasks, _on_host(state.loras))
 
 
@@ -45,12 +50,15 @@ def held_out_losses(
 
   Args:
     config: names the experts.
-    state: its adapters are used.
+    state: holds the adapters.
     base: with stacked layers.
-    batches: on the mesh; rows of padding have no targets.
+    batches: arrays [E, B, T] on the mesh; rows of padding have no targets.
+
+  Returns:
+    {expert: loss}.
 
   Raises:
-    InputError: an expert has no held-out target at all.
+    InputError: an expert has no held-out target.
   """
   losses = targets = 0.0
   for batch in batches:
@@ -74,7 +82,7 @@ def train(
   workdir: Path,
   console: Console,
 ) -> TrainState:
-  """Trains the adapters, going on from the newest checkpoint if there is one.
+  """Trains the adapters, resuming from the newest checkpoint if there is one.
 
   Args:
     config: of the run.
@@ -83,18 +91,20 @@ def train(
     batches: a Grain data set; element i is the batch of step i.
     held_out: batches on the mesh, for the held-out losses.
     workdir: gets checkpoints and logs.
-    console: where progress is shown.
+    console: shows progress.
 
   Returns:
     The state after `config.optim.steps` steps, or after the step at which
-    SIGTERM came: that step is saved then, which is said.
+    SIGTERM came, which is saved and printed.
 
   Raises:
-    FloatingPointError: a loss or gradient is not finite; names step, expert and
-      rows. Or a held-out loss is not; names step and expert. The checkpoints before it stay as they are.
-    KeyboardInterrupt: with Ctrl-C; says where the same command goes on.
-    InputError: there are checkpoints, but none that is whole; or an expert has
-      no held-out target.
+    FloatingPointError: a loss or gradient is not finite (names step, expert and
+      rows), or a held-out loss is not (names step and expert). Earlier
+      checkpoints stay.
+    KeyboardInterrupt: on Ctrl-C; names the step from which the same command
+      resumes.
+    InputError: there are checkpoints, but none is whole; or an expert has no
+      held-out target.
   """
   steps = config.optim.steps
   data = iter(batches)
@@ -104,7 +114,7 @@ def train(
     stack.enter_context(contextlib.closing(checkpoints))
     restored = checkpoints.restore(state, mesh)
     if restored is not None:
-      # A checkpoint holds the state and where in the data it stood.
+      # A checkpoint holds the state and the position in the data.
       state, about = restored
       data.set_state(about["data"])
     first = int(state.step)
@@ -143,7 +153,7 @@ def train(
               )
           if log:
             log.held_out(step, losses)
-        # Saved once all is logged: a run that goes on logs only later steps.
+        # Save after logging: a resumed run then logs only later steps.
         if last or stop or step % config.save_every == 0:
           about = {"config": config.to_json(), "data": data.get_state()}
           checkpoints.save(step, state, about)
@@ -165,9 +175,9 @@ def train(
 
 @contextlib.contextmanager
 def _termination() -> Iterator[Callable[[int], bool]]:
-  """Yields what says after each step whether SIGTERM came and all stop now."""
+  """Yields a function of a step: whether SIGTERM came and all stop after it."""
   if jax.process_count() > 1:
-    # JAX has taken SIGTERM over, and lets all processes agree on a step.
+    # JAX handles SIGTERM then, and makes all processes agree on a step.
     yield multihost_utils.reached_preemption_sync_point
     return
   came = threading.Event()
@@ -179,8 +189,7 @@ def _termination() -> Iterator[Callable[[int], bool]]:
 
 
 def _check_finite(step, experts, metrics, batch):
-  # An infinite gradient leaves weights that are not numbers, and must be seen
-  # before they are saved.
+  # An infinite gradient makes NaN weights; stop before they are saved.
   for name in ("loss", "gradient_norm"):
     for i, value in enumerate(metrics[name]):
       if not np.isfinite(value):

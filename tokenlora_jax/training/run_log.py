@@ -1,10 +1,10 @@
-"""What a run reports while it trains: a bar, metrics.jsonl and TensorBoard.
+"""Reports a training run: progress bar, metrics.jsonl and TensorBoard.
 
-Model FLOPs utilisation is 4 N FLOPs a real token (padding does not count) over
-the devices' peak, and no figure where that peak is too low: 2 N for the
-forward pass and 2 N for the gradient with respect to activations, where N are
-the parameters a token is multiplied with. A frozen base has no weight gradient,
-which would be another 2 N; the adapters' own are left out.
+Model FLOPs utilisation (MFU) is 4 N FLOPs per real token, padding not counted,
+over the devices' peak: 2 N for the forward pass and 2 N for the gradient of the
+activations, where N is the number of parameters a token is multiplied with. A
+frozen base has no weight gradient, which would be another 2 N; the adapters'
+FLOPs are left out. No MFU is shown where it would exceed 100 %.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from tokenlora_jax.files import write_atomically
 from tokenlora_jax.model.fused_attention import Accelerator
 from tokenlora_jax.parallel.chips import chip_of
 
-# Seconds after which TensorBoard sees what is new.
+# Seconds between two flushes to TensorBoard.
 FLUSH_EVERY = 30
 
 
 def peak_flops(device: Accelerator) -> float:
-  """Returns a device's peak, FLOP/s: from the table, or measured once.
+  """Returns a device's peak in FLOP/s, from the table or measured.
 
-  Of a CPU or an unknown device the rate of a large float32 matrix product is
-  measured.
+  For a CPU or an unknown device, the rate of a 1024 x 1024 float32 matrix
+  product is measured.
   """
   if chip := chip_of(device.device_kind):
     return chip.flops
@@ -58,15 +58,15 @@ def peak_flops(device: Accelerator) -> float:
 
 
 class RunLog:
-  """Shows and keeps the metrics of a training run.
+  """Prints and writes the metrics of a training run.
 
   Args:
     workdir: gets metrics.jsonl and tensorboard/.
     names: the experts' names.
     steps: of the whole run.
     first: steps done before this start.
-    parameters: N, for the utilisation.
-    console: where to print.
+    parameters: N, for the MFU.
+    console: shows the progress.
 
   Only process 0 should make one.
   """
@@ -85,11 +85,11 @@ class RunLog:
     self._console = console
     self._peak = peak_flops(jax.devices()[0]) * jax.device_count()
     self._flops_per_token = 4 * parameters
-    # A run that goes on does again what it did after its last checkpoint.
+    # A resumed run repeats the steps after its last checkpoint.
     _drop_lines_after(workdir / "metrics.jsonl", first)
     self._file = (workdir / "metrics.jsonl").open("a")
     (workdir / "tensorboard").mkdir(exist_ok=True)
-    # Not SummaryWriter: its thread dies of a full disk, and all wait for it.
+    # Not SummaryWriter: a full disk kills its thread, and close() then hangs.
     self._board = EventsWriter(
       str(workdir / "tensorboard/events"), f".{os.getpid()}"
     )
@@ -117,9 +117,9 @@ class RunLog:
 
     Args:
       step: optimizer steps done.
-      metrics: float[E] each, on the host.
-      batch: of the step. Its `sizes`, int32[E, B], and `rows`, E arrays, are
-        those of all processes.
+      metrics: float32[E] each, on the host; see `make_step`.
+      batch: of the step; its `sizes`, int32[E, B], and `rows`, E arrays, cover
+        all processes.
     """
     now = time.perf_counter()
     seconds, self._last = now - self._last, now
@@ -153,11 +153,11 @@ class RunLog:
       )
 
   def held_out(self, step: int, losses: Mapping[str, float]) -> None:
-    """Reports held-out losses, nats a target token, by expert."""
+    """Reports held-out losses by expert, in nats a target token."""
     self._write(step, {f"held_out/{k}": v for k, v in losses.items()})
     text = "  ".join(f"{k} {v:.3f}" for k, v in losses.items())
     self._console.print(f"step {step}  held-out  {text}", soft_wrap=True)
-    self._last = time.perf_counter()  # Not the next step's time.
+    self._last = time.perf_counter()  # The next step's time starts here.
 
   def _write(self, step, values, **more):
     scalars = [
@@ -179,7 +179,7 @@ class RunLog:
 
 
 def _drop_lines_after(file: Path, step: int) -> None:
-  """Drops the lines of later steps, and one that was not written to its end."""
+  """Drops the lines of later steps, and a last line that is incomplete."""
   if not file.exists():
     return
 

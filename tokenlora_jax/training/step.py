@@ -1,15 +1,14 @@
-"""Training all experts of a run at once, on one pass over the frozen base.
+"""The training step: all experts at once, in one pass over the frozen base.
 
-The step is written for one expert and vmapped over the expert axis: the base is
-not batched, so its matrix products run once over [E, B, T] activations, while
-adapters, loss, clipping and optimizer state stay each expert's own. Only
-adapters are differentiated; the base has neither gradient nor optimizer state
-by construction.
+The step is written for one expert and vmapped over the expert axis. The base is
+not batched, so its matrix products run once over [E, B, T] activations; each
+expert has its own adapters, loss, clipping and optimizer state. Only adapters
+are differentiated, so the base has neither gradient nor optimizer state.
 
-Losses and gradients are calculated under `shard_map`: a device has its experts,
-its rows and its part of every weight. It is sent the rest of a layer's weights
-when it comes to that layer, forward and backward, and at the end gradients are
-summed over the devices of an expert. Nothing else is sent.
+Losses and gradients run under `shard_map`: a device holds its experts, its rows
+and its shard of every weight. It gathers the rest of a layer's weights when it
+reaches that layer, forward and backward; at the end the gradients are summed
+over an expert's devices. Nothing else is sent.
 
 Axis letters: E experts, B rows an expert, T length, L layers, R rank.
 """
@@ -45,7 +44,7 @@ from tokenlora_jax.parallel.sharding import (
   whole_ends,
 )
 
-# What the step is given of a batch, each [E, B, T].
+# The arrays of a batch that the step reads, each [E, B, T].
 BATCH_TYPES = {
   "tokens": jnp.int32,
   "positions": jnp.int32,
@@ -58,7 +57,7 @@ Batch = Mapping[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Everything that training changes.
+  """The state that each training step updates.
 
   Attributes:
     step: int32, optimizer steps done.
@@ -73,6 +72,9 @@ class TrainState:
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
   """Returns AdamW with warm-up, schedule and clipping, for one expert.
+
+  Args:
+    config: learning rate, schedule, steps, weight decay and clipping.
 
   Example:
     >>> make_optimizer(OptimConfig()).init({"a": jnp.zeros(2)})[0]
@@ -96,12 +98,12 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _weights(loras):
-  """The part of adapters that is trained: no scaling."""
+  """Returns the trained arrays of adapters: a and b, not the scaling."""
   return {name: {"a": lora.a, "b": lora.b} for name, lora in loras.items()}
 
 
 def _with_weights(loras, weights):
-  """Adapters of other weights and the same scaling."""
+  """Returns adapters with these weights and the same scaling."""
   return {
     name: Lora(w["a"], w["b"], loras[name].scaling)
     for name, w in weights.items()
@@ -109,7 +111,13 @@ def _with_weights(loras, weights):
 
 
 def init_state(config: Config, base: Llama, mesh: Mesh) -> TrainState:
-  """Returns the state before the first step, laid out on the mesh."""
+  """Returns the state before the first step, laid out on the mesh.
+
+  Args:
+    config: of the run; its seed and experts' names decide the numbers.
+    base: gives the adapters' shapes.
+    mesh: the devices.
+  """
   init = functools.partial(_init, config, base.config)
   key = jax.random.key(config.seed)
   shardings = tree_shardings(jax.eval_shape(init, key), mesh)
@@ -119,7 +127,16 @@ def init_state(config: Config, base: Llama, mesh: Mesh) -> TrainState:
 def describe_state(
   config: Config, shape: LlamaConfig, mesh: Mesh
 ) -> TrainState:
-  """Returns the shapes and shardings of the state, and no arrays."""
+  """Returns the state's shapes and shardings, without arrays.
+
+  Args:
+    config: of the run.
+    shape: of the base.
+    mesh: the devices.
+
+  Returns:
+    A state of `jax.ShapeDtypeStruct`.
+  """
   init = functools.partial(_init, config, shape)
   return described(jax.eval_shape(init, jax.random.key(0)), mesh)
 
@@ -140,21 +157,21 @@ def expert_losses(
   kernel: Kernel = XLA,
   gather: Gather | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Losses of one expert's rows under its own adapter.
+  """Returns the losses of one expert's rows under its own adapter.
 
   Args:
     base: with stacked layers.
     loras: leaves [L, ...], without an expert axis.
     batch: arrays [B, T].
-    keys: [B], of each row's dropout; none is no dropout.
+    keys: PRNG keys [B], one for each row's dropout; none is no dropout.
     dropout: share of the adapters' inputs that is zeroed.
-    remat: what the backward pass recomputes.
-    kernel: how tokens attend.
-    gather: brings a layer's weights and adapters together.
+    remat: the activations that the backward pass recomputes.
+    kernel: the attention implementation.
+    gather: gathers a layer's sharded weights and adapters.
 
   Returns:
-    (float32[B, T], the loss in nats of predicting token t + 1 at t, 0 where
-    there is no target; float32[B, T], 1 where there is one).
+    (losses, mask): float32[B, T], the loss in nats of predicting token t + 1 at
+    t, 0 where there is no target; float32[B, T], 1 where there is one.
   """
   loras = jax.tree.map(lambda x: x[:, None], loras)
   tokens, segments = batch["tokens"], batch["segment_ids"]
@@ -162,8 +179,8 @@ def expert_losses(
 
   def adapt(lora, x, keys):
     if keys is not None and dropout:
-      # A key a row: what is dropped must depend neither on which device has the
-      # row nor on the other experts' rows.
+      # One key per row: dropout must depend neither on the device that holds
+      # the row nor on the other experts' rows.
       keep = jax.vmap(
         lambda key: jax.random.bernoulli(key, 1 - dropout, x.shape[1:])
       )(keys)
@@ -187,7 +204,20 @@ def expert_losses(
 
 
 def target_mask(batch: Batch) -> jax.Array:
-  """Returns float32[..., T], 1 where the next token is a target."""
+  """Returns the mask of positions whose next token is a target.
+
+  Args:
+    batch: `segment_ids` and `loss_mask` [..., T].
+
+  Returns:
+    float32[..., T] of 0 and 1; the last position has no next token.
+
+  Example:
+    >>> batch = {"segment_ids": jnp.array([1, 1, 2, 2]),
+    ...          "loss_mask": jnp.array([0.0, 1.0, 1.0, 1.0])}
+    >>> target_mask(batch).tolist()
+    [1.0, 0.0, 1.0, 0.0]
+  """
   segments = batch["segment_ids"]
   same = segments == jnp.roll(segments, -1, axis=-1)
   mask = jnp.roll(batch["loss_mask"], -1, axis=-1) * same
@@ -199,15 +229,15 @@ def _gather_layer(parts):
   return whole(layer, "layers."), whole(loras)
 
 
-# Where each argument of a function under `shard_map` is split, beside weights.
+# The shardings of the arguments under `shard_map` other than weights.
 _PER_ROW = P("expert", ("data", "fsdp"))
 _PER_EXPERT = P("expert")
 
 
 def _on_each_device(function, mesh, loras, base, out_specs):
-  """Returns `function(loras, base, batch, keys)`, run on each device's parts.
+  """Returns `function(loras, base, batch, keys)`, run on each device's shards.
 
-  It is called with the base's ends together, and its layers still in parts.
+  Embedding, last norm and output map arrive gathered, the layers sharded.
   """
 
   def local(loras, base, batch, keys):
@@ -229,9 +259,11 @@ def _on_each_device(function, mesh, loras, base, out_specs):
 
 
 def _gradients(config, mesh, loras, base, batch, keys):
-  """Gradients of each expert's mean loss over the target tokens of its rows.
+  """Returns the gradients of each expert's mean loss over its target tokens.
 
-  Returns (gradients as the adapters' weights, losses and targets float32[E]).
+  Returns:
+    (gradients, shaped as the adapters' weights; losses float32[E]; targets
+    float32[E]).
   """
   length = batch["tokens"].shape[-1]
   kernel = choose_kernel(
@@ -257,7 +289,7 @@ def _gradients(config, mesh, loras, base, batch, keys):
     weights = _weights(loras)
     if config.accumulate == 1:
       return loss_and_gradients(weights, (batch, keys))
-    # This device's rows, in parts that run one after the other.
+    # Microbatches of this device's rows, one after the other.
     parts = jax.tree.map(
       lambda x: x.reshape(config.accumulate, -1, *x.shape[1:]), (batch, keys)
     )
@@ -275,7 +307,7 @@ def _gradients(config, mesh, loras, base, batch, keys):
     losses, gradients = jax.vmap(one_expert, in_axes=(0, 0, 0, 0, None))(
       loras, batch, keys, targets, base
     )
-    # Over fsdp gradients are summed already, where the weights came together.
+    # The gather's transpose has already summed gradients over fsdp.
     gradients = jax.lax.psum(gradients, "data")
     return gradients, jax.lax.psum(losses, ("data", "fsdp")), targets
 
@@ -287,10 +319,14 @@ def _gradients(config, mesh, loras, base, batch, keys):
 def make_step(config: Config, mesh: Mesh):
   """Returns the jitted training step.
 
+  Args:
+    config: of the run.
+    mesh: the devices.
+
   Returns:
-    step(state, base, batch) -> (state, metrics): `state` is donated, and
-    metrics are float32[E] each: `loss`, nats a target token; `gradient_norm`,
-    before clipping; `targets`, target tokens.
+    step(state, base, batch) -> (state, metrics). `state` is donated; `batch`
+    has arrays [E, B, T]. The metrics, float32[E] each: `loss`, in nats a target
+    token; `gradient_norm`, before clipping; `targets`, the target tokens.
   """
   optimizer = make_optimizer(config.optim)
 
@@ -313,12 +349,12 @@ def make_step(config: Config, mesh: Mesh):
       weights, opt, norms = update(_weights(state.loras), state.opt, gradients)
     loras = _with_weights(state.loras, weights)
     state = TrainState(state.step + 1, loras, opt)
-    # Laid out as it came, so that its memory is used again and nothing moves.
+    # Keep the layout of the input, so that donation reuses its memory.
     layout = tree_shardings(state, mesh)
     metrics = dict(loss=losses, gradient_norm=norms, targets=targets)
     return jax.lax.with_sharding_constraint(state, layout), metrics
 
-  # Every process reads the metrics of all experts.
+  # Replicated, since every process reads the metrics of all experts.
   everywhere = NamedSharding(mesh, P())
   return jax.jit(step, donate_argnums=0, out_shardings=(None, everywhere))
 
@@ -326,15 +362,15 @@ def make_step(config: Config, mesh: Mesh):
 def held_out_sums(
   loras: Mapping[str, Lora], base: Llama, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-  """Sums of each expert's losses on its own rows, and of targets.
+  """Returns the sums of each expert's losses and of target tokens.
 
   Args:
     loras: leaves [E, L, ...].
     base: with stacked layers.
-    batch: arrays [E, B, T] on the mesh.
+    batch: arrays [E, B, T] on the mesh, not packed.
 
   Returns:
-    (float32[E], float32[E]).
+    (losses, targets): float32[E] in nats, float32[E].
   """
   return _held_out_sums(batch["tokens"].sharding.mesh, loras, base, batch)
 
@@ -364,12 +400,12 @@ def put_batch(batch, mesh: Mesh) -> Batch:
   """Puts a batch on the mesh.
 
   Args:
-    batch: numpy arrays [E, B, T], of the experts and rows that this process
-      holds, as `sharding.process_block` says.
-    mesh: the mesh.
+    batch: numpy arrays [E, B, T] of this process's experts and rows, as
+      `sharding.process_block` gives them.
+    mesh: the devices.
 
   Returns:
-    Arrays of all experts and rows.
+    Arrays [E, B, T] of all experts and rows.
   """
   sharding = NamedSharding(mesh, BATCH_SPEC)
   return {

@@ -1,4 +1,10 @@
-"""A run's folder: whose it is, and what happens when its disk fails."""
+"""Locks a run folder and checks that it holds this run.
+
+Files of a run folder:
+  config.json   the resolved settings
+  run.json      {"the base": digest, "the train rows of TASK": digest, ...}
+  checkpoints/  of Orbax; metrics.jsonl, tensorboard/ and bank/ beside it
+"""
 
 from __future__ import annotations
 
@@ -23,19 +29,22 @@ MAY_CHANGE = (
   "compilation_cache",
 )  # fmt: skip
 
-# Settings that say where something is; what is there counts, once it is known.
+# Paths, which may change too where run.json has digests of their contents.
 PLACES = ("base.path", "data.dir")
 
 
 def contents(
   base: str, **splits: Mapping[str, Sequence[Row]]
 ) -> dict[str, str]:
-  """Returns what a run is made of, wherever it lies: digests by name.
+  """Returns digests of a run's base and rows, which do not depend on paths.
 
   Args:
     base: the base's fingerprint.
     **splits: by split the rows of each task. Their order, prompts and answers
-      count, not the files that they came from.
+      count, not their files.
+
+  Returns:
+    {name: digest}, as written to run.json.
 
   Example:
     >>> row = Row("1 + 1 =", " 2", "here:1")
@@ -55,23 +64,24 @@ def contents(
 def claim_workdir(
   config: Config, made_of: Mapping[str, str] | None = None
 ) -> Iterator[Path]:
-  """Holds the run's folder, which is new or holds this very run.
+  """Locks the run's folder, which must be new or hold this very run.
 
-  A lock that dies with the process keeps a second trainer out. Only process 0
-  looks and writes; all processes start, or none.
+  The lock ends with the process. Only process 0 checks and writes; either all
+  processes start or none.
 
   Args:
     config: of the run.
-    made_of: its `contents`. If a run was started with them, the same ones may
-      lie elsewhere when it goes on.
+    made_of: its `contents`. With them, a resumed run may find its base and rows
+      under other paths.
 
   Yields:
-    The folder, with the resolved config in `config.json`, and `made_of` in `run.json`.
+    The folder, with the resolved config in `config.json` and `made_of` in
+    `run.json`.
 
   Raises:
-    InputError: another process trains in it, it holds a run of another config or
-      of other contents, or `resume` is off and it holds any; or it cannot be written to, now or
-      while it is held.
+    InputError: another process trains in it; it holds a run of another config
+      or other contents; it holds a run and `resume` is off; or it cannot be
+      written to, now or while it is locked.
   """
   workdir = Path(config.workdir)
   with contextlib.ExitStack() as stack:
@@ -101,7 +111,7 @@ def claim_workdir(
 def _check(
   workdir: Path, config: Config, made_of: Mapping[str, str] | None
 ) -> None:
-  """Raises `InputError` unless the folder is this run's or no run's."""
+  """Raises `InputError` unless the folder is new or holds this run."""
   file = workdir / "config.json"
   if file.exists():
     try:
@@ -110,7 +120,7 @@ def _check(
     except (ValueError, AttributeError) as error:
       raise InputError(f"{file}: not a run's config ({error})") from None
     if made_of is not None and (workdir / "run.json").exists():
-      # Runs that were started before there was a run.json stay in place.
+      # A run from before run.json existed must keep its paths.
       changed = [line for line in changed if line.split(" ")[0] not in PLACES]
     if changed:
       raise InputError(
@@ -132,7 +142,7 @@ def _check(
 
 
 def _check_contents(workdir: Path, made_of: Mapping[str, str]) -> None:
-  """Raises `InputError` unless a run was started with these contents."""
+  """Raises `InputError` unless run.json has these contents."""
   file = workdir / "run.json"
   try:
     old = json.loads(file.read_text())

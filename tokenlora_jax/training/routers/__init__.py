@@ -1,4 +1,4 @@
-"""Fitting: what routers learn from the tasks' rows, base and adapters frozen."""
+"""Fits routers on the tasks' rows, with base and adapters frozen."""
 
 from tokenlora_jax.training.routers import (  # noqa: F401  They register.
   embeddings,

@@ -1,10 +1,9 @@
-"""The one loop by which gates are fitted: AdamW on the loss of targets.
+"""The loop that fits in-layer gates: AdamW on the loss of the target tokens.
 
-The rows of all experts are one batch [E * B, T] of one pass over the base. Only
-the gates' parameters are differentiated: base and adapters are arguments that
-are not, so they have neither gradient nor optimizer state. Parameters and
-adapters lie whole on every device, the base and the rows as in training, and
-what is sent is left to XLA.
+The rows of all experts are one batch [E * B, T]. Only the gates' parameters are
+differentiated; base and adapters have neither gradient nor optimizer state.
+Parameters and adapters are replicated, base and rows sharded as in training;
+XLA inserts the transfers.
 
 Axis letters: E experts, B rows an expert, T length, L layers, R rank.
 """
@@ -47,21 +46,21 @@ from tokenlora_jax.training.step import (
   target_mask,
 )
 
-# {projection: prototype}, with a leading L everywhere: what is fitted.
+# The fitted arrays: {projection: {field: float32[L, E, ...]}}.
 Params = dict[str, dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """The rows of a step, or of a part of one, and what reads them.
+  """The batch of a step, or a microbatch of it, with base and adapters.
 
   Attributes:
     config: of the fit.
     base: with stacked layers.
     loras: {projection: Lora}, float32[L, E, ...].
     batch: arrays [E, B, T].
-    targets: float32[E], of the whole step.
-    key: of its randomness.
+    targets: float32[E], target tokens of the whole step.
+    key: a PRNG key.
   """
 
   config: Config
@@ -73,16 +72,21 @@ class Step:
 
   @property
   def experts(self) -> int:
-    """E."""
+    """E, the number of experts."""
     return len(self.batch["tokens"])
 
   @property
   def rows(self) -> Batch:
-    """The arrays [E * B, T], an expert's rows together."""
+    """The arrays as [E * B, T]; the rows of an expert are neighbours."""
     return {name: x.reshape(-1, x.shape[-1]) for name, x in self.batch.items()}
 
   def mixture(self, router: Router, gates: jax.Array | None = None) -> Mixture:
-    """Returns what mixes as the router says, times gates [E * B, E] or 1."""
+    """Returns the exact mixture under the router's gates times `gates`.
+
+    Args:
+      router: decides gates inside the layers.
+      gates: float32[E * B, E]; none is 1.
+    """
     if gates is None:
       gates = jnp.ones((self.rows["tokens"].shape[0], self.experts))
     return Mixture(get_rule("exact"), gates, router)
@@ -93,19 +97,19 @@ class Step:
     adapt: Adapt | None = None,
     keys: jax.Array | None = None,
   ) -> jax.Array:
-    """Returns the last hidden states, [E * B, T, D].
+    """Returns the last hidden states, [E * B, T, D], in the base's dtype.
 
     Args:
-      loras: the adapters, with what `adapt` needs of each map; none is the base
-        alone.
-      adapt: what they add to a map.
-      keys: [E * B], for `adapt`.
+      loras: the adapters and the parameters of each projection, as `adapt`
+        takes them; none is the base alone.
+      adapt: computes the term that the adapters add to a projection.
+      keys: PRNG keys [E * B], for `adapt`.
     """
     rows = self.rows
     hidden, _ = self.base(
       rows["tokens"],
       rows["positions"],
-      # Not a fused kernel, which XLA cannot split by itself.
+      # XLA cannot shard a fused kernel by itself.
       causal_mask(rows["segment_ids"]),
       loras=loras,
       adapt=adapt,
@@ -120,7 +124,7 @@ class Step:
     adapt: Adapt,
     keys: jax.Array | None = None,
   ) -> jax.Array:
-    """Returns each expert's loss: nats a target token of its rows, float32[E].
+    """Returns float32[E], each expert's loss in nats a target token.
 
     The arguments are those of `read`.
     """
@@ -130,7 +134,7 @@ class Step:
     return losses.reshape(self.experts, -1).sum(axis=1) / self.targets
 
 
-# What is made small, and each expert's loss, float32[E].
+# Returns the total loss to minimise, and each expert's loss, float32[E].
 Objective = Callable[[Params, Step], tuple[jax.Array, jax.Array]]
 
 
@@ -139,12 +143,24 @@ def zeros(
   depth: int,
   shapes: Callable[[int], Mapping[str, tuple[int, ...]]],
 ) -> Params:
-  """Returns parameters of 0 for every map that an expert adapts.
+  """Returns zero parameters for every projection that an expert adapts.
 
   Args:
     adapters: the experts.
     depth: L, of the base.
-    shapes: of a map's arrays behind [L, E], given the width of its input.
+    shapes: from the input width of a projection to the shape of each of its
+      fields, without the leading [L, E].
+
+  Returns:
+    {projection: {field: float32[L, E, ...]}}.
+
+  Example:
+    >>> from tokenlora_jax import load_base, random_adapters
+    >>> base = load_base("random:tiny")
+    >>> adapters = random_adapters(base, experts=2)
+    >>> params = zeros(adapters, 2, lambda width: {"bias": ()})
+    >>> params["q"]["bias"].shape
+    (2, 2)
   """
   widths = {
     name: lora.a.shape[-1]
@@ -162,7 +178,15 @@ def zeros(
 
 
 def flat(adapters: Adapters, params: Params) -> dict[str, np.ndarray]:
-  """Returns the fitted arrays by flat name, of the maps that are adapted."""
+  """Returns the fitted arrays of the adapted projections, by flat name.
+
+  Args:
+    adapters: the experts.
+    params: as `zeros` makes them.
+
+  Returns:
+    {"layers.I.PROJECTION.FIELD": float32[E, ...]}.
+  """
   table = [
     {name: {k: x[i] for k, x in params[name].items()} for name in layer}
     for i, layer in enumerate(adapters.layers)
@@ -180,11 +204,11 @@ def descend(
   """Fits parameters by `config.optim.steps` steps of AdamW.
 
   Args:
-    work: what is fitted with.
+    work: the inputs of the fit.
     name: of the router, for the progress bar.
-    params: the first ones.
-    objective: differentiated with respect to them.
-    optimizer: that of `config.optim`, over all parameters, by default.
+    params: the initial ones.
+    objective: the loss, differentiated with respect to `params`.
+    optimizer: by default that of `config.optim`, over all parameters.
 
   Returns:
     The last parameters, on the host.
@@ -229,14 +253,14 @@ def descend(
 
 
 def _make_step(work, objective, optimizer, everywhere):
-  """Returns the jitted step: (params, opt, losses float32[E], norm)."""
+  """Returns the jitted step; it gives (params, opt, losses [E], norm)."""
   config, experts = work.config, len(work.adapters.names)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=everywhere)
   def step(params, opt, base, loras, batch, number):
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     targets = jnp.maximum(target_mask(batch).sum((1, 2)), 1)
-    # Each expert's rows in parts that run one after the other.
+    # Microbatches of each expert's rows, one after the other.
     parts = {
       name: x.reshape(experts, config.accumulate, -1, x.shape[-1]).swapaxes(
         0, 1

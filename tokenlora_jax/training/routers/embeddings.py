@@ -1,4 +1,4 @@
-"""Fits of routers that compare texts: all they need is the texts' vectors.
+"""Fits routers that compare texts, from the texts' embeddings alone.
 
 Axis letters: n texts of an expert, D_enc width of an embedding.
 """
@@ -27,11 +27,15 @@ def fit_embeddings(
   fit: Callable[[Vectors, Config], dict[str, np.ndarray]],
   texts: Callable[[Row], Sequence[str]] = lambda row: [row.text],
 ) -> Fit:
-  """Returns the fit that gives a function the vectors of each expert's texts.
+  """Returns a fit that embeds each expert's texts and passes them to `fit`.
 
   Args:
-    fit: turns a list of float32[n, D_enc], one an expert, into arrays.
-    texts: of a row.
+    fit: from float32[n, D_enc] of each expert to the router's arrays.
+    texts: from a row to the texts that are embedded.
+
+  Example:
+    >>> means = fit_embeddings(lambda vectors, config: {
+    ...   "centroids": np.stack([v.mean(axis=0) for v in vectors])})
   """
 
   def run(work: Work):
@@ -65,7 +69,7 @@ for _name, _fit in {
 }.items():
   register_fit(_name)(fit_embeddings(_fit))
 
-# It is asked about prompts, and about texts that grow from there.
+# The classifier sees prompts first and growing texts later: train it on both.
 register_fit("classifier")(
   fit_embeddings(
     lambda vectors, config: fit_classifier(vectors),

@@ -1,4 +1,4 @@
-"""The fit of LoRA-Flow: W and b of each map, on the tasks' rows."""
+"""Fits LoRA-Flow: W and b of each adapted projection, on the tasks' rows."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from tokenlora_jax.training.routers.registry import Work, register_fit
 
 @register_fit("lora-flow")
 def fit_lora_flow(work: Work):
-  """Fits gates = softmax(W h) + b (Wang et al., 2024, eq. 4), from 1/E.
+  """Fits gates = softmax(W h) + b (Wang et al., 2024, eq. 4).
 
-  The loss is the mean over the experts of what a target token of their tasks'
-  rows costs under these gates.
+  The loss under these gates is averaged over target tokens, then over experts.
+  W and b start at 0, so all gates at 1/E.
 
   Args:
-    work: what is fitted with.
+    work: the inputs of the fit.
 
   Returns:
-    No settings, and `layers.I.MAP.weights` float32[E, in] and `.bias`
-    float32[E].
+    (settings, arrays): {}, and `layers.I.PROJECTION.weights` float32[E, in] and
+    `.bias` float32[E].
   """
 
   def objective(params, step):

@@ -1,4 +1,4 @@
-"""The fit of PHATGOOSE: a gate for each expert alone, on its own task."""
+"""Fits PHATGOOSE: one gate vector per expert, on its own task's rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenlora_jax.training.step import make_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class _Alone(PositionRouter):
-  """gates_e = sigmoid(v_e . h)."""
+  """Gates of one expert alone: gates_e = sigmoid(v_e . h)."""
 
   def position_gates(self, prototype, lora, x, low):
     return jax.nn.sigmoid(linear(x, prototype["vectors"]))
@@ -26,7 +26,14 @@ class _Alone(PositionRouter):
 def each_alone(
   optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-  """Returns an optimizer that steps each expert of [L, E, ...] by itself."""
+  """Returns an optimizer with a state, and a clipped norm, per expert.
+
+  Args:
+    optimizer: of one expert's [L, ...].
+
+  Returns:
+    The same over [L, E, ...].
+  """
   return optax.GradientTransformation(
     jax.vmap(optimizer.init, in_axes=1),
     jax.vmap(optimizer.update, in_axes=(1, 0, 1), out_axes=(1, 0)),
@@ -35,16 +42,16 @@ def each_alone(
 
 @register_fit("phatgoose")
 def fit_phatgoose(work: Work):
-  """Fits v_e, with which expert e alone adds sigmoid(v_e . h) of its output.
+  """Fits v_e, where expert e alone is gated by sigmoid(v_e . h).
 
-  Each expert reads its own task's rows, and what is learned for it does not
-  depend on the others (Muqeeth et al., 2024, section 3). The first v_e is 0.
+  Each expert reads its own task's rows, so its v_e does not depend on the other
+  experts (Muqeeth et al., 2024, section 3). v_e starts at 0.
 
   Args:
-    work: what is fitted with.
+    work: the inputs of the fit.
 
   Returns:
-    No settings, and `layers.I.MAP.vectors` float32[E, in].
+    (settings, arrays): {}, and `layers.I.PROJECTION.vectors` float32[E, in].
   """
 
   def objective(params, step):

@@ -1,4 +1,4 @@
-"""Fits by the name of the router that they are for."""
+"""The registry of fits, by the name of their router."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tokenlora_jax.model.lora import Adapters
 
 @runtime_checkable
 class Embeds(Protocol):
-  """What turns texts into vectors."""
+  """An encoder of texts into vectors."""
 
   def embed(self, texts: Sequence[str]) -> np.ndarray:
-    """Returns float32[N, D_enc] of N texts."""
+    """Returns the vectors of N texts, float32[N, D_enc]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What a fit is given.
+  """The inputs of a fit.
 
   Attributes:
     config: optimizer, rows a step, length and seed; its `data.tasks` are the
@@ -34,10 +34,10 @@ class Work:
     base: with stacked layers, on the mesh.
     adapters: the experts.
     mesh: the devices.
-    batches: endless, as `batches.batches` gives them.
-    rows: training rows of each expert, for vectors of their texts.
-    encoder: makes what embeds texts, of the kind `config.router.encoder`.
-    console: where progress is shown.
+    batches: endless, arrays [E, B, T], as `batches.batches` gives them.
+    rows: training rows of each expert, whose texts are embedded.
+    encoder: makes the encoder of the kind `config.router.encoder`.
+    console: shows progress.
   """
 
   config: Config
@@ -50,20 +50,20 @@ class Work:
   console: Console
 
 
-# Returns the router's settings that were fitted with, and the fitted arrays.
+# Returns the router settings that the arrays need, and the fitted arrays.
 Fit = Callable[[Work], tuple[dict[str, Any], dict[str, np.ndarray]]]
 
 _FITS: dict[str, Fit] = {}
 
 
 def register_fit(name: str) -> Callable[[Fit], Fit]:
-  """Makes a function the fit of a router. The latest to take a name wins.
+  """Registers a function as the fit of a router.
 
-  It returns (settings, arrays): the settings of the router that the arrays go
-  with, as JSON values, and the arrays, by name.
+  The function returns (settings, arrays): the router settings that the arrays
+  need, as JSON values, and the arrays by name.
 
   Args:
-    name: of the router.
+    name: of the router; a second function of one name replaces the first.
 
   Example:
     >>> @register_fit("nothing")
@@ -82,6 +82,9 @@ def register_fit(name: str) -> Callable[[Fit], Fit]:
 
 def get_fit(name: str) -> Fit:
   """Returns the fit of a router.
+
+  Args:
+    name: of the router.
 
   Raises:
     InputError: there is no such router, or it has nothing to fit.

@@ -1,4 +1,4 @@
-"""The fit of the sparse gate: noisy top-k, with a loss that spreads the tokens.
+"""Fits the sparse gate: noisy top-k with a load-balancing loss.
 
 Axis letters: B rows, T length, E experts.
 """
@@ -16,22 +16,22 @@ from tokenlora_jax.mixing.shaping import keep_top
 from tokenlora_jax.training.routers.descent import descend, flat, zeros
 from tokenlora_jax.training.routers.registry import Work, register_fit
 
-# The weight of the load-balancing loss of a map: alpha of Fedus et al. (2022).
+# Coefficient of each projection's balance loss: alpha of Fedus et al. (2022).
 BALANCE = 0.01
 
 
 def balance_loss(
   soft: jax.Array, kept: jax.Array, real: jax.Array
 ) -> jax.Array:
-  """How unevenly tokens are spread: E sum_e f_e P_e (Fedus et al., 2022, eq. 4).
+  """Returns the balance loss E sum_e f_e P_e (Fedus et al., 2022, eq. 4).
 
-  f_e is the share of tokens, or with top-k of choices, that expert e gets, and
-  P_e its mean probability. The least is 1, where all get the same.
+  f_e is the share of tokens (with top-k, of choices) that expert e gets, P_e
+  its mean probability. The loss is 1 where all experts get the same.
 
   Args:
     soft: float32[B, T, E], probabilities.
     kept: float32[B, T, E], 0 for the experts that are not chosen.
-    real: bool[B, T], which tokens count.
+    real: bool[B, T], False for padding.
 
   Returns:
     float32 scalar.
@@ -49,14 +49,18 @@ def balance_loss(
 
 @jax.custom_vjp
 def with_cost(gates: jax.Array, cost: jax.Array) -> jax.Array:
-  """Returns the gates; backward, `cost` is a part of what is made small.
+  """Returns the gates; in the backward pass, adds `cost` to the loss.
 
-  A layer in a scan cannot add to the loss, which is known outside; but its
-  gradient can start here.
+  Inside lax.scan we cannot return an extra loss term, so we inject its
+  gradient.
 
   Args:
     gates: any array.
     cost: float32 scalar.
+
+  Example:
+    >>> jax.grad(lambda x: 0 * with_cost(jnp.ones(2), x**2).sum())(3.0).item()
+    6.0
   """
   del cost
   return gates
@@ -72,14 +76,14 @@ with_cost.defvjp(
 class _Noisy(PositionRouter):
   """Top-k of softmax(W h + normal * softplus(N h)), straight through.
 
-  Forward the gates are those of decoding; backward those of the softmax, since
-  what is kept of one expert is always 1.
+  The forward pass uses the gates of decoding, the backward pass those of the
+  softmax: a single kept gate is always 1 and has no gradient.
 
   Attributes:
-    keys: [B].
-    real: bool[B, T], which tokens count for the balance.
-    top_k: how many gates stay; 0 is all.
-    balance: weight of the load-balancing loss.
+    keys: PRNG keys [B].
+    real: bool[B, T], False for padding.
+    top_k: number of gates that stay; 0 is all.
+    balance: coefficient of the load-balancing loss.
   """
 
   keys: jax.Array
@@ -99,18 +103,18 @@ class _Noisy(PositionRouter):
 
 @register_fit("switch")
 def fit_switch(work: Work):
-  """Fits W of gates = softmax(W h), of which top-k stay.
+  """Fits W of gates = softmax(W h), of which the top k stay.
 
-  Noise lets experts be tried that are not the best yet: normal * softplus(N h),
-  N learned too and left out afterwards (Shazeer et al., 2017, eq. 4); and each
-  map's load-balancing loss keeps all in use (Fedus et al., 2022, eq. 4). W and N
-  are 0 at first. How many stay is `router.top-k`, or the router's own 1.
+  Noise, normal * softplus(N h), makes the fit explore other experts; N is
+  fitted too and dropped afterwards (Shazeer et al., 2017, eq. 4). Each
+  projection's balance loss keeps all experts in use (Fedus et al., 2022, eq.
+  4). W and N start at 0. k is `router.top-k`, by default the router's own 1.
 
   Args:
-    work: what is fitted with.
+    work: the inputs of the fit.
 
   Returns:
-    No settings, and `layers.I.MAP.weights` float32[E, in].
+    (settings, arrays): {}, and `layers.I.PROJECTION.weights` float32[E, in].
   """
   told = work.config.router.top_k
   top_k = min(1 if told is None else told, len(work.adapters.names))

@@ -1,4 +1,4 @@
-"""The fit of X-LoRA: its classifier, on the tasks' rows."""
+"""Fits X-LoRA: its classifier of hidden states, on the tasks' rows."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from tokenlora_jax.training.routers.registry import Work, register_fit
 
 @register_fit("x-lora")
 def fit_x_lora(work: Work):
-  """Fits gates = softmax(W h + b), h of the base alone (Buehler, 2024), from 1/E.
+  """Fits gates = softmax(W h + b), h of the base alone (Buehler, 2024).
 
-  The loss is the mean over the experts of what a target token of their tasks'
-  rows costs under these gates.
+  The loss under these gates is averaged over target tokens, then over experts.
+  W and b start at 0, so all gates at 1/E.
 
   Args:
-    work: what is fitted with.
+    work: the inputs of the fit.
 
   Returns:
-    No settings, and `layers.I.MAP.weights` float32[E, D] and `.bias`
-    float32[E].
+    (settings, arrays): {}, and `layers.I.PROJECTION.weights` float32[E, D] and
+    `.bias` float32[E].
   """
 
   def objective(params, step):
     hidden = step.read()
     gates = {
-      # Of every layer: [L, E * B, T, E].
+      # Gates of every layer, [L, E * B, T, E].
       name: jax.vmap(classify, (0, None))(known, hidden)
       for name, known in params.items()
     }
