@@ -1,1 +1,1 @@
-"""What a run would take on hardware that is not here, from the compiled program."""
+"""Estimates memory and time of a run on absent hardware by compiling for it."""

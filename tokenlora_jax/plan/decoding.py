@@ -1,4 +1,4 @@
-"""Plans `infer.py`: reading a prompt, and making tokens under a mixture."""
+"""Plans `infer.py`: the prefill of a prompt, and a decode step of a mixture."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tokenlora_jax.plan.training import Plan, describe_base, plan_program
 def plan_decoding(
   config: Config, shape: LlamaConfig, topology: Topology
 ) -> list[tuple[Plan, Program]]:
-  """Plans one text: a prompt of `data.length` tokens, then the new ones.
+  """Plans one text: a prompt of `data.length` tokens and `max_new_tokens` more.
 
   Args:
     config: of the bank and the decoding.
@@ -33,7 +33,10 @@ def plan_decoding(
     topology: from `get_topology`.
 
   Returns:
-    The plan of prefill and that of a decode step, each with its program.
+    [(plan, program)] of the prefill and of one decode step.
+
+  Raises:
+    InputError: the settings do not fit the base.
   """
   mesh = decoding_mesh(shape, topology.devices, config.base.quantize)
   base = described(describe_base(config.base, shape, stacked=False), mesh)
@@ -46,7 +49,7 @@ def plan_decoding(
 
   def put(tree: Any) -> Any:
     def one(x):
-      # Keys and values are split by their heads; the rest is small.
+      # The cache is sharded by kv heads; the rest is small and replicated.
       spec = P(None, "tensor") if len(x.shape) == 4 else P()
       return jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
@@ -98,7 +101,7 @@ def plan_decoding(
       tokens=length,
       **alike,
     ),
-    # With room for one token the loop runs once.
+    # A buffer of one token makes the loop run once.
     plan_program(
       "decode",
       lambda: graph.decode.lower(

@@ -1,8 +1,8 @@
-"""Counts what a compiled program does, from its text.
+"""Counts FLOPs, transfers and memory traffic in a compiled program's text.
 
-XLA's own cost analysis counts a loop's body once. Here a computation counts as
-often as it runs: the entry once, a loop's body as often as its condition lets
-it, a called computation as often as its callers together.
+XLA's own cost analysis counts a loop's body once. Here each computation counts
+as often as it runs: the entry once, a loop's body by its trip count, a called
+computation as often as all its callers together.
 """
 
 from __future__ import annotations
@@ -39,7 +39,17 @@ COLLECTIVES = (
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """One array: its element type, its sizes, and whether it is in main memory."""
+  """The type of an array.
+
+  Attributes:
+    dtype: XLA's name of it: `bf16`, `s32`.
+    dims: the sizes of its axes.
+    main: whether it is in the chip's main memory (HBM).
+
+  Example:
+    >>> Shape("bf16", (2, 3)).bytes
+    12
+  """
 
   dtype: str
   dims: tuple[int, ...]
@@ -47,13 +57,22 @@ class Shape:
 
   @property
   def bytes(self) -> float:
-    """Its size, without padding."""
+    """The array's size in bytes, without padding."""
     return math.prod(self.dims) * _SIZES.get(self.dtype, 4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line of a program."""
+  """One instruction of a program.
+
+  Attributes:
+    name: unique in its computation.
+    shapes: of its results.
+    op: XLA's opcode, as `fusion`.
+    operands: the names of its operands.
+    text: the rest of its line, after the opening bracket.
+    root: whether it is its computation's result.
+  """
 
   name: str
   shapes: tuple[Shape, ...]
@@ -64,12 +83,12 @@ class Instruction:
 
   @property
   def bytes(self) -> float:
-    """Of what it makes."""
+    """The size of its results in bytes."""
     return sum(shape.bytes for shape in self.shapes)
 
   @property
   def scope(self) -> str:
-    """Where in our code it comes from, as JAX notes it."""
+    """The scope in our code that it comes from, or ""."""
     found = re.search(r'op_name="([^"]*)"', self.text)
     return found[1] if found else ""
 
@@ -78,13 +97,13 @@ def _shapes(text: str) -> tuple[Shape, ...]:
   found = []
   for dtype, dims, layout in _SHAPE.findall(text):
     sizes = tuple(int(d) for d in dims.split(",") if d)
-    # S(n) other than 0 is a memory of the chip itself.
+    # S(n), n > 0, is on-chip memory (VMEM, SMEM).
     found.append(Shape(dtype, sizes, not re.search(r"S\([1-9]", layout)))
   return tuple(found)
 
 
 def _operands(rest: str) -> tuple[str, ...]:
-  """Names before the bracket that ends the operands."""
+  """Returns the names before the bracket that closes the operands."""
   depths = itertools.accumulate(
     (letter in "({") - (letter in ")}") for letter in rest
   )
@@ -97,14 +116,14 @@ def _operands(rest: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """Something that chips send each other.
+  """A collective transfer between chips.
 
   Attributes:
-    kind: all-gather, all-reduce, ...
-    scope: where in our code it comes from.
-    count: how often it runs.
-    bytes: what a chip receives in one of them.
-    groups: the devices that talk to each other, numbered as in the mesh.
+    kind: one of `COLLECTIVES`.
+    scope: the scope in our code that it comes from.
+    count: number of runs.
+    bytes: received by a chip in one run.
+    groups: the groups of devices that exchange data, numbered as in the mesh.
   """
 
   kind: str
@@ -115,10 +134,17 @@ class Collective:
 
 
 class Program:
-  """A compiled program.
+  """A compiled program, parsed from its text.
 
   Args:
     text: from `compiled.as_text()`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> x = jnp.ones((8, 8))
+    >>> lowered = jax.jit(lambda x: jnp.sin(x @ x) @ x).lower(x)
+    >>> Program(lowered.compile().as_text()).flops  # Two of 2 * 8**3.
+    2048.0
   """
 
   def __init__(self, text: str):
@@ -144,9 +170,9 @@ class Program:
 
   @functools.cached_property
   def runs(self) -> dict[str, int]:
-    """How often each computation runs."""
+    """The number of runs of each computation."""
     runs = Counter({self.entry: 1})
-    # Callees stand before their callers in the text.
+    # The text lists callees before their callers.
     for name in reversed(self.computations):
       for instruction in self.computations[name]:
         times = runs[name]
@@ -158,7 +184,7 @@ class Program:
     return runs
 
   def _trips(self, loop: Instruction) -> int:
-    """How often a loop runs: it counts up from 0 to a constant."""
+    """Returns the trip count of a loop that counts from 0 to a constant."""
     known = re.search(r'known_trip_count[^}]*"n":"(\d+)"', loop.text)
     if known:
       return int(known[1])
@@ -189,7 +215,7 @@ class Program:
 
   @functools.cached_property
   def flops(self) -> float:
-    """FLOPs of the matrix products of one device; fused kernels not counted."""
+    """FLOPs of one device's matrix products, without fused kernels."""
     total = 0.0
     for instruction, runs, by_name in self._all():
       if instruction.op in ("convolution", "dot", "custom-call"):
@@ -199,7 +225,7 @@ class Program:
 
   @functools.cached_property
   def kernels(self) -> Counter[str]:
-    """How often fused kernels run, by their scope."""
+    """The number of runs of each fused kernel, by its name."""
     found: Counter[str] = Counter()
     for instruction, runs, _ in self._all():
       if "tpu_custom_call" in instruction.text or "fmha" in instruction.text:
@@ -208,13 +234,13 @@ class Program:
 
   @functools.cached_property
   def collectives(self) -> list[Collective]:
-    """What is sent, each transfer once however XLA splits it into steps."""
+    """The transfers, each once even where XLA splits it into steps."""
     seen: dict[str, Collective] = {}
     for instruction, runs, by_name in self._all():
       kind = instruction.op.removesuffix("-start")
       if kind not in COLLECTIVES:
         continue
-      # The steps of one transfer that runs beside other work.
+      # The steps of one asynchronous transfer share a chain.
       chain = re.search(r'chain_id="(\d+)"', instruction.text)
       groups = replica_groups(instruction.text)
       size = len(groups[0]) if groups else 1
@@ -237,7 +263,7 @@ class Program:
 
   @functools.cached_property
   def memory_traffic(self) -> float:
-    """Bytes that pass between one device and its main memory."""
+    """Bytes that one device reads from and writes to its main memory."""
     inner = {
       callee
       for instruction, _, _ in self._all()
@@ -264,7 +290,7 @@ class Program:
     if op == "dynamic-update-slice":
       return 2 * sizes[1]
     if op in ("copy-start", "slice-start"):
-      # It names where from and where to, often a memory of the chip itself.
+      # Its shapes are source and destination, either of which may be on-chip.
       ends = [s for s in instruction.shapes if s.dims]
       moved = min(s.bytes for s in ends)
       return moved * sum(s.main for s in ends)
@@ -286,7 +312,7 @@ def _main(instruction: Instruction) -> float:
 
 
 def _read_of(body: list[Instruction], index: int) -> float:
-  """What a fusion reads of an operand: only the slice, where it takes one."""
+  """Returns the bytes that a fusion reads of an operand: a slice or inf."""
   [parameter] = [
     i for i in body
     if i.op == "parameter" and i.text.startswith(f"{index})")
@@ -310,7 +336,7 @@ def _read_of(body: list[Instruction], index: int) -> float:
 
 
 def _written_by(body: list[Instruction], out: float) -> float:
-  """What a fusion writes: only the slice, where it updates one in place."""
+  """Returns the bytes that a fusion writes: the slice, if it updates one."""
   by_name = {i.name: i for i in body}
   [root] = [i for i in body if i.root]
   while root.op == "bitcast":
@@ -324,7 +350,7 @@ def _product_flops(instruction, operands) -> float:
   out = math.prod(instruction.shapes[0].dims)
   if instruction.op == "convolution":
     return _convolution_flops(instruction, operands[0][0], operands[1][0])
-  # A dot, or a library's product, which names the axes it sums over.
+  # A dot or a library call; both name the contracted axes.
   found = re.search(
     r'lhs_contracting_dim(?:ension)?s"?[=:][\[{]([\d,"]*)[\]}]',
     instruction.text,
@@ -336,7 +362,7 @@ def _product_flops(instruction, operands) -> float:
 
 
 def _convolution_flops(instruction, lhs: Shape, rhs: Shape) -> float:
-  """Pairs of elements that really meet, as XLA counts them."""
+  """Returns 2 FLOPs a pair of elements, padding left out, as XLA counts."""
   labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.text)
   window = re.search(r"window=\{([^}]*)\}", instruction.text)
   settings = dict(
@@ -374,7 +400,13 @@ def _convolution_flops(instruction, lhs: Shape, rhs: Shape) -> float:
 
 
 def replica_groups(text: str) -> tuple[tuple[int, ...], ...]:
-  """Returns the groups of devices of a collective, in any of XLA's notations.
+  """Returns a collective's groups of devices, from any of XLA's notations.
+
+  Args:
+    text: of the instruction.
+
+  Returns:
+    The groups, or () for one group of all devices.
 
   Example:
     >>> replica_groups("replica_groups=[2,2]<=[2,2]T(1,0), x")
@@ -413,7 +445,7 @@ def replica_groups(text: str) -> tuple[tuple[int, ...], ...]:
 
 
 def _rings(pairs: list[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
-  """The devices that a permutation connects."""
+  """Returns the groups of devices that a permutation connects."""
   group = {n: {n} for pair in pairs for n in pair}
   for a, b in pairs:
     if group[a] is not group[b]:
@@ -425,11 +457,11 @@ def _rings(pairs: list[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
 
 
 def crosses(groups, mesh_shape: dict[str, int], axis: str) -> bool:
-  """Whether devices of one group differ in their place on a mesh axis.
+  """Returns whether a group has devices at different places on a mesh axis.
 
   Args:
-    groups: as in `Collective`; none at all is all devices.
-    mesh_shape: axis -> devices, in the mesh's order.
+    groups: as in `Collective`; () is one group of all devices.
+    mesh_shape: {axis: devices}, in the mesh's order.
     axis: one of them.
 
   Example:

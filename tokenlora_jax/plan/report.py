@@ -1,4 +1,4 @@
-"""A plan as a person reads it."""
+"""Prints plans as tables and writes them as JSON."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ def show_plans(
   file: str,
   console: Console,
 ) -> None:
-  """Makes plans, prints them and, where a file is named, writes them.
+  """Makes plans, prints them and, if a file is named, writes them.
 
   Args:
-    make: plans the programs of an entry point.
+    make: plans the programs of an entry point, as `plan_training` does.
     shape: of the base.
-    name: of the topology.
+    name: of the topology; see `get_topology`.
     file: a new JSON file, or "".
-    console: where to print.
+    console: prints the tables.
 
   Raises:
-    InputError: the topology or the file cannot be.
+    InputError: there is no such topology, or the file exists or cannot be
+      written.
   """
   check_new_file("--plan-json", file)
   topology = get_topology(name)
@@ -49,7 +50,7 @@ def show_plans(
 
 
 def plan_table(plan: Plan) -> Table:
-  """Returns a plan as a table: memory of a chip, work of a step, time."""
+  """Returns a plan as a table: a chip's memory, a step's work and its time."""
   table = Table(
     f"{plan.program} on {plan.topology}", "a chip", title_justify="left"
   )
@@ -93,7 +94,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def gib(size: float) -> str:
-  """Returns a size for people.
+  """Returns a size of so many bytes as text.
 
   Example:
     >>> gib(3 * 2**29)
@@ -103,7 +104,7 @@ def gib(size: float) -> str:
 
 
 def plans_json(plans: Sequence[Plan]) -> str:
-  """Returns one plan as JSON; several as {program: plan}."""
+  """Returns one plan as JSON, several as {program: plan}."""
   found = {plan.program: dataclasses.asdict(plan) for plan in plans}
   one = next(iter(found.values()))
   return json.dumps(one if len(found) == 1 else found, indent=2) + "\n"

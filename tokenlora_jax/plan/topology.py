@@ -1,7 +1,7 @@
-"""Devices that are not here, for compiling: TPU slices and racks of GPUs.
+"""Absent devices to compile for: TPU slices, and GPUs of one machine.
 
-libtpu compiles for any slice on a machine without a TPU, and the CUDA plug-in
-for a GPU on a machine without one; both must be installed.
+libtpu compiles for any slice on a machine without a TPU, the CUDA plug-in for a
+GPU on a machine without one; each must be installed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tokenlora_jax.parallel.chips import CHIPS, Chip
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """Chips in a network.
+  """A slice of chips to compile for.
 
   Attributes:
     name: as given: `v5e:2x4`.
-    chip: what each of them is.
-    devices: JAX's, for a mesh; nothing can run on them.
+    chip: the kind of all its chips.
+    devices: JAX's devices, for a mesh; nothing can run on them.
   """
 
   name: str
@@ -35,20 +35,20 @@ class Topology:
   devices: Sequence[jax.Device]
 
 
-# What libtpu calls a slice of one chip of each kind, without the count.
+# libtpu's name of each kind, to which the number of chips is added.
 _TPU = {"v4": "v4", "v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 
 
 def get_topology(name: str) -> Topology:
-  """Returns the devices of a name.
+  """Returns the topology of a name.
 
   Args:
-    name: KIND:SIZE, as in `v5e:2x4` (a TPU slice), `h100:8` (GPUs of one
+    name: KIND:SIZE, as in `v5e:2x4` (a TPU slice) or `h100:8` (GPUs of one
       machine).
 
   Raises:
-    InputError: no such kind or size, or the plug-in that compiles for it is
-      missing.
+    InputError: there is no such kind or size, or the plug-in that compiles for
+      it is not installed.
   """
   kind, _, size = name.partition(":")
   check_choice("--plan", kind, tuple(CHIPS))
@@ -56,7 +56,7 @@ def get_topology(name: str) -> Topology:
   if not re.fullmatch(pattern, size):
     want = "v5e:2x4 or v5p:2x2x1" if kind in _TPU else f"{kind}:8"
     raise InputError(f"--plan {name}: is no size of {kind}; want as in {want}")
-  # Nothing runs, and no accelerator that is here need be woken.
+  # Nothing runs, so JAX need not start this machine's own accelerators.
   jax.config.update("jax_platforms", "cpu")
   devices = _tpus(name, size) if kind in _TPU else _gpus(name, int(size))
   return Topology(name, CHIPS[kind], devices)
@@ -69,12 +69,12 @@ def _tpus(name: str, size: str) -> Sequence[jax.Device]:
       f' "jax[tpu]=={jax.__version__}"'
     )
   chips = math.prod(map(int, size.split("x")))
-  # libtpu would ask a TPU machine's own services for these.
+  # Without these, libtpu asks the metadata server of a TPU machine.
   os.environ |= {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    # No chip is taken, so that several plans may be made at once.
+    # Compiling occupies no chip, so several plans may be made at once.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": f"{_TPU[name.partition(':')[0]]}-{chips}",
   }
@@ -82,8 +82,7 @@ def _tpus(name: str, size: str) -> Sequence[jax.Device]:
   return _described(name, "tpu", topology_name=name, **more)
 
 
-# What XLA needs to know of a GPU to compile for it (a DeviceDescription as its
-# own tools print it); the makers' figures.
+# XLA's DeviceDescription of each GPU, as its tools print it; vendors' figures.
 _GPUS = {
   "a100": dict(
     major=8, minor=0, cores=108, shared=167936, l2=41943040, name="A100",
@@ -144,7 +143,7 @@ def _gpus(name: str, chips: int) -> Sequence[jax.Device]:
 def _described(name: str, platform: str, **settings) -> Sequence[jax.Device]:
   try:
     found = topologies.get_topology_desc(platform=platform, **settings)
-  except Exception as error:
+  except RuntimeError as error:  # JaxRuntimeError and NotImplementedError too.
     raise InputError(
       f"--plan {name}: no such topology: {first_line(error)}"
     ) from None

@@ -1,8 +1,8 @@
-"""Whether a run fits, and how fast it can be, on hardware that is not here.
+"""Estimates a training run's memory and step time on absent hardware.
 
 The real step is compiled ahead of time for a described topology; nothing runs.
-What is reported is read from the compiled program: its memory from the
-compiler, its FLOPs, transfers and traffic from its text (`program.py`).
+The compiler reports the memory; `program.py` counts FLOPs, transfers and memory
+traffic in the compiled program's text.
 
 Axis letters: E experts, B rows an expert, T length, D width, V vocabulary.
 """
@@ -38,37 +38,38 @@ from tokenlora_jax.training.step import BATCH_TYPES, describe_state, make_step
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What one compiled program takes; bytes and seconds are of one chip.
+  """The costs of one compiled program; bytes and seconds are per chip.
 
   Attributes:
-    program: which: `train`, `prefill` or `decode`.
-    topology: as given.
-    chips: how many.
-    mesh: axis -> chips.
+    program: `train`, `prefill` or `decode`.
+    topology: its name, as given.
+    chips: number of chips.
+    mesh: {axis: chips}.
     fits: whether peak_bytes is at most capacity_bytes.
-    capacity_bytes: what a program may use of the chip's memory.
-    peak_bytes: all of what follows, at once, as the compiler counts.
+    capacity_bytes: the memory of a chip that a program may use.
+    peak_bytes: the most memory in use at once, by the compiler's count; the
+      sum of the next five.
     weights_bytes: the frozen base.
     adapters_bytes: the adapters.
-    optimizer_bytes: their optimizer's state.
-    other_bytes: the batch, or the cache and the texts, and what is given back
-      in memory of its own.
+    optimizer_bytes: the adapters' optimizer state.
+    other_bytes: the batch, or cache and texts, and outputs that are not donated
+      inputs.
     temporaries_bytes: activations, gradients and scratch.
     tokens: read by the program, on all chips.
-    parameters: N, that a token is multiplied with.
+    parameters: N, the parameters that a token is multiplied with.
     compile_seconds: of tracing and compiling.
-    advice: what to change, where it does not fit.
+    advice: the setting to change if it does not fit.
 
-  None where the compiler refused the program:
-    flops_per_token: counted, with the products of fused attention.
-    products_per_token: the same without those.
-    memory_traffic_bytes: to and from the chip's memory.
-    collectives: {of, kind, count, bytes, across}: what is received; `of` is
-      weights, gradients, metrics or activations, `across` the mesh axes.
+  None if the compiler refused the program:
+    flops_per_token: matrix products, with those of fused attention.
+    products_per_token: the same without fused attention.
+    memory_traffic_bytes: read from and written to the chip's memory.
+    collectives: [{of, kind, count, bytes, across}] of the received transfers:
+      `of` is weights, gradients, metrics or activations, `across` mesh axes.
     received_bytes: the sum of those.
     compute_seconds, memory_seconds, network_seconds: at the chip's peak rates.
     least_step_seconds: the largest of the three (the roofline).
-    bound_by: which: compute, memory or network.
+    bound_by: the largest one: compute, memory or network.
   """
 
   program: str
@@ -102,7 +103,20 @@ class Plan:
 def describe_base(
   config: BaseConfig, shape: LlamaConfig, stacked: bool
 ) -> Llama:
-  """Returns a base of shapes alone, in the layout and types of `load_base`."""
+  """Returns a base of shapes without arrays, in `load_base`'s layout and types.
+
+  Args:
+    config: the base's dtype and quantisation.
+    shape: of the base.
+    stacked: whether its layers are stacked, as in training.
+
+  Example:
+    >>> from tokenlora_jax.formats.load import base_shape
+    >>> config = BaseConfig("random:tiny", dtype="bfloat16")
+    >>> base = describe_base(config, base_shape(config.path), stacked=True)
+    >>> base.embedding.shape, base.embedding.dtype.name
+    ((260, 64), 'bfloat16')
+  """
 
   def make(name, sizes):
     zeros = jnp.zeros(sizes, config.dtype)
@@ -117,12 +131,18 @@ def describe_base(
 def plan_training(
   config: Config, shape: LlamaConfig, topology: Topology
 ) -> list[tuple[Plan, Program | None]]:
-  """Plans `train.py`'s step.
+  """Plans the training step of `train.py`.
 
   Args:
     config: of the run.
     shape: of the base.
     topology: from `get_topology`.
+
+  Returns:
+    [(plan, program)], one pair; the program is None if the compiler refused it.
+
+  Raises:
+    InputError: the mesh does not fit the chips, the rows or the base's heads.
   """
   rows = config.data.rows // config.accumulate
   mesh = make_mesh(config.mesh, rows, topology.devices)
@@ -160,19 +180,21 @@ def plan_program(
   topology: Topology,
   config: Config,
 ) -> tuple[Plan, Program | None]:
-  """Compiles a program for a topology and reads off what it takes.
-
-  The program is None where the compiler refused it.
+  """Compiles a program for a topology and computes its costs.
 
   Args:
     name: `train`, `prefill` or `decode`.
-    lower: traces it for the mesh.
-    parts: described trees: its `weights`, `adapters` and `optimizer`.
-    tokens: that it reads, on all chips.
+    lower: traces the program for the mesh.
+    parts: its `weights`, `adapters` and `optimizer`: trees of
+      `jax.ShapeDtypeStruct` with shardings.
+    tokens: read by the program, on all chips.
     shape: of the base.
     mesh: of the topology's devices.
-    topology: what it is compiled for.
-    config: of the run, for advice.
+    topology: the chips to compile for.
+    config: of the run.
+
+  Returns:
+    (plan, program); the program is None if the compiler refused it.
   """
   chip = topology.chip
   held = {part: _bytes_a_chip(tree) for part, tree in parts.items()}
@@ -182,7 +204,7 @@ def plan_program(
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    # A TPU's compiler refuses what does not fit, and says what it would take.
+    # The TPU compiler refuses a program that does not fit and reports its peak.
     peak = _wanted_bytes(str(error))
     if peak is None:
       raise
@@ -193,9 +215,9 @@ def plan_program(
     other = arguments + given_back
     peak = sum(held.values()) + other + memory.temp_size_in_bytes
     if topology.devices[0].platform == "tpu":
-      # A TPU's compiler allows what this figure allows: a program whose
-      # arguments and temporaries sum up to 17.6 GiB, but whose peak is 14.1,
-      # compiles for 15.75, and one of peak 17.2 is refused with that figure.
+      # The TPU compiler decides by this figure: a program whose arguments and
+      # temporaries sum to 17.6 GiB, but whose peak is 14.1, compiles for a chip
+      # of 15.75; one of peak 17.2 is refused with that figure.
       peak = memory.peak_memory_in_bytes
     program = Program(compiled.as_text())
     work = _work(program, config, shape, tokens, mesh, chip)
@@ -224,7 +246,7 @@ _PARTS = ("weights", "adapters", "optimizer")
 
 
 def _work(program, config, shape, tokens, mesh, chip) -> dict[str, Any]:
-  """What a compiled program does, and how long a chip takes at its peak."""
+  """Returns the work of a compiled program and a chip's time for it at peak."""
   flops = program.flops + _attention_flops(program, config, shape, mesh)
   collectives = _collectives(program, dict(mesh.shape))
   received = sum(c["bytes"] for c in collectives)
@@ -254,7 +276,7 @@ def _bytes_a_chip(tree) -> int:
 
 
 def _wanted_bytes(message: str) -> int | None:
-  """What a program that the compiler refused would have taken."""
+  """Returns the peak in a TPU compiler's out-of-memory error, or None."""
   found = re.search(
     r"(?:Used |\()([\d.]+)([KMG])(?: of [\d.]+[KMG] hbm|\) exceeds available)",
     message,
@@ -265,11 +287,12 @@ def _wanted_bytes(message: str) -> int | None:
 
 
 def _attention_flops(program, config, shape, mesh) -> float:
-  """FLOPs of fused attention on one device, whose text does not tell.
+  """Returns the FLOPs of fused attention on one device.
 
-  A product of T x T scores with H numbers a head is 2 T^2 H; a causal kernel
-  does half. Forward there are two such products, backward five, or seven in
-  the two kernels of splash attention.
+  The program's text does not hold them. A product of T x T scores with H
+  numbers a head is 2 T^2 H, and a causal kernel does half. The forward pass has
+  two such products, the backward pass five, or seven in splash attention's two
+  kernels.
   """
   length = config.data.length
   rows = len(config.data.tasks) * config.data.rows / config.accumulate
@@ -284,7 +307,7 @@ def _attention_flops(program, config, shape, mesh) -> float:
 
 
 def _collectives(program: Program, mesh_shape: dict[str, int]):
-  """Sums a program's transfers of a kind."""
+  """Sums a program's transfers by purpose, kind and mesh axes."""
   sums: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0])
   for one in program.collectives:
     across = tuple(
@@ -300,13 +323,13 @@ def _collectives(program: Program, mesh_shape: dict[str, int]):
 
 
 def _of(one: Collective, mesh_shape) -> str:
-  """What is sent: `sharding.whole` and its transpose say so in the program."""
+  """Returns a transfer's purpose, by the scopes of `sharding.whole`."""
   if one.kind == "all-gather" and "whole" in one.scope:
     return "weights"
   if one.bytes <= 1024:
     return "metrics"
-  # XLA may join sums and forget where they came from. Activations are summed
-  # over `tensor` alone.
+  # XLA may merge sums and drop their scopes. Activations are summed over the
+  # axis `tensor` alone.
   summed = one.kind in ("reduce-scatter", "all-reduce")
   if summed and ("whole" in one.scope or mesh_shape["tensor"] == 1):
     return "gradients"
