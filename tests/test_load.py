@@ -173,19 +173,25 @@ def test_blocks_that_a_mesh_cannot_split_are_told():
 # Memory.
 
 MEASURE = """
-import json, sys
+import gc, json, sys
 from benchmarks.loading import load
 from tokenlora_jax import load_base
+from tokenlora_jax.formats.load import _trim
 from tokenlora_jax.formats.reader import BaseReader
 
 folder, settings, hoard = json.loads(sys.argv[1])
-# The compiler's own memory is not the question: it is the same at any size.
-load_base("random:tiny", **settings)
+# Compiling takes tens of MB at any size, and only where the cache lacks a
+# program. So a first load compiles, and its arrays are freed.
+load_base(folder, **settings)
+gc.collect()
+_trim()
 if hoard:
   kept, fill = [], BaseReader.fill
   def keep(self, out, name, index):
     fill(self, out, name, index)
-    kept.append(out.copy())
+    # One tensor too many is found.
+    if name == "embedding":
+      kept.append(out.copy())
   BaseReader.fill = keep
 print(json.dumps(load(folder, settings, 1)))
 """
@@ -206,7 +212,7 @@ def larger(tmp_path_factory):
     ({"stacked": True}, False),
     ({}, True),
   ],
-  ids=["list", "stacked", "a loader that keeps what it reads"],
+  ids=["list", "stacked", "a loader that keeps a tensor"],
 )
 def test_little_memory_beside_the_base(larger, settings, hoard):
   folder, largest = larger
@@ -220,7 +226,8 @@ def test_little_memory_beside_the_base(larger, settings, hoard):
   ).stdout
   found = json.loads(out)
   above = found["peak"] - found["floor"] - found["base"]
-  assert (above <= BOUND * largest) != hoard, found
+  # Without programs and compiler, half of what the documentation promises.
+  assert (above <= BOUND / 2 * largest) != hoard, found
 
 
 def test_a_command_finds_its_base_once(monkeypatch, tmp_path):
