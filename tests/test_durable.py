@@ -225,6 +225,47 @@ def test_no_number_is_status_1_and_the_good_checkpoint_stays(
   assert_same_log(tmp_path, straight[0])
 
 
+# Many arrays of a checkpoint fail at once; then something else goes wrong.
+LEFT = f"""
+import contextlib, gc, io, resource, sys, time
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
+import conftest
+import jax, jax.numpy as jnp
+from tokenlora_jax.commands import cli
+from tokenlora_jax.training.checkpoint import Checkpoints
+
+class Other:
+  def __del__(self):
+    raise RuntimeError("Event loop is closed")
+
+cli.quiet()
+hook, dropped = sys.unraisablehook, []
+sys.unraisablehook = lambda error: (dropped.append(error.exc_value), hook(error))
+state = {{str(i): jnp.ones((50, 50)) + i for i in range(40)}}
+checkpoints = Checkpoints(sys.argv[1], keep=2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
+with contextlib.suppress(ValueError):
+  checkpoints.save(1, state, {{}})
+  checkpoints.close()
+del checkpoints
+end = time.monotonic() + 30
+while not dropped and time.monotonic() < end:
+  gc.collect()
+  time.sleep(0.1)
+print({{str(error) for error in dropped}})
+Other()
+"""
+
+
+def test_what_a_failed_save_leaves_is_not_heard_and_all_else_is(tmp_path):
+  done = subprocess.run(
+    [sys.executable, "-c", LEFT, tmp_path], capture_output=True, text=True
+  )
+  assert done.stdout == "{'Event loop is closed'}\n", done.stderr
+  assert done.stderr.count("Event loop is closed") == 1
+  assert "in __del__" in done.stderr
+
+
 # A limit on a file's size fails as a full disk does, at any moment one likes.
 FULL = f"""
 import resource, sys, time

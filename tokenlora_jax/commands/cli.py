@@ -17,6 +17,7 @@ import pkgutil
 import re
 import runpy
 import sys
+import traceback
 import types
 from typing import Any, TypeVar
 import warnings
@@ -415,13 +416,18 @@ def quiet() -> None:
 
 
 def _unraisable(error: Any) -> None:
-  """Drops what Python cannot raise of coroutines that a failed save left.
+  """Drops what a failed save leaves behind, where nobody can await or close it.
 
-  They are Orbax's; some are collected as Python ends, when there is nobody left
-  who could await or close them.
+  Orbax writes a checkpoint's arrays together, and closes the event loop once
+  one of them fails. Its threads then find the loop closed when the others are
+  done, and the coroutines that waited for these are collected at any later
+  time, some as Python ends. Orbax shows neither loop nor tasks to its caller.
   """
-  if "Event loop is closed" in str(error.exc_value):
-    return
+  last = [frame for frame, _ in traceback.walk_tb(error.exc_traceback)][-1:]
+  for frame in last:
+    where = frame.f_globals.get("__name__"), frame.f_code.co_name
+    if where == ("asyncio.base_events", "_check_closed"):
+      return
   module = str(getattr(error.object, "__module__", None) or "")
   if not (
     inspect.iscoroutine(error.object)
