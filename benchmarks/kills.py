@@ -302,7 +302,7 @@ def _all(args: argparse.Namespace, folder: Path, console: Console) -> int:
     "moment",
     "lines logged",
     "half written",
-    "goes on from",
+    "resumes from",
   )
   for row in kill_until_done(args, killed, alone, start_up, rest):
     kills.add_row(*row)

@@ -160,7 +160,7 @@ def test_mistakes_are_one_line_and_overwrite_nothing(
       "empty: holds no text",
     ),
     (["bank-add", *CONFIG, *new, "--name", "beta"], "'beta' already"),
-    (["bank-ad"], "'bank-ad': is no command; .*did you mean 'bank-add'"),
+    (["bank-ad"], "'bank-ad': is not a command; .*did you mean 'bank-add'"),
   ):
     with pytest.raises(InputError, match=told) as caught:
       run(*argv)

@@ -68,8 +68,12 @@ def test_what_was_fitted_for_others_is_refused_when_used(bank, folder, base):
   ("name", "fitted", "told"),
   [
     ("../x", Fitted({}, {}, NAMES), "'../x' is no folder's name"),
-    ("x", Fitted({"a": {1}}, {}, NAMES), "fitted x: settings are no JSON"),
-    ("x", Fitted({"a": np.inf}, {}, NAMES), "fitted x: settings are no JSON"),
+    ("x", Fitted({"a": {1}}, {}, NAMES), "fitted x: settings cannot be JSON"),
+    (
+      "x",
+      Fitted({"a": np.inf}, {}, NAMES),
+      "fitted x: settings cannot be JSON",
+    ),
     ("x", Fitted({}, {"a b": np.ones(3)}, NAMES), "an array named 'a b'"),
     (
       "x",

@@ -118,7 +118,7 @@ def workdir(stopped, tmp_path):
 
 def test_ctrl_c_says_where_the_run_goes_on_and_closes_the_bar(stopped):
   workdir, message, shown = stopped
-  assert message == "stopped; the same command goes on from step 6"
+  assert message == "stopped; the same command resumes from step 6"
   assert saved(workdir) == [3, 6]
   assert [step for step, _ in lines(workdir, "step", "mfu")] == [*range(1, 8)]
   assert "7/12" in shown
@@ -127,14 +127,14 @@ def test_ctrl_c_says_where_the_run_goes_on_and_closes_the_bar(stopped):
 
 
 def test_ctrl_c_before_any_checkpoint_starts_again(tmp_path):
-  with pytest.raises(KeyboardInterrupt, match=r"goes on from step 0$"):
+  with pytest.raises(KeyboardInterrupt, match=r"resumes from step 0$"):
     train(CONFIG, tmp_path, Stops(1, interrupt))
 
 
 def test_a_run_that_goes_on_equals_one_that_was_not_stopped(straight, workdir):
   out = io.StringIO()
   state = train(CONFIG, workdir, console=Console(file=out))
-  assert out.getvalue().startswith("going on from step 6 of 12\n")
+  assert out.getvalue().startswith("resuming from step 6 of 12\n")
   assert_identical(state, straight[1])
   names = "step", "rows", "loss/squad", "gradient_norm/squad"
   want = lines(straight[0], *names)
@@ -374,7 +374,7 @@ def test_the_newest_whole_checkpoint_is_gone_on_from(
   assert "\n" not in line
   assert line.startswith(f"{folder / '3'}: damaged (")
   assert line.endswith(
-    f"moved to {tmp_path / 'damaged/3'}, and step 2 is gone on from"
+    f"moved to {tmp_path / 'damaged/3'}, resuming from step 2"
   )
   assert re.search(why, line)
   # It is not in the way of its step, and is there to be looked at.
@@ -441,7 +441,7 @@ def test_a_run_whose_newest_checkpoint_is_cut_still_ends_the_same(
   cut(workdir / "checkpoints/6")
   out = io.StringIO()
   state = train(CONFIG, workdir, console=Console(file=out))
-  assert out.getvalue().startswith("going on from step 3 of 12\n")
+  assert out.getvalue().startswith("resuming from step 3 of 12\n")
   assert_identical(state, straight[1])
   for names in (("step", "rows", "loss/squad"), ("step", "held_out/squad")):
     assert lines(workdir, *names) == lines(straight[0], *names)

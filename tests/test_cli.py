@@ -123,7 +123,7 @@ def test_mistakes_in_the_config_file(file, tmp_path):
     parse("--config", str(tmp_path / "mien.py"))
   with pytest.raises(InputError, match="there is no such file"):
     parse("--config", str(tmp_path / "no" / "such.py"))
-  with pytest.raises(InputError, match="wants the path of a config file"):
+  with pytest.raises(InputError, match="needs the path of a config file"):
     parse("--config")
   path = tmp_path / "mine.py"
   for text, told in (

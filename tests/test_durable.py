@@ -65,8 +65,8 @@ def test_sigterm_saves_the_step_it_came_in(step, kept, straight, tmp_path):
   assert state.step == step
   assert saved(tmp_path) == kept
   assert out.getvalue().splitlines()[-1] == (
-    f"stopped by SIGTERM; step {step} of 12 is saved, and the same command goes"
-    " on from there"
+    f"stopped by SIGTERM; step {step} of 12 is saved, and the same command"
+    " resumes from there"
   )
   assert_identical(train(CONFIG, tmp_path), straight[1])
   assert_same_log(tmp_path, straight[0])
@@ -151,7 +151,7 @@ def test_a_trainer_keeps_its_folder_until_sigterm(tmp_path):
   count = len(log.read_text().splitlines())
   assert out.splitlines()[-1] == (
     f"stopped by SIGTERM; step {count} of 100000 is saved, and the same command"
-    " goes on from there"
+    " resumes from there"
   )
   assert saved(workdir) == [count]
   assert not (workdir / "bank").exists()
@@ -311,13 +311,13 @@ def test_a_full_disk_is_status_2_and_loses_nothing(
   assert done.returncode == 2
   assert done.stderr.splitlines()[-1] == (
     f"error: {tmp_path}: cannot be written to (File too large); make it"
-    " writable, and the same command goes on from its newest checkpoint"
+    " writable, and the same command resumes from its newest checkpoint"
   )
   assert "Traceback" not in done.stderr
   assert saved(tmp_path) == whole
   out = io.StringIO()
   state = train(CONFIG, tmp_path, console=Console(file=out))
-  assert out.getvalue().startswith(f"going on from step {whole[-1]} of 12\n")
+  assert out.getvalue().startswith(f"resuming from step {whole[-1]} of 12\n")
   assert_identical(state, straight[1])
   assert_same_log(tmp_path, straight[0])
   left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())

@@ -266,7 +266,7 @@ def test_a_run_that_was_stopped_goes_on(
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path):
-  told = "^stopped; the same command goes on where it stopped$"
+  told = "^stopped; the same command resumes where it stopped$"
   with (
     pytest.raises(KeyboardInterrupt, match=told),
     open_rows(tmp_path, ABOUT),

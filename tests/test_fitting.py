@@ -247,7 +247,7 @@ def test_embeddings_are_fitted_by_a_function_of_vectors(adapters, rows):
 def test_a_name_without_a_fit_is_told_in_one_line():
   with pytest.raises(InputError, match=r"'x-lore' .*did you mean 'x-lora'\?"):
     train.main(["--config", "configs/tiny.py", "--fit-router", "x-lore"])
-  with pytest.raises(InputError, match="--bank: is for --fit-router"):
+  with pytest.raises(InputError, match="--bank: needs --fit-router"):
     train.main(["--config", "configs/tiny.py", "--bank", "runs/tiny/bank"])
 
 

@@ -237,8 +237,14 @@ def test_bad_input_is_one_line_and_overwrites_nothing(
       r"out\.jsonl: cannot be written to",
     ),
     ([*one, "--output", str(tmp_path / "no" / "o")], "there is no folder .*no"),
-    ([*one, "--compare", "--output", "new"], "--output: takes no --compare"),
-    ([*one, "--compare", "--png", "new"], "--png: takes no --compare"),
+    (
+      [*one, "--compare", "--output", "new"],
+      "--output: cannot be used with --compare",
+    ),
+    (
+      [*one, "--compare", "--png", "new"],
+      "--png: cannot be used with --compare",
+    ),
     ([*one, "--html", str(output)], r"--html .*out\.jsonl: exists"),
     ([*one, "--png", str(output)], r"--png .*out\.jsonl: exists"),
     (["--prompts-file", str(empty)], "--prompts-file.* holds no prompt"),
@@ -266,7 +272,7 @@ def test_bad_input_is_one_line_and_overwrites_nothing(
     refused(run, *argv, told=told)
   monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
   refused(run, told="standard input: holds no prompt")
-  with pytest.raises(InputError, match="'evaluat': is no command; want"):
+  with pytest.raises(InputError, match="'evaluat': is not a command; want"):
     infer.main(["evaluat", *SETTINGS])
   assert output.read_text() == "kept"
   assert sorted(p.name for p in tmp_path.iterdir()) == [

@@ -167,8 +167,11 @@ def test_a_step_on_a_tpu_copies_no_kernel_and_no_cache(rule):
   ("name", "message"),
   [
     ("v5f:2x4", "--plan: 'v5f' is not one of .* \\(did you mean 'v5"),
-    ("v5e", "--plan v5e: is no size of v5e; want as in v5e:2x4"),
-    ("h100:2x4", "--plan h100:2x4: is no size of h100; want as in h100:8"),
+    ("v5e", "--plan v5e: is not a size of v5e; want for example v5e:2x4"),
+    (
+      "h100:2x4",
+      "--plan h100:2x4: is not a size of h100; want for example h100:8",
+    ),
   ],
 )
 def test_a_topology_that_cannot_be_is_named(name, message):

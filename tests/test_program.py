@@ -7,7 +7,8 @@ import pytest
 
 from tokenlora_jax.config import MeshConfig
 from tokenlora_jax.parallel.sharding import MANUAL_AXES, make_mesh
-from tokenlora_jax.plan.program import Program, crosses, replica_groups
+from tokenlora_jax.plan.groups import crosses, replica_groups
+from tokenlora_jax.plan.program import Program
 
 
 def compile(function, *shapes):

@@ -130,9 +130,9 @@ def test_messages_are_written_with_the_chat_template(run, parts, monkeypatch):
 @pytest.mark.parametrize(
   "line, told",
   [
-    ("{", "is no JSON"),
-    ("hello", "is no JSON"),
-    ("[" * 100_000, "is no JSON"),
+    ("{", "is not JSON"),
+    ("hello", "is not JSON"),
+    ("[" * 100_000, "is not JSON"),
     ('"hello"', "is a text"),
     ("{}", "has no field"),
     ('{"promt": "a"}', "has promt"),

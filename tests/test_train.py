@@ -89,7 +89,7 @@ def test_a_finished_run_gives_the_same_bank_again(run, capsys):
   argv, workdir = run
   before = contents(workdir / "bank")
   train.main(argv)
-  assert "going on from step 2 of 2" in capsys.readouterr().out
+  assert "resuming from step 2 of 2" in capsys.readouterr().out
   assert contents(workdir / "bank") == before
 
 

@@ -53,8 +53,7 @@ def test_another_run_is_refused_by_its_first_difference(tmp_path):
     claim(other)
   assert str(error.value) == (
     f"--workdir {tmp_path}: holds a run with optim.learning_rate 0.01 (now"
-    " 0.002); choose another --workdir, or go back to its settings to go on"
-    " with it"
+    " 0.002); choose another --workdir, or restore its settings to resume it"
   )
   assert (tmp_path / "config.json").read_bytes() == before
 
@@ -108,8 +107,8 @@ def test_other_rows_or_another_base_are_refused(tmp_path, change, name):
   with pytest.raises(InputError) as error:
     claim(config, made_of(**change))
   assert str(error.value) == (
-    f"--workdir {tmp_path}: holds a run in which {name} held something else;"
-    " choose another --workdir, or bring back what it was started with"
+    f"--workdir {tmp_path}: holds a run started with another version of"
+    f" {name}; choose another --workdir, or restore that version"
   )
   assert (tmp_path / "run.json").read_bytes() == before
 
@@ -156,7 +155,7 @@ def test_a_damaged_config_is_named(tmp_path, text):
 
 def test_checkpoints_of_an_unknown_run_are_refused(tmp_path):
   (tmp_path / "checkpoints").mkdir()
-  with pytest.raises(InputError, match=r"holds checkpoints, but no config"):
+  with pytest.raises(InputError, match=r"holds checkpoints of an unknown run"):
     claim(in_folder(tmp_path))
   assert not (tmp_path / "config.json").exists()
 
@@ -253,7 +252,7 @@ def test_a_failing_disk_is_one_line(error, said):
     raise error
   assert str(caught.value).startswith(f"runs/a: cannot be written to ({said}")
   assert str(caught.value).endswith(
-    ", and the same command goes on from its newest checkpoint"
+    ", and the same command resumes from its newest checkpoint"
   )
 
 

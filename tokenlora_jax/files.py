@@ -82,7 +82,7 @@ def locked(folder: Path, flag: str, does: str) -> Iterator[None]:
 @contextlib.contextmanager
 def writing(
   folder: Path,
-  then: str = "the same command goes on from its newest checkpoint",
+  then: str = "the same command resumes from its newest checkpoint",
 ) -> Iterator[None]:
   """Turns disk errors while writing to a folder into a one-line `InputError`.
 
@@ -97,7 +97,7 @@ def writing(
     >>> with writing(Path("runs/a")):
     ...   raise OSError(errno.ENOSPC, "No space left on device")
     Traceback (most recent call last):
-    tokenlora_jax.config.errors.InputError: runs/a: cannot be written to (No space left on device); make room there, and the same command goes on from its newest checkpoint
+    tokenlora_jax.config.errors.InputError: runs/a: cannot be written to (No space left on device); make room there, and the same command resumes from its newest checkpoint
   """
   try:
     yield

@@ -123,7 +123,9 @@ def write_fitted(folder: Path, name: str, fitted: Fitted) -> FittedRecord:
   try:
     settings = json.loads(json.dumps(dict(fitted.settings), allow_nan=False))
   except (TypeError, ValueError) as error:
-    raise InputError(f"fitted {name}: settings are no JSON ({error})") from None
+    raise InputError(
+      f"fitted {name}: settings cannot be JSON ({error})"
+    ) from None
   (folder / ROUTERS).mkdir(exist_ok=True)
   digest = _save(folder / fitted_file(name), arrays)
   shapes = {key: x.shape for key, x in arrays.items()}

@@ -1,1 +1,1 @@
-"""What a person types: command lines, and what they run."""
+"""The command-line programs: their flags, and the functions that they run."""

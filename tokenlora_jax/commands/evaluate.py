@@ -1,4 +1,4 @@
-"""`infer.py evaluate`: from its settings to rows, tables and pictures."""
+"""Runs `infer.py evaluate`: scores rows, writes tables and plots."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ def evaluate(
   """Compares ways to mix on held-out rows.
 
   Args:
-    args: what is compared, on what.
+    args: the flags.
     base: with its layers in a list.
     tokenizer: the base's.
     adapters: the experts.
     make_router: makes a router for them.
     bank: the folder that they come from.
-    console: where to print.
+    console: prints the tables.
 
   Raises:
-    InputError: something of these does not fit together, or the folder of the
-      rows holds another experiment.
+    InputError: the settings do not fit the bank or each other, or `--output`
+      holds another experiment.
   """
   data = dataclasses.replace(
     args.data,
@@ -108,7 +108,7 @@ def evaluate(
         "rows": {task: digest_questions(tests[task]) for task in tests},
       }
       if judge is not None:
-        # What an arm does not say itself.
+        # The decode settings that arms do not vary.
         once = dataclasses.replace(
           args.decode, refresh_every=0, rule="", cache="reuse"
         )

@@ -1,4 +1,4 @@
-"""What `infer.py evaluate` takes, apart from what evaluates."""
+"""The flags of `infer.py evaluate`; imports nothing heavy, for --help."""
 
 import dataclasses
 
@@ -7,29 +7,29 @@ from tokenlora_jax.config import Config, check
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Config):
-  """What `infer.py evaluate` takes besides the config.
+  """The flags of `infer.py evaluate` besides the config.
 
   Attributes:
     bank: the folder that train.py wrote; WORKDIR/bank by default.
-    same_base: go on with a bank whose base has another fingerprint, because it
-      is this base in another form.
-    tasks: whose held-out rows are scored; those of the config by default.
-    rows: how many rows a task; 0 is data.eval-rows.
-    variants: what is compared: `base`; `own`, the adapter of a row's own task
+    same_base: accept a bank whose base has another fingerprint, because it is
+      this base in another form.
+    tasks: the tasks whose held-out rows are scored; the config's by default.
+    rows: number of rows a task; 0 is data.eval-rows.
+    variants: the ways to mix: `base`; `own`, the adapter of a row's own task
       (the oracle); `single`, each adapter on all tasks, or `adapter:NAME`;
-      `uniform`; `sum`; and of each router `top1` (its best adapter alone),
-      `prompt` (its gates at the prompt) and `token:K` (anew every K tokens).
-    routers: by name, perhaps with settings of their own, as in
-      `centroid:encoder=hidden,sharpen=8`; the config's by default.
-    rules: what gates mean: exact, peft_linear, peft040, probabilities.
-    caches: of `token:K`: reuse, recompute, remix.
-    generate: answer the questions too, and have the answers scored: GSM8K's
-      number, ARC's choice, SQuAD's words, CodeAlpaca's ROUGE-L. See --decode for
-      how; --decode.max-new-tokens should hold an answer.
-    run_code: that programs which the model wrote may be run (humaneval, mbpp).
-    output: keep each row in this folder as it comes. The same command goes on
-      where it stopped, and more tasks, variants, routers, rules or caches may be
-      added later.
+      `uniform`; `sum`; and for each router `top1` (its best adapter alone),
+      `prompt` (gates from the prompt) and `token:K` (new gates every K tokens).
+    routers: names, optionally with settings, as in
+      `centroid:encoder=hidden,sharpen=8`; the config's router by default.
+    rules: how gates mix the adapters: exact, peft_linear, peft040,
+      probabilities.
+    caches: cache policies of `token:K`: reuse, recompute, remix.
+    generate: generate answers too and score them: GSM8K's number, ARC's choice,
+      SQuAD's words, CodeAlpaca's ROUGE-L. Set --decode.max-new-tokens long
+      enough for an answer.
+    run_code: allow running programs that the model wrote (humaneval, mbpp).
+    output: write each row to this folder once it is scored. The same command
+      resumes there, and may add tasks, variants, routers, rules or caches.
   """
 
   bank: str = ""

@@ -1,4 +1,4 @@
-"""`infer.py --prompt ...`: a text a prompt, and who led each of its tokens."""
+"""Runs `infer.py --prompt ...`: generates texts and shows their gates."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.report.trace import GateTrace
 
-# Stats that count the tokens of all rows of a batch.
+# Stats summed over all rows of a batch.
 _TOLD = ("new_tokens", "timed_tokens", "tokens_per_second")
 
 
 class Row(NamedTuple):
-  """One text of a batch.
+  """One generated text of a batch.
 
   Attributes:
-    text: what its tokens say.
-    pieces: what each of its N tokens adds.
+    text: the decoded text.
+    pieces: the N strings that its tokens add to the text.
     tokens: int32[N].
     gates: float32[N, E].
   """
@@ -51,21 +51,21 @@ class Row(NamedTuple):
 
   @classmethod
   def of(cls, out: Generation, i: int) -> Row:
-    """Returns row `i` of a batch."""
+    """Returns row `i` of a batch, without its padding."""
     n = out.lengths[i]
     return cls(out.texts[i], out.pieces[i], out.tokens[i, :n], out.gates[i, :n])
 
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-  """Makes the texts of many prompts in batches.
+  """Generates the texts of many prompts in batches.
 
   Attributes:
     base: the frozen model.
-    tokenizer: of it.
+    tokenizer: the base's.
     bank: the experts.
-    router: who decides their gates.
-    decode: how; at most `batch` prompts are read at once.
+    router: decides their gates.
+    decode: the settings; `batch` is the largest batch.
   """
 
   base: Llama
@@ -77,12 +77,12 @@ class Maker:
   def rows(
     self, prompts: Sequence[Sequence[int]], told: list[dict[str, float]]
   ) -> Iterator[list[tuple[int, Row]]]:
-    """Yields (place of the prompt, its text) of a batch, batch after batch.
+    """Yields a list of (index of the prompt, its text) for each batch.
 
     Args:
-      prompts: the tokens of each.
-      told: is given the stats of each batch. The rows that fill up a batch
-        count for nothing in its pace.
+      prompts: the tokens of each prompt.
+      told: the stats of each batch are appended to it, without the rows that
+        pad a batch.
     """
     for places, batch in batches(prompts, self.decode.batch):
       *_, out = self.start(batch)
@@ -98,7 +98,7 @@ class Maker:
   def tables(
     self, prompts: Sequence[Sequence[int]]
   ) -> Iterator[list[tuple[int, Table]]]:
-    """Yields the same with each prompt's texts under different gates."""
+    """Yields (index of the prompt, table of its texts under several gates)."""
     adapters, decode = self.bank.adapters, self.decode
     once = dataclasses.replace(decode, refresh_every=0)
     every = decode.refresh_every or 1
@@ -130,7 +130,7 @@ class Maker:
   def start(
     self, batch: Sequence[Sequence[int]], chunked: bool = False
   ) -> Decoder:
-    """Returns what makes the texts of a batch."""
+    """Returns the decoder of a batch."""
     return Decoder(
       self.base, batch, self.bank.adapters, self.router, self.decode,
       self.tokenizer, chunked,
@@ -140,13 +140,14 @@ class Maker:
 def batches(
   prompts: Sequence[Sequence[int]], size: int
 ) -> Iterator[tuple[list[int], list[Sequence[int]]]]:
-  """Yields the places of each batch's prompts, and the prompts of its rows.
+  """Yields each batch's prompts with their indices.
 
-  A batch that is short is filled up, so that it needs no program of its own.
+  Short batches are padded with their last prompt, so that all batches share one
+  compiled program.
 
   Args:
-    prompts: the tokens of each.
-    size: the most prompts a batch.
+    prompts: the tokens of each prompt.
+    size: the largest batch.
 
   Example:
     >>> list(batches([[1], [2], [3]], size=2))
@@ -160,9 +161,19 @@ def batches(
 
 
 def generate(args: Arguments, console: Console) -> None:
-  """Makes a text for each prompt."""
+  """Generates, prints and writes a text for each prompt.
+
+  Args:
+    args: the flags.
+    console: prints the texts.
+
+  Raises:
+    InputError: a prompt, the base or the bank cannot be read, or an output file
+      exists.
+    KeyboardInterrupt: on Ctrl-C; says how many texts are written.
+  """
   if args.compare:
-    check_files(args, (), "takes no --compare; leave out one of them")
+    check_files(args, (), "cannot be used with --compare; leave out one")
   check_files(args, ("output", "html", "png"))
   given = read_prompts(args)
   base, tokenizer, bank = load(args)
@@ -207,15 +218,15 @@ def rows_shown(
   texts: Sequence[str],
   console: Console,
 ) -> Iterator[tuple[int, Row]]:
-  """Yields the texts in the prompts' order as they are made, and shows each.
+  """Prints texts as they finish and yields them in the prompts' order.
 
-  A single one is shown token by token.
+  A single text is printed token by token.
 
   Args:
-    maker: of the texts.
-    prompts: the tokens of each.
-    texts: the same as text.
-    console: where they are shown.
+    maker: generates the texts.
+    prompts: the tokens of each prompt.
+    texts: the prompts as text.
+    console: prints the texts.
   """
   names = maker.bank.adapters.names
   if len(prompts) == 1:
@@ -245,10 +256,10 @@ def rows_shown(
 
 
 def joined(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
-  """Returns the pace of several batches, as `report.speed` wants it.
+  """Returns the joint stats of several batches, for `report.speed`.
 
   Args:
-    told: the `Generation.stats` of each.
+    told: the `Generation.stats` of each batch.
 
   Example:
     >>> slow = {"new_tokens": 8, "timed_tokens": 0, "tokens_per_second": 1.0}
@@ -258,7 +269,7 @@ def joined(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
   """
   key = "timed_tokens"
   if not any(stats[key] for stats in told):
-    key = "new_tokens"  # All of them compiled.
+    key = "new_tokens"  # Every batch compiled, so no token was timed.
   made = sum(stats[key] for stats in told)
   seconds = sum(stats[key] / stats["tokens_per_second"] for stats in told)
   return {
@@ -271,13 +282,17 @@ def joined(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def in_order(
   batches: Iterator[Sequence[tuple[int, Any]]], count: int
 ) -> Iterator[tuple[int, Any]]:
-  """Yields what batches give in the order of its places, from 0.
+  """Yields the pairs of batches in the order of their indices, from 0.
 
-  Meanwhile a bar on stderr says how many are made.
+  Shows a progress bar on stderr.
 
   Args:
-    batches: of (place, what is made for it).
-    count: how many there will be.
+    batches: lists of (index, value).
+    count: number of pairs in all.
+
+  Example:
+    >>> list(in_order((b for b in ([(1, "b")], [(0, "a")])), count=2))
+    [(0, 'a'), (1, 'b')]
   """
   waiting, following = {}, 0
   bar = Progress(
@@ -288,7 +303,7 @@ def in_order(
   task = bar.add_task("texts", total=count)
   with contextlib.closing(batches):
     while following < count:
-      # It is gone while others print, who may share its terminal.
+      # Hide the bar between batches: texts may be printed to its terminal.
       with bar:
         batch = next(batches)
       waiting |= dict(batch)
@@ -301,7 +316,7 @@ def in_order(
 def record(
   args: Arguments, prompt: str, row: Row, bank: Bank
 ) -> dict[str, Any]:
-  """Returns what `--output` says of a text."""
+  """Returns a text's line of `--output`, as a JSON object."""
   return {
     "prompt": prompt,
     "text": row.text,
@@ -315,19 +330,25 @@ def record(
 
 
 def say_prompt(text: str, console: Console) -> None:
-  """Prints a prompt below a line."""
+  """Prints a prompt below a rule."""
   console.rule()
   console.print(text, style="dim", markup=False)
 
 
 def say_summary(row: Row, names: Sequence[str], console: Console) -> None:
-  """Prints who led a text, below it."""
+  """Prints each expert's share and the switches of a text, below it."""
   told = report.summary(row.gates, names)
   console.print(f"\n{told}", style="dim", markup=False)
 
 
 def check_files(args: Arguments, taken: Sequence[str], why: str = "") -> None:
-  """Raises `InputError` unless the files to write are taken, and new."""
+  """Raises `InputError` if an output flag is not allowed or its file exists.
+
+  Args:
+    args: the flags.
+    taken: the output flags that are allowed.
+    why: the error for the others.
+  """
   for name in ("output", "html", "png"):
     path = getattr(args, name)
     if path and name not in taken:
@@ -336,7 +357,7 @@ def check_files(args: Arguments, taken: Sequence[str], why: str = "") -> None:
 
 
 def facts(args: Arguments) -> dict[str, str]:
-  """Returns what a heat map says of how its gates came about."""
+  """Returns the settings that a heat map shows, by name."""
   router, every = args.router, args.decode.refresh_every
   often = "every token" if every == 1 else f"every {every} tokens"
   return {

@@ -1,15 +1,15 @@
-"""Mixes a bank of LoRA adapters while a frozen Llama makes text.
+"""Mixes a bank of LoRA adapters while a frozen Llama generates text.
 
-  python infer.py --prompt TEXT ...       make text, with who led each token
-  python infer.py evaluate ...            ways to mix compared on held-out rows
-  python infer.py --plan v5e:1x1 ...      would it fit there, and how fast
-  python infer.py bank ...                what is in a bank; bank-add and
-                                          bank-drop change it
-  python infer.py export ...              a mixture as one PEFT folder
+  python infer.py --prompt TEXT ...       generates; shows each token's expert
+  python infer.py evaluate ...            compares ways to mix on held-out rows
+  python infer.py --plan v5e:1x1 ...      estimates memory and time
+  python infer.py bank ...                shows a bank; bank-add and bank-drop
+                                          change it
+  python infer.py export ...              writes a mixture as one PEFT folder
 
-Prompts come from --prompt, --prompts-file, --examples, or standard input. A
-line is a prompt; in a .jsonl file, or where the first line of standard input is
-like that, it is {"prompt": "..."}, which may hold newlines, or
+Prompts come from --prompt, --prompts-file, --examples, or standard input, one a
+line. In a .jsonl file, or on standard input if its first line is JSON, it is
+{"prompt": "..."}, which may hold newlines, or
 {"messages": [{"role": "user", "content": "..."}]}.
 """
 
@@ -23,15 +23,22 @@ from tokenlora_jax.commands.evaluate_args import Evaluation
 from tokenlora_jax.commands.generate_args import Arguments
 from tokenlora_jax.config import InputError, nearest
 
-# What takes seconds to import is imported where it is used: --help is at once.
+# Heavy modules are imported where they are used, so that --help is fast.
 
-# Commands on a bank; `commands/bank.py` has a function for each.
+# Subcommands on a bank; `commands/bank.py` has a function for each.
 BANK = ("bank", "bank-add", "bank-drop", "export")
 COMMANDS = ("generate", "evaluate", *BANK)
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the program with these arguments."""
+  """Runs infer.py.
+
+  Args:
+    argv: the arguments, without the program's name.
+
+  Raises:
+    InputError: a flag, a file or the bank is not as it must be.
+  """
   argv, command, console = list(argv), "generate", cli.console()
   if argv and not argv[0].startswith("-"):
     command = argv.pop(0)
@@ -46,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     (_plan if args.plan else _generate)(args, console)
   else:
     raise InputError(
-      f"{command!r}: is no command; want {', '.join(COMMANDS)}"
+      f"{command!r}: is not a command; want {', '.join(COMMANDS)}"
       f"{nearest(command, COMMANDS)}"
     )
 
@@ -69,7 +76,7 @@ def _evaluate(args: Evaluation, console: Console) -> None:
 
 
 def _plan(args: Arguments, console: Console) -> None:
-  """Prints what decoding would take on hardware that need not be here."""
+  """Prints the plan of a prefill and a decode step on absent hardware."""
   from tokenlora_jax.formats.load import base_shape
   from tokenlora_jax.plan.decoding import plan_decoding
   from tokenlora_jax.plan.report import show_plans
@@ -80,5 +87,5 @@ def _plan(args: Arguments, console: Console) -> None:
 
 
 def script() -> None:
-  """Runs the program as a command: infer.py, or tokenlora-infer."""
+  """Runs infer.py, or tokenlora-infer, as a program, with its exit status."""
   cli.run(main)

@@ -1,9 +1,9 @@
 """A base and its bank as a model of EleutherAI's lm-evaluation-harness.
 
-Importing this module makes `tokenlora_jax` a name that lm-eval knows; lm-eval
-0.4 finds no outside models by itself, so `python -m tokenlora_jax.lm_eval` is
-its command with that done. Texts become tokens as in lm-eval's own `hf` model,
-so that the base alone gets the scores that `hf` gives it.
+Importing this module registers the model `tokenlora_jax` with lm-eval; lm-eval
+0.4 has no plug-ins, so `python -m tokenlora_jax.lm_eval` imports it and then
+runs lm-eval's command. Texts are tokenized as by lm-eval's own `hf` model, so
+the base alone gets the scores that `hf` gives it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tokenlora_jax.formats.load import Base
 
 _log = logging.getLogger(__name__)
 
-# Its two texts (none for a window of a whole text), and their tokens.
+# (context and continuation as text, or None for a window; tokens of each).
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
@@ -48,10 +48,10 @@ class TokenLoraLM(TemplateLM):
   """A base, alone or with a bank whose gates a router refreshes.
 
   Args:
-    **model_args: what `--model_args` says; see `ModelArgs`.
+    **model_args: the values of `--model_args`; see `ModelArgs`.
 
   Raises:
-    InputError: a setting does not exist or is not allowed, or what it names
+    InputError: a setting does not exist or is not allowed, or the base or bank
       cannot be loaded.
 
   Example:
@@ -86,17 +86,17 @@ class TokenLoraLM(TemplateLM):
     if args.bank:
       bank = load_bank(args.bank, self._base, same_base=args.same_base)
       self._adapters, self._router = bank.adapters, bank.router(args.router)
-    # A router that looks at nothing need not be asked again.
+    # A router that needs no input gives the same gates every time.
     looks = self._router is not None and self._router.needs != "nothing"
     self._refresh_every = args.refresh_every if looks else 0
-    # Each batch draws its own samples, even for requests that are alike.
+    # A seed per batch, so that equal requests get different samples.
     self._seeds = itertools.count(args.seed)
 
   @classmethod
   def create_from_arg_string(
     cls, arg_string: str, additional_config: dict | None = None
   ) -> TokenLoraLM:
-    """Makes the model of `key=value,key=value`, as lm-eval asks for it."""
+    """Makes the model from `key=value,key=value`; lm-eval calls this."""
     given = simple_parse_args_string(arg_string)
     return cls.create_from_arg_obj(given, additional_config)
 
@@ -104,32 +104,32 @@ class TokenLoraLM(TemplateLM):
   def create_from_arg_obj(
     cls, arg_dict: dict[str, Any], additional_config: dict | None = None
   ) -> TokenLoraLM:
-    """Makes the model of settings, where `batch_size` wins over lm-eval's flag.
+    """Makes the model from settings; lm-eval calls this.
 
-    Its command always gives that flag, and a device of torch's, which is not
-    read: JAX has its own.
+    lm-eval's command always adds `--batch_size`, over which a `batch_size` of
+    the settings wins, and a torch device, which is ignored.
     """
     batch_size = (additional_config or {}).get("batch_size")
     return cls(**{"batch_size": batch_size} | arg_dict)
 
   @property
   def eot_token_id(self) -> int | None:
-    """The end token."""
+    """The id of the end token."""
     return self.tokenizer.eos_token_id
 
   @property
   def prefix_token_id(self) -> int | None:
-    """What stands in front of a text without context: BOS, or else EOS."""
+    """The id of the token before a text without context: BOS, or else EOS."""
     bos = self.tokenizer.bos_token_id
     return self.eot_token_id if bos is None else bos
 
   @property
   def tokenizer_name(self) -> str:
-    """Tells lm-eval's stored requests of one tokenizer from another's."""
+    """The key of this tokenizer in lm-eval's request cache."""
     return self._args.base.path.replace("/", "__")
 
   def get_model_info(self) -> dict[str, Any]:
-    """Returns what lm-eval writes beside its results: which model it was."""
+    """Returns the model's settings, which lm-eval writes with its results."""
     info = dataclasses.asdict(self._args) | {
       "fingerprint": self._base.fingerprint,
       "max_length": self.max_length,
@@ -149,9 +149,9 @@ class TokenLoraLM(TemplateLM):
 
     Args:
       string: the text.
-      add_special_tokens: whether the tokenizer may add BOS; by default as
-        `add_bos_token` says, but never a second one.
-      **kwargs: what lm-eval passes to other models; nothing is read.
+      add_special_tokens: whether the tokenizer may add BOS; by default the
+        model's `add_bos_token`, but never a second BOS.
+      **kwargs: ignored; lm-eval passes them for other models.
     """
     if add_special_tokens is None:
       has_one = string.startswith(self.tokenizer.decode(self.prefix_token_id))
@@ -163,12 +163,15 @@ class TokenLoraLM(TemplateLM):
     chat_history: list[dict[str, str]],
     add_generation_prompt: bool = True,
   ) -> str:
-    """Returns a conversation as the base's tokenizer writes it.
+    """Formats a conversation with the base's chat template.
 
     Args:
       chat_history: {"role": ..., "content": ...} of each message.
-      add_generation_prompt: whether the assistant's turn is opened; otherwise
-        its last message is left open.
+      add_generation_prompt: whether to open the assistant's turn; otherwise the
+        last message is left open.
+
+    Raises:
+      InputError: the tokenizer has no chat template.
     """
 
     def apply(messages):
@@ -195,7 +198,7 @@ class TokenLoraLM(TemplateLM):
   ) -> list[float]:
     """Returns the log-probability of each whole text, in nats.
 
-    A text of more tokens than fit is read in windows, each token being
+    A text longer than `max_length` is read in windows, and each token is
     predicted once; the first token follows BOS, or else EOS.
     """
     windows, counts = [], []
@@ -222,7 +225,7 @@ class TokenLoraLM(TemplateLM):
   def _loglikelihood_tokens(
     self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
   ) -> list[tuple[float, bool]]:
-    """Returns (log-probability, is it the greedy text) of continuations."""
+    """Returns (log-probability, whether it is greedy) of each continuation."""
     pairs = [self._fitting(*request[1:]) for request in requests]
     scorer = Scorer(
       self._base, self.tokenizer, self._adapters, self._router,
@@ -244,7 +247,7 @@ class TokenLoraLM(TemplateLM):
   def _fitting(
     self, context: list[int], continuation: list[int]
   ) -> tuple[list[int], list[int]]:
-    """Returns context and continuation, cut on the left to what can be read."""
+    """Returns context and continuation, the context cut to fit `max_length`."""
     count = len(continuation)
     check(
       0 < count <= self.max_length,
@@ -269,9 +272,12 @@ class TokenLoraLM(TemplateLM):
   def generate_until(
     self, requests: Sequence[Instance], disable_tqdm: bool = False
   ) -> list[str]:
-    """Returns the text made for each request, without what ended it.
+    """Generates a text for each request, without its stop string.
 
-    Its settings are those of `parse_gen_kwargs`; see there.
+    A request's settings are those of `parse_gen_kwargs`.
+
+    Raises:
+      InputError: a setting is not allowed.
     """
     alike: dict[str, list[int]] = {}
     for place, request in enumerate(requests):
@@ -290,7 +296,7 @@ class TokenLoraLM(TemplateLM):
         size = min(self._args.batch_size, len(places))
         for start in range(0, len(places), size):
           batch = places[start : start + size]
-          # Filled up, so that the last batch does not compile anew.
+          # Pad the last batch, so that it does not compile again.
           filled = batch + batch[-1:] * (size - len(batch))
           made = self._make([prompts[p] for p in filled], config)
           for place, text in zip(batch, made, strict=False):
@@ -302,7 +308,7 @@ class TokenLoraLM(TemplateLM):
     return texts
 
   def _decode_config(self, settings: dict[str, Any]) -> DecodeConfig:
-    """Returns how text is made."""
+    """Returns the decode settings of a request."""
     config = parse_gen_kwargs(settings, self._refresh_every)
     check(
       config.max_new_tokens < self.max_length,
@@ -319,7 +325,7 @@ class TokenLoraLM(TemplateLM):
     return tokens[-room:]
 
   def _make(self, prompts: list[list[int]], config: DecodeConfig) -> list[str]:
-    """Returns one text a prompt."""
+    """Returns one generated text per prompt."""
     made = generate(
       self._base, prompts, self._adapters, self._router,
       dataclasses.replace(

@@ -1,4 +1,4 @@
-"""lm-eval's `--model_args` and `--gen_kwargs`, as settings of ours."""
+"""Parses lm-eval's `--model_args` and `--gen_kwargs` into our configs."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from tokenlora_jax.config import (
 )
 from tokenlora_jax.mixing.rules import get_rule
 
-# Tokens that are made where a task does not say how many, as in lm-eval's hf.
+# New tokens if a task sets no number, as in lm-eval's `hf` model.
 MAX_GEN_TOKS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelArgs:
-  """What `--model_args` says.
+  """The settings of `--model_args`.
 
   Attributes:
-    base: `base` is its path; `dtype` and `quantize` are named as they are.
-    router: `router` is its name; the other fields are named as they are.
+    base: its path is the key `base`; `dtype` and `quantize` are keys too.
+    router: its name is the key `router`; its other fields are keys too.
     bank: the folder of a bank; empty is the base alone.
-    same_base: go on with a bank whose base has another fingerprint.
+    same_base: accept a bank whose base has another fingerprint.
     refresh_every: tokens between two router calls; 0 is once, at the context.
-    rule: what the gates mean.
-    batch_size: texts that are read, or made, at once.
-    max_length: the most tokens that are read; 0 is the base's own.
-    add_bos_token: whether texts begin with BOS; None is as the tokenizer does.
-    seed: of sampled text.
+    rule: how gates mix the adapters.
+    batch_size: texts in a batch.
+    max_length: the most tokens of a text; 0 is the base's own limit.
+    add_bos_token: whether texts begin with BOS; None is the tokenizer's choice.
+    seed: of sampling.
   """
 
   base: BaseConfig
@@ -64,7 +64,8 @@ def _defaults(cls: type, *left_out: str) -> dict[str, Any]:
 
 
 _BASE = _defaults(BaseConfig, "path")
-# Training and fitting alone make centroids; numbers left out are the router's.
+# Not settings of decoding: centroid_rows and clusters. A number that is left
+# out is the router's own.
 _ROUTER = _defaults(RouterConfig, "name", "centroid_rows", "clusters")
 _ROUTER |= {"top_k": 0, "temperature": 1.0}
 _MODEL = _defaults(ModelArgs, "base", "router")
@@ -72,10 +73,10 @@ _ALL = {"base": "", "router": RouterConfig.name, **_MODEL, **_ROUTER, **_BASE}
 
 
 def parse_model_args(given: Mapping[str, Any]) -> ModelArgs:
-  """Returns the settings of a model.
+  """Parses the settings of a model.
 
   Args:
-    given: names and values; None and "none" stand for the default.
+    given: {name: value}; None and "none" are the default.
 
   Raises:
     InputError: there is no such name, or a value is not allowed.
@@ -106,7 +107,7 @@ def parse_model_args(given: Mapping[str, Any]) -> ModelArgs:
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:
-  """Returns a value in its default's type; the command line guesses types."""
+  """Returns a value in its default's type; lm-eval's parser guesses types."""
   field = f"model_args {name}"
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
   if default is None or isinstance(default, bool):
@@ -132,7 +133,7 @@ def _typed(name: str, value: Any, default: Any) -> Any:
 def parse_gen_kwargs(
   given: Mapping[str, Any], refresh_every: int
 ) -> DecodeConfig:
-  """Returns how a request wants its text made; greedy by default.
+  """Parses the decode settings of a request; greedy by default.
 
   Args:
     given: `until`, `max_gen_toks` (or one of lm-eval's other words for it),
@@ -155,7 +156,7 @@ def parse_gen_kwargs(
   return DecodeConfig(
     settings["max_gen_toks"],
     refresh_every,
-    # An empty text stands for the end token, which ends a text anyway.
+    # An empty string stands for the end token, which stops a text anyway.
     stop=tuple(text for text in settings["until"] if text),
     **{name: settings[name] for name in sampling if name in settings},
   )

@@ -1,4 +1,4 @@
-"""The prompts of a command: read, written as text, and checked."""
+"""Reads a command's prompts, formats chats, tokenizes and checks them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ _WANT = (
 
 
 class Prompt(NamedTuple):
-  """One prompt as a person gave it.
+  """One prompt, before formatting.
 
   Attributes:
-    name: names it in errors.
-    content: its text, or the messages {"role", "content"} of a conversation.
-    letters: whether it is a row of data, whose `</s>` is no end of a text.
+    name: of the prompt, in errors.
+    content: its text, or a chat's messages [{"role": ..., "content": ...}].
+    letters: whether it is a row of data, whose `</s>` is four letters and not a
+      control token.
   """
 
   name: str
@@ -40,10 +41,13 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(args: Arguments) -> list[Prompt]:
-  """Returns the prompts of a command line.
+  """Returns the prompts of a command line, or of standard input.
+
+  Args:
+    args: their `prompt`, `prompts_file` and `examples` are joined.
 
   Raises:
-    InputError: there is none, or one cannot be read.
+    InputError: there is no prompt, or one cannot be read.
   """
   if args.examples < 0:
     raise InputError(
@@ -67,14 +71,14 @@ def read_prompts(args: Arguments) -> list[Prompt]:
   if prompts:
     return prompts
   if sys.stdin.isatty():
-    raise InputError("--prompt: there is none; give one, or --examples 1")
+    raise InputError("--prompt: no prompt is given; give one, or --examples 1")
   name = "standard input"
   lines = numbered_lines(sys.stdin, name, "prompt")
   return _prompts(name, lines, _is_row(lines[0][1]))
 
 
 def _is_row(line: str) -> bool:
-  """Whether a line is a prompt as JSON, and not text."""
+  """Returns whether a line is a prompt as JSON, not as text."""
   try:
     row = json.loads(line)
   except (ValueError, RecursionError):
@@ -95,12 +99,12 @@ def _prompts(
 
 
 def _content(where: str, line: str) -> str | list[dict[str, str]]:
-  """Returns what a line of JSON asks, or raises `InputError`."""
+  """Returns the prompt or messages of a JSON line, or raises `InputError`."""
   try:
     row = json.loads(line)
   except (ValueError, RecursionError) as error:
     why = getattr(error, "msg", "too deep")
-    raise InputError(f"{where}: is no JSON ({why}); {_WANT}") from None
+    raise InputError(f"{where}: is not JSON ({why}); {_WANT}") from None
   if not isinstance(row, dict):
     raise InputError(f"{where}: is {_kind(row)}; {_WANT}")
   if row.keys() == {"prompt"}:
@@ -131,26 +135,32 @@ def _text(where: str, value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-  """Returns what JSON calls a value of this type."""
+  """Returns JSON's name for a value's type."""
   kinds = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
   kinds |= {bool: "true or false"}
   return kinds.get(type(value), "a number")
 
 
 def _short(text: str) -> str:
-  """Returns a text of somebody's file as one line of bearable length."""
+  """Returns a foreign text as one line of at most 80 characters."""
   text = " ".join(ascii(text)[1:-1].split())
   return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def as_text(prompt: Prompt, tokenizer: Tokenizer) -> str:
-  """Returns the text that the base reads.
+  """Returns a prompt as text, formatting messages with the chat template.
 
-  Messages are written with the tokenizer's chat template, with the assistant's
-  turn opened.
+  Args:
+    prompt: text or messages; after messages the assistant's turn is opened.
+    tokenizer: of the base.
 
   Raises:
     InputError: there is no chat template, or it refuses the messages.
+
+  Example:
+    >>> from tokenlora_jax import load_tokenizer
+    >>> as_text(Prompt("prompt 1", "2 + 2 ="), load_tokenizer("random:tiny"))
+    '2 + 2 ='
   """
   if isinstance(prompt.content, str):
     return prompt.content
@@ -163,7 +173,7 @@ def as_text(prompt: Prompt, tokenizer: Tokenizer) -> str:
     return tokenizer.apply_chat_template(
       prompt.content, tokenize=False, add_generation_prompt=True
     )
-  # A template is a program of whoever made the tokenizer.
+  # A template is a foreign program, and may raise these.
   except (jinja2.TemplateError, ValueError, TypeError) as error:
     raise InputError(
       f"{prompt.name}: the base's chat template refuses its messages"
@@ -177,16 +187,19 @@ def encode_all(
   shape: LlamaConfig,
   new: int,
 ) -> list[tuple[str, list[int]]]:
-  """Returns each prompt's text and tokens.
+  """Formats, tokenizes and checks all prompts before the first is decoded.
 
   Args:
-    prompts: all of a command's.
+    prompts: of a command.
     tokenizer: of the base.
     shape: of the base.
-    new: the tokens to make after each, at most.
+    new: the most tokens generated after each.
+
+  Returns:
+    [(text, tokens)], one per prompt.
 
   Raises:
-    InputError: a prompt, named, cannot be read by the base.
+    InputError: a prompt, named, is empty, too long or not encodable.
   """
   encoded = []
   for prompt in prompts:

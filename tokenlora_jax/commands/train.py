@@ -1,16 +1,15 @@
 """Trains one LoRA adapter a task, all at once, on one frozen Llama.
 
   python train.py --config FILE                     trains
-  python train.py --config FILE --plan v5e:2x4      plans: would it fit, how fast
+  python train.py --config FILE --plan v5e:2x4      estimates memory and time
   python train.py --config FILE --fit-router NAME   fits a router to a bank
 
-At the end the folder WORKDIR/bank holds a PEFT folder an expert, the centroids
-that a router compares texts with, and bank.json; infer.py mixes them. A run
-that was stopped goes on where its newest checkpoint stands; SIGTERM, as of a
-preempted machine, lets it save one first.
+The result is WORKDIR/bank: a PEFT folder per expert, the centroids that a
+router compares texts with, and bank.json; infer.py mixes them. The same command
+resumes a stopped run from its newest checkpoint; SIGTERM saves one first.
 
-A router that learns (lora-flow, phatgoose, switch, x-lora) is fitted on the same
-tasks' training rows, base and adapters frozen, for `optim.steps` steps of
+A trainable router (lora-flow, phatgoose, switch, x-lora) is fitted on the same
+tasks' training rows, with base and adapters frozen, for `optim.steps` steps of
 `data.rows` rows a task, and saved into the bank.
 """
 
@@ -21,21 +20,21 @@ import functools
 from tokenlora_jax.commands import cli
 from tokenlora_jax.config import Config, InputError
 
-# What takes seconds to import is imported where it is used: --help is at once.
+# Heavy modules are imported where they are used, so that --help is fast.
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(Config):
-  """What train.py takes besides the config.
+  """The flags of train.py besides the config.
 
   Attributes:
-    plan: do not train, but compile the step for hardware that need not be here
-      and say whether it fits and what it takes: v5e:2x4, v5p:2x2x1, h100:8.
+    plan: do not train; compile the step for absent hardware (v5e:2x4,
+      v5p:2x2x1, h100:8) and print whether it fits, its memory and its time.
     plan_json: write the plan to this new JSON file too.
-    fit_router: do not train, but fit this router to a bank and save it there.
-    bank: of fit_router: the bank's folder; WORKDIR/bank by default.
-    same_base: of fit_router: go on with a bank whose base has another
-      fingerprint, because it is this base in another form.
+    fit_router: do not train; fit this router to a bank and save it there.
+    bank: for fit_router: the bank's folder; WORKDIR/bank by default.
+    same_base: for fit_router: accept a bank whose base has another fingerprint,
+      because it is this base in another form.
   """
 
   plan: str = ""
@@ -46,10 +45,17 @@ class Arguments(Config):
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the program with these arguments."""
+  """Runs train.py.
+
+  Args:
+    argv: the arguments, without the program's name.
+
+  Raises:
+    InputError: a flag, a file or the run's folder is not as it must be.
+  """
   args = cli.parse(Arguments, argv, __doc__)
   if args.bank and not args.fit_router:
-    raise InputError("--bank: is for --fit-router, whose NAME is missing")
+    raise InputError("--bank: needs --fit-router NAME; leave it out to train")
   config, console = Config.of(args), cli.console()
   if args.plan:
     from tokenlora_jax.formats.load import base_shape
@@ -69,5 +75,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 def script() -> None:
-  """Runs the program as a command: train.py, or tokenlora-train."""
+  """Runs train.py, or tokenlora-train, as a program, with its exit status."""
   cli.run(main)

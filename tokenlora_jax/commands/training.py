@@ -1,4 +1,4 @@
-"""What train.py runs: a bank is trained, or a router fitted to one."""
+"""Runs train.py: trains a bank, or fits a router to one."""
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
@@ -42,7 +42,7 @@ class Run:
     mesh: the devices.
     tokenizer: the base's.
     rows: the training rows of each expert.
-    base: with stacked layers, spread over the mesh.
+    base: with stacked layers, sharded over the mesh.
   """
 
   config: Config
@@ -52,11 +52,11 @@ class Run:
   base: Llama
 
   def batches(self) -> Iterable:
-    """Returns the training rows' endless batches."""
+    """Returns the endless batches of training rows, arrays [E, B, T]."""
     return batches(self.rows, self.tokenizer, self.config.data, self.mesh)
 
   def hidden_encoder(self) -> HiddenEncoder:
-    """Returns the encoder of texts by the base's hidden states."""
+    """Returns the encoder that averages the base's hidden states."""
     return HiddenEncoder(self.base, self.tokenizer, self.config.data.length)
 
 
@@ -65,11 +65,11 @@ def set_up(config: Config, tasks: Mapping[str, str], console: Console) -> Run:
 
   Args:
     config: the settings; `data.tasks` are the experts' names.
-    tasks: by expert, the task whose rows it reads.
-    console: falls silent in all processes but the first.
+    tasks: {expert: the task whose rows it reads}.
+    console: silenced in all processes but the first.
 
   Raises:
-    InputError: something of the settings does not fit what is there.
+    InputError: the base, rows or devices do not fit the settings.
   """
   start_processes(config.mesh)
   console.quiet = jax.process_index() > 0
@@ -93,12 +93,13 @@ def train_bank(config: Config, console: Console) -> None:
 
   Args:
     config: the settings.
-    console: where progress is shown.
+    console: shows progress.
 
   Raises:
-    InputError: something of these does not fit together.
+    InputError: the base, rows, devices or run folder do not fit the settings.
+    FloatingPointError: a loss or gradient is not finite.
   """
-  # ---- Whatever can be wrong is found out before anything is written. ----
+  # ---- Check all inputs before anything is written. ----
   tasks = config.data.tasks
   run = set_up(config, dict(zip(tasks, tasks, strict=True)), console)
   held_out = {task: load_rows(config.data, task, "test") for task in tasks}
@@ -169,11 +170,12 @@ def fit_router(
     config: as in training; `data.tasks` are those of the bank's experts.
     name: the router's.
     bank: the bank's folder; "" is WORKDIR/bank.
-    console: where progress is shown.
-    same_base: go on although the fingerprint of the bank's base is another.
+    console: shows progress.
+    same_base: accept a bank whose base has another fingerprint.
 
   Raises:
-    InputError: something of these does not fit together.
+    InputError: the bank, base or rows do not fit the settings.
+    FloatingPointError: a loss or gradient is not finite.
   """
   fit = get_fit(name)
   folder = Path(bank or Path(config.workdir) / "bank")
@@ -214,15 +216,14 @@ def fit_router(
 
 
 def experts_tasks(folder: Path, record: BankRecord) -> dict[str, str]:
-  """Returns by expert the task whose rows it was trained on.
+  """Returns {expert: the task that it was trained on}.
 
   Args:
     folder: the bank's.
-    record: its bank.json. An expert of which it says no task is the task of its
-      own name.
+    record: its bank.json. An expert without a task there has its name as task.
 
   Raises:
-    InputError: the rows of an expert's task are not known here.
+    InputError: an expert's task is not a known one.
   """
   tasks = {expert.name: expert.task or expert.name for expert in record.experts}
   for name, task in tasks.items():
@@ -238,6 +239,6 @@ def experts_tasks(folder: Path, record: BankRecord) -> dict[str, str]:
 def centroid_rows(
   config: Config, rows: Mapping[str, Sequence[Row]]
 ) -> list[list[Row]]:
-  """Returns the training rows of each expert that its vectors are made of."""
+  """Returns the sample of each expert's rows whose texts are embedded."""
   count = config.router.centroid_rows
   return [sample_rows(rows[name], count) for name in config.data.tasks]

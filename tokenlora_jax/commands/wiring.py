@@ -1,4 +1,4 @@
-"""The base, tokenizer and bank that a command's settings name."""
+"""Loads the base, tokenizer and bank that a command's flags name."""
 
 from pathlib import Path
 
@@ -13,14 +13,17 @@ from tokenlora_jax.parallel.sharding import decoding_mesh
 
 
 def bank_folder(args: Arguments | Evaluation) -> Path:
-  """Returns the bank's folder."""
+  """Returns the bank's folder: `--bank`, or WORKDIR/bank."""
   return Path(args.bank or Path(args.workdir) / "bank")
 
 
 def load(args: Arguments | Evaluation):
-  """Returns (base, tokenizer, bank), checked to belong together.
+  """Returns (base, tokenizer, bank), after checks that they fit together.
 
-  The base is split between this machine's devices, by its kv heads.
+  The base is sharded over this machine's devices by its kv heads.
+
+  Raises:
+    InputError: one of them cannot be read, or the bank is another base's.
   """
   folder, devices = bank_folder(args), jax.local_devices()
   quantize, mesh = args.base.quantize, None

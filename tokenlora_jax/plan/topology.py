@@ -55,7 +55,9 @@ def get_topology(name: str) -> Topology:
   pattern = r"\d+(x\d+){1,2}" if kind in _TPU else r"\d+"
   if not re.fullmatch(pattern, size):
     want = "v5e:2x4 or v5p:2x2x1" if kind in _TPU else f"{kind}:8"
-    raise InputError(f"--plan {name}: is no size of {kind}; want as in {want}")
+    raise InputError(
+      f"--plan {name}: is not a size of {kind}; want for example {want}"
+    )
   # Nothing runs, so JAX need not start this machine's own accelerators.
   jax.config.update("jax_platforms", "cpu")
   devices = _tpus(name, size) if kind in _TPU else _gpus(name, int(size))

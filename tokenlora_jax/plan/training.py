@@ -31,7 +31,8 @@ from tokenlora_jax.parallel.sharding import (
   described,
   make_mesh,
 )
-from tokenlora_jax.plan.program import Collective, Program, crosses
+from tokenlora_jax.plan.groups import crosses
+from tokenlora_jax.plan.program import Collective, Program
 from tokenlora_jax.plan.topology import Topology
 from tokenlora_jax.training.step import BATCH_TYPES, describe_state, make_step
 

@@ -164,7 +164,7 @@ class Checkpoints:
         place = next(aside / n for n in names if not (aside / n).exists())
         (self._folder / str(step)).rename(place)
         _log.warning(
-          "%s: damaged (%s); moved to %s, and step %d is gone on from",
+          "%s: damaged (%s); moved to %s, resuming from step %d",
           self._folder / str(step), reason, place, whole,
         )  # fmt: skip
     multihost_utils.sync_global_devices("set_aside")

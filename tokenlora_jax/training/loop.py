@@ -122,7 +122,7 @@ def train(
     log = None
     if jax.process_index() == 0:
       if restored is not None:
-        console.print(f"going on from step {first} of {steps}")
+        console.print(f"resuming from step {first} of {steps}")
       log = RunLog(
         workdir,
         config.data.tasks,
@@ -162,12 +162,12 @@ def train(
     except KeyboardInterrupt:
       newest = checkpoints.newest() or 0
       raise KeyboardInterrupt(
-        f"stopped; the same command goes on from step {newest}"
+        f"stopped; the same command resumes from step {newest}"
       ) from None
   if stop and jax.process_index() == 0:
     console.print(
       f"stopped by SIGTERM; step {step} of {steps} is saved, and the same"
-      " command goes on from there",
+      " command resumes from there",
       soft_wrap=True,
     )
   return state

@@ -125,19 +125,19 @@ def _check(
     if changed:
       raise InputError(
         f"--workdir {workdir}: holds a run with {changed[0]}; choose another"
-        " --workdir, or go back to its settings to go on with it"
+        " --workdir, or restore its settings to resume it"
       )
     if made_of is not None and (workdir / "run.json").exists():
       _check_contents(workdir, made_of)
     if not config.resume:
       raise InputError(
         f"--workdir {workdir}: holds this run already; choose another, or"
-        " leave out --no-resume to go on with it"
+        " leave out --no-resume to resume it"
       )
   elif (workdir / "checkpoints").exists():
     raise InputError(
-      f"--workdir {workdir}: holds checkpoints, but no config.json that says of"
-      " which run; choose another --workdir"
+      f"--workdir {workdir}: holds checkpoints of an unknown run (no"
+      " config.json); choose another --workdir"
     )
 
 
@@ -152,6 +152,6 @@ def _check_contents(workdir: Path, made_of: Mapping[str, str]) -> None:
   for name in names:
     if old.get(name) != made_of.get(name):
       raise InputError(
-        f"--workdir {workdir}: holds a run in which {name} held something else;"
-        " choose another --workdir, or bring back what it was started with"
+        f"--workdir {workdir}: holds a run started with another version of"
+        f" {name}; choose another --workdir, or restore that version"
       )

@@ -21,7 +21,7 @@ from tokenlora_jax.files import locked, write_atomically, writing
 FORMAT = 1
 
 # What follows, in an error, when a disk is well again, or after Ctrl-C.
-AGAIN = "the same command goes on where it stopped"
+AGAIN = "the same command resumes where it stopped"
 
 # What a row must have; `scores` and `gates` may be empty. Where answers were
 # generated or chosen, there is more (see `answers.Judge.judge`).
@@ -98,7 +98,7 @@ def open_rows(folder: Path, about: Mapping[str, Any]) -> Iterator[RowLog]:
   Raises:
     InputError: another process works in it, or it holds an experiment with
       other settings, another bank or other rows, or something else.
-    KeyboardInterrupt: with Ctrl-C; says that the same command goes on.
+    KeyboardInterrupt: with Ctrl-C; says that the same command resumes.
   """
   file = folder / "experiment.json"
   with writing(folder, AGAIN):
@@ -139,7 +139,7 @@ def _same(file: Path, about: dict[str, Any]) -> dict[str, Any]:
   if changed:
     raise InputError(
       f"--output {file.parent}: holds an experiment with {changed[0]}; choose"
-      " another --output, or go back to what it had to go on with it"
+      " another --output, or restore its settings to resume it"
     )
   return new
 
