@@ -10,6 +10,10 @@ FLAGS = (
   "--xla_force_host_platform_device_count=8",
   "--xla_backend_optimization_level=0",
   "--xla_llvm_disable_expensive_passes=true",
+  # A fusion's code is made in a third of the time without MLIR, and a small
+  # module had better not be cut in many.
+  "--xla_cpu_use_fusion_emitters=false",
+  "--xla_cpu_parallel_codegen_split_count=1",
 )
 # Once each, in a worker of pytest-xdist too: they are part of the cache's keys.
 given = os.environ.get("XLA_FLAGS", "").split()
