@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tokenlora_jax.bank.arrays import Fitted
-from tokenlora_jax.bank.bank import Bank, Expert, load_bank
+from tokenlora_jax.bank.bank import Bank, load_bank
+from tokenlora_jax.bank.expert import Expert
 from tokenlora_jax.config import InputError
 from tokenlora_jax.model.config import PRESETS
 from tokenlora_jax.model.llama import Llama

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 from pathlib import Path
+import re
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,6 +98,15 @@ def test_rooms_stand_in_the_order_of_their_arrows():
   rooms = list(ARROWS)
   for i, room in enumerate(rooms):
     assert set(ARROWS[room].split()) <= set(rooms[:i]), room
+
+
+def test_the_page_of_the_architecture_draws_the_same_rooms():
+  page = (ROOT / "docs" / "architecture.md").read_text()
+  picture = page.partition("    tokenlora_jax/\n")[2].partition("    configs/")[
+    0
+  ]
+  drawn = re.findall(r"^ {6}(\w+)(?:/|\.py) ", picture, re.MULTILINE)
+  assert drawn == list(ARROWS)
 
 
 def test_imports_have_no_circle_with_their_packages_counted():

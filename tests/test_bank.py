@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tokenlora_jax.bank.bank import Bank, Expert, load_bank, save_bank
+from tokenlora_jax.bank.bank import Bank, load_bank, save_bank
+from tokenlora_jax.bank.expert import Expert
 from tokenlora_jax.config import InputError, RouterConfig
 from tokenlora_jax.formats.peft import load_adapters
 from tokenlora_jax.mixing.routers import ConstantRouter, register_router

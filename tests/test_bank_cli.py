@@ -10,7 +10,8 @@ import pytest
 
 import infer
 from tokenlora_jax.bank.arrays import Fitted
-from tokenlora_jax.bank.bank import Bank, Expert, load_bank, save_bank
+from tokenlora_jax.bank.bank import Bank, load_bank, save_bank
+from tokenlora_jax.bank.expert import Expert
 from tokenlora_jax.config import InputError
 from tokenlora_jax.formats.load import Base, load_base
 from tokenlora_jax.formats.peft import load_adapters, save_adapter

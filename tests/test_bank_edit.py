@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from tokenlora_jax.bank.arrays import Fitted
-from tokenlora_jax.bank.bank import Expert, load_bank, save_bank
+from tokenlora_jax.bank.bank import load_bank, save_bank
 from tokenlora_jax.bank.edit import add_expert, drop_expert, save_fitted
+from tokenlora_jax.bank.expert import Expert
 from tokenlora_jax.bank.folder import drafting
 from tokenlora_jax.config import InputError
 from tokenlora_jax.formats.load import BaseIdentity

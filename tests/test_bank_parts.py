@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tokenlora_jax.bank.arrays import Fitted
-from tokenlora_jax.bank.bank import Bank, Expert, load_bank, save_bank
+from tokenlora_jax.bank.bank import Bank, load_bank, save_bank
+from tokenlora_jax.bank.expert import Expert
 from tokenlora_jax.config import InputError, RouterConfig
 from tokenlora_jax.mixing.routers import ConstantRouter, register_router
 from tokenlora_jax.model.lora import Adapters, random_adapters

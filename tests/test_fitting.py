@@ -14,7 +14,8 @@ from rich.console import Console
 import tiny
 from tiny import TWO, Tokenizer, make_base, make_config, one_device
 
-from tokenlora_jax.bank.bank import Bank, Expert, load_bank, save_bank
+from tokenlora_jax.bank.bank import Bank, load_bank, save_bank
+from tokenlora_jax.bank.expert import Expert
 from tokenlora_jax.commands import training
 from tokenlora_jax.config import (
   DataConfig,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # Type checkers and editors read these; Python, the table.
   from tokenlora_jax.bank.arrays import Fitted
-  from tokenlora_jax.bank.bank import Bank, Expert, load_bank, save_bank
+  from tokenlora_jax.bank.bank import Bank, load_bank, save_bank
   from tokenlora_jax.bank.edit import add_expert, drop_expert, save_fitted
+  from tokenlora_jax.bank.expert import Expert
   from tokenlora_jax.bank.export import export_mixture
   from tokenlora_jax.config import DecodeConfig, InputError
   from tokenlora_jax.decoding import Generation, generate
@@ -57,7 +58,7 @@ _MODULES = {
   "Adapters": "model.lora",
   "Bank": "bank.bank",
   "DecodeConfig": "config",
-  "Expert": "bank.bank",
+  "Expert": "bank.expert",
   "Fitted": "bank.arrays",
   "GateTrace": "report.trace",
   "Generation": "decoding",

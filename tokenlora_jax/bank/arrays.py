@@ -35,6 +35,11 @@ class Fitted:
     arrays: arrays by name of the router's setting; per-expert arrays have a
       leading E.
     experts: the experts' names, in the order of that axis.
+
+  Example:
+    >>> arrays = {"weights": np.zeros((2, 64)), "bias": np.zeros(2)}
+    >>> Fitted({"encoder": "hidden"}, arrays, ("math", "code")).experts
+    ('math', 'code')
   """
 
   settings: Mapping[str, JSON]

@@ -23,9 +23,9 @@ from tokenlora_jax.bank.arrays import (
   write_centroids,
   write_fitted,
 )
+from tokenlora_jax.bank.expert import Expert, check_described, describe_expert
 from tokenlora_jax.bank.folder import drafting, publish
 from tokenlora_jax.bank.record import (
-  ADAPTER_FILES,
   BANK,
   BankRecord,
   ExpertRecord,
@@ -33,14 +33,12 @@ from tokenlora_jax.bank.record import (
   check_name,
   fitted_file,
   read_record,
-  sha256,
 )
-from tokenlora_jax.config import PROJECTIONS, InputError, RouterConfig, nearest
+from tokenlora_jax.config import InputError, RouterConfig, nearest
 from tokenlora_jax.encoders import HiddenEncoder, TextEncoder
 from tokenlora_jax.formats.load import BaseIdentity
 from tokenlora_jax.formats.minilm import load_minilm
 from tokenlora_jax.formats.peft import expert_maps, load_adapters, save_adapter
-from tokenlora_jax.formats.peft_read import Factors
 from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers import (
   make_router,
@@ -50,19 +48,6 @@ from tokenlora_jax.mixing.routers import (
 from tokenlora_jax.mixing.shaping import SHAPING
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
-
-
-@dataclasses.dataclass(frozen=True)
-class Expert:
-  """An expert's task and prompt template; either may be unknown, "".
-
-  Attributes:
-    task: the task whose rows it was trained on.
-    template: the form of that task's prompts, its fields in braces.
-  """
-
-  task: str = ""
-  template: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +63,15 @@ class Bank:
     experts: each expert's task and template, by name.
     fitted: arrays and settings fitted for routers, by the router's name.
     folder: the folder it was read from; "" if from none or several.
+
+  Example:
+    >>> from tokenlora_jax import load_base, random_adapters
+    >>> base = load_base("random:tiny")
+    >>> adapters = random_adapters(base, experts=2, rank=4)
+    >>> table = np.array([[1.0, 0.0], [np.nan, np.nan]], np.float32)
+    >>> bank = Bank(adapters, "random:tiny", base.fingerprint, {"hidden": table})
+    >>> bank.lacking("hidden"), bank.router(RouterConfig("uniform")).experts
+    (('e1',), 2)
   """
 
   adapters: Adapters
@@ -89,7 +83,11 @@ class Bank:
   folder: str = ""
 
   def lacking(self, encoder: str) -> tuple[str, ...]:
-    """Returns the experts without a centroid of this encoder."""
+    """Returns the names of the experts without a centroid of this encoder.
+
+    Args:
+      encoder: a key of `centroids`.
+    """
     rows = zip(self.adapters.names, self.centroids[encoder], strict=True)
     return tuple(name for name, row in rows if np.isnan(row).all())
 
@@ -126,6 +124,9 @@ class Bank:
     A fitted router is made with the bank's arrays and settings for it. A
     setting that equals the config's default is left to the router's function,
     which may have another default (a person's own router).
+
+    Args:
+      config: the router's name and settings.
 
     Raises:
       InputError: there is no such router, or the bank lacks its centroids or
@@ -209,6 +210,8 @@ def save_bank(folder: str | Path, bank: Bank) -> None:
   Raises:
     InputError: the folder holds something that is not a bank, the name of an
       expert or router is not allowed as a file name, or an array is not finite.
+
+  Example: see `load_bank`.
   """
   folder = Path(folder)
   names = bank.adapters.names
@@ -253,39 +256,6 @@ def _gone(folder: Path, record: BankRecord) -> list[str]:
   ]
 
 
-def describe_expert(
-  maps: Mapping[tuple[int, str], Factors],
-  name: str,
-  folder: Path,
-  about: Expert,
-) -> ExpertRecord:
-  """Returns an expert's record for bank.json.
-
-  Args:
-    maps: the expert's maps, without padding.
-    name: the expert's name.
-    folder: the folder with the expert's files.
-    about: the expert's task and template.
-  """
-  digests = {file: sha256(folder / file) for file in ADAPTER_FILES}
-  return ExpertRecord(name, about.task, about.template, *figures(maps), digests)
-
-
-def figures(
-  maps: Mapping[tuple[int, str], Factors],
-) -> tuple[tuple[int, ...], tuple[float, ...], tuple[str, ...]]:
-  """Returns an expert's ranks, scalings and projections, each value once.
-
-  Args:
-    maps: its own, without padding.
-  """
-  return (
-    tuple(sorted({len(a) for a, _, _ in maps.values()})),
-    tuple(sorted({scaling for *_, scaling in maps.values()})),
-    tuple(p for p in PROJECTIONS if any(p == name for _, name in maps)),
-  )
-
-
 # -----------------------------------------------------------------------------
 # Reading.
 
@@ -314,6 +284,16 @@ def load_bank(
   Raises:
     InputError: there is no bank; a file is missing, damaged or exchanged; the
       base is another one; or the banks cannot be joined.
+
+  Example:
+    >>> import tempfile
+    >>> from tokenlora_jax import load_base, random_adapters
+    >>> base = load_base("random:tiny")
+    >>> adapters = random_adapters(base, experts=2, rank=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   save_bank(folder, Bank(adapters, "random:tiny", base.fingerprint, {}))
+    ...   load_bank(folder, base).adapters.names
+    ('e0', 'e1')
   """
   several = [folder] if isinstance(folder, (str, Path)) else list(folder)
   records = _read_records(several, base, same_base)
@@ -327,7 +307,7 @@ def load_bank(
   if base is not None:
     adapters.check(base.config)
   for name, (place, expert) in experts.items():
-    _check_described(adapters, name, place, expert)
+    check_described(adapters, name, place, expert)
   centroids = _join(
     {one: read_centroids(one, record) for one, record in records.items()}
   )
@@ -416,21 +396,6 @@ def check_base(
     " give --base.path that one, or, where both are the same weights, say"
     " --same-base (in Python, same_base=True)"
   )
-
-
-def _check_described(
-  adapters: Adapters, name: str, place: Path, expert: ExpertRecord
-) -> None:
-  """Raises `InputError` unless an adapter matches its record in bank.json."""
-  if not expert.sha256:  # Format 1 has no figures.
-    return
-  said = expert.ranks, expert.scalings, expert.targets
-  found = figures(expert_maps(adapters, name))
-  if found != said:
-    raise InputError(
-      f"{place}: has ranks, scalings and targets {found}, but {BANK} says"
-      f" {said}"
-    )
 
 
 def _join(

@@ -22,7 +22,8 @@ from tokenlora_jax.bank.arrays import (
   write_centroids,
   write_fitted,
 )
-from tokenlora_jax.bank.bank import Expert, check_base, describe_expert
+from tokenlora_jax.bank.bank import check_base
+from tokenlora_jax.bank.expert import Expert, describe_expert
 from tokenlora_jax.bank.folder import drafting, publish
 from tokenlora_jax.bank.record import (
   CENTROIDS,
@@ -160,6 +161,17 @@ def drop_expert(folder: str | Path, name: str) -> None:
 
   Raises:
     InputError: there is no bank, no such expert, or no other expert.
+
+  Example:
+    >>> import tempfile
+    >>> from tokenlora_jax import Bank, load_base, random_adapters, save_bank
+    >>> base = load_base("random:tiny")
+    >>> adapters = random_adapters(base, experts=2, rank=4)
+    >>> with tempfile.TemporaryDirectory() as bank:
+    ...   save_bank(bank, Bank(adapters, "random:tiny", base.fingerprint, {}))
+    ...   drop_expert(bank, "e0")
+    ...   read_record(bank).names
+    ('e1',)
   """
   folder = Path(folder)
   read_record(folder)  # There is one.
@@ -197,6 +209,19 @@ def save_fitted(folder: str | Path, router: str, fitted: Fitted) -> None:
   Raises:
     InputError: there is no bank, it has other experts, or a name, setting or
       array cannot be saved.
+
+  Example:
+    >>> import tempfile
+    >>> from tokenlora_jax import Bank, Fitted, load_base, random_adapters
+    >>> from tokenlora_jax import load_bank, save_bank
+    >>> base = load_base("random:tiny")
+    >>> adapters = random_adapters(base, experts=2, rank=4)
+    >>> fitted = Fitted({"encoder": "hidden"}, {"bias": np.zeros(2)}, ("e0", "e1"))
+    >>> with tempfile.TemporaryDirectory() as bank:
+    ...   save_bank(bank, Bank(adapters, "random:tiny", base.fingerprint, {}))
+    ...   save_fitted(bank, "mine", fitted)
+    ...   load_bank(bank).fitted_for("mine").arrays["bias"].tolist()
+    [0.0, 0.0]
   """
   folder = Path(folder)
   read_record(folder)  # There is one.

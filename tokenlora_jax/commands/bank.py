@@ -10,8 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tokenlora_jax.bank.bank import Bank, check_base, figures, load_bank
+from tokenlora_jax.bank.bank import Bank, check_base, load_bank
 from tokenlora_jax.bank.edit import add_expert, drop_expert
+from tokenlora_jax.bank.expert import figures
 from tokenlora_jax.bank.export import Exported, export_mixture
 from tokenlora_jax.bank.record import read_record
 from tokenlora_jax.commands import cli

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.pretty import pprint
 
 from tokenlora_jax.bank.arrays import Fitted
-from tokenlora_jax.bank.bank import Bank, Expert, load_bank, save_bank
+from tokenlora_jax.bank.bank import Bank, load_bank, save_bank
 from tokenlora_jax.bank.edit import save_fitted
+from tokenlora_jax.bank.expert import Expert
 from tokenlora_jax.bank.record import BankRecord, read_record
 from tokenlora_jax.commands import cli
 from tokenlora_jax.config import Config, InputError

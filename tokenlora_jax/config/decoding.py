@@ -127,6 +127,13 @@ class DecodeConfig:
       token's name stands for that token.
     batch: the most prompts that infer.py decodes at once. Greedy texts do not
       depend on it; texts sampled at a temperature do.
+
+  Raises:
+    InputError: a setting is not allowed.
+
+  Example:
+    >>> DecodeConfig(max_new_tokens=8, temperature=0.7).rule
+    'exact'
   """
 
   max_new_tokens: int = 64

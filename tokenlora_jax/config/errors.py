@@ -7,7 +7,12 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 
 class InputError(ValueError):
-  """An error in a person's input; one line: place, fault and remedy."""
+  """An error in a person's input; one line: place, fault and remedy.
+
+  Example:
+    >>> print(InputError("decode.top-p: 2 is not allowed; want 0 < p <= 1"))
+    decode.top-p: 2 is not allowed; want 0 < p <= 1
+  """
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str:

@@ -20,21 +20,28 @@ class Generation:
   """The result of `generate`.
 
   Attributes:
-    tokens: int32[B, N], the tokens made; the end token after the end.
-    log_probs: float32[B, N], the log-probability of each, before temperature
-      and restriction; 0 after the end.
-    gates: float32[B, N, E], the gates under which each was made.
-    lengths: int32[B], how many tokens of each row count, the end token
-      included.
-    texts: what the tokens say, without end token and stop string; None
-      without a tokenizer.
-    stats: `prompt_tokens`, `new_tokens`, `prefill_seconds`, `router_seconds`
-      (on the host's side), `decode_seconds`, `tokens_per_second` and
-      `timed_tokens`. The rate is that of the `timed_tokens`, made in calls
-      that compiled nothing; where it is 0, all calls compiled something, and
-      the rate is of all tokens, compiling included, as seconds always are.
-    pieces: what each token that counts adds to its text; None without a
+    tokens: int32[B, N], the generated tokens; the end token after the end.
+    log_probs: float32[B, N], the log-probability of each, before temperature,
+      top-k and top-p; 0 after the end.
+    gates: float32[B, N, E], the gates that each was generated under.
+    lengths: int32[B], the number of tokens of each row up to its end, the end
+      token included.
+    texts: the decoded texts, without end token and stop string; None without a
       tokenizer.
+    stats: `prompt_tokens`, `new_tokens`, `prefill_seconds`, `router_seconds`
+      (on the host), `decode_seconds`, `tokens_per_second` and `timed_tokens`.
+      The rate is that of the `timed_tokens`, generated in calls that compiled
+      nothing; if there are none, it is that of all tokens, compiling included.
+      The seconds include compiling.
+    pieces: the string that each token up to the end adds to its text; None
+      without a tokenizer.
+
+  Example:
+    >>> from tokenlora_jax import DecodeConfig, generate, load_base
+    >>> base = load_base("random:tiny")
+    >>> out = generate(base, [[1, 2]], config=DecodeConfig(max_new_tokens=3))
+    >>> out.tokens.shape, out.gates.shape, out.texts
+    ((1, 3), (1, 3, 0), None)
   """
 
   tokens: np.ndarray

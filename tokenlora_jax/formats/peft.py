@@ -54,6 +54,8 @@ def load_adapters(
     InputError: a folder or file is missing or damaged, a config field is not
       supported, tensors and config disagree, or experts have different bases
       or the same name.
+
+  Example: see `save_adapter`.
   """
   if isinstance(folders, (str, Path)):
     raise InputError(f"adapters: {str(folders)!r} is one folder; want a list")

@@ -57,6 +57,11 @@ class Adapters:
       share one compiled program.
     layers: per layer a mapping from projection name to `Lora`. A projection
       that no expert adapts is absent.
+
+  Example:
+    >>> lora = Lora(jnp.ones((2, 4, 8)), jnp.ones((2, 4, 8)), jnp.ones(2))
+    >>> Adapters(("math", "code"), ({"q": lora},)).index("code")
+    1
   """
 
   names: tuple[str, ...]
@@ -64,6 +69,9 @@ class Adapters:
 
   def index(self, expert: str | int) -> int:
     """Returns the index of an expert, given its name or its index.
+
+    Args:
+      expert: the name or index.
 
     Raises:
       InputError: there is no such expert.
@@ -86,7 +94,18 @@ class Adapters:
     return self.names.index(expert)
 
   def select(self, expert: str | int) -> Adapters:
-    """Returns the adapters of one expert, with an expert axis of 1."""
+    """Returns the adapters of one expert, with an expert axis of 1.
+
+    Args:
+      expert: the name or index.
+
+    Raises:
+      InputError: there is no such expert.
+
+    Example:
+      >>> Adapters(("a", "b"), ()).select(1).names
+      ('b',)
+    """
     i = self.index(expert)
     return Adapters(
       (self.names[i],), jax.tree.map(lambda x: x[i : i + 1], self.layers)
@@ -94,6 +113,9 @@ class Adapters:
 
   def astype(self, dtype: jax.typing.DTypeLike) -> Adapters:
     """Returns the adapters with A and B in another dtype; scaling unchanged.
+
+    Args:
+      dtype: of A and B.
 
     Example:
       >>> lora = Lora(jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)), jnp.ones(1))
@@ -113,7 +135,14 @@ class Adapters:
     return Adapters(self.names, tuple(layers))
 
   def check(self, config: LlamaConfig) -> None:
-    """Raises `InputError` unless the adapters fit a base of this shape."""
+    """Checks that the adapters fit a base of this shape.
+
+    Args:
+      config: the base's shape.
+
+    Raises:
+      InputError: there are too many layers, or a map has other widths.
+    """
     if len(self.layers) > config.layers:
       raise InputError(
         f"adapters {', '.join(self.names)}: made for at least"
@@ -137,6 +166,14 @@ class Adapters:
 
     Args:
       depth: L, the base's number of layers.
+
+    Example:
+      >>> lora = Lora(jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)), jnp.ones(1))
+      >>> stacked = Adapters(("a",), ({"q": lora},)).stack(depth=3)
+      >>> stacked["q"].a.shape
+      (1, 3, 2, 8)
+      >>> len(Adapters.unstack(("a",), stacked).layers)
+      3
     """
     maps: dict[str, list[Lora]] = {}
     for layer in self.layers:
@@ -166,7 +203,12 @@ class Adapters:
   def unstack(
     cls, names: Sequence[str], stacked: Mapping[str, Lora]
   ) -> Adapters:
-    """Inverts `stack`: the decoding layout, a `Lora` per layer and map."""
+    """Inverts `stack`: the decoding layout, a `Lora` per layer and map.
+
+    Args:
+      names: the E experts' names.
+      stacked: {projection: Lora} with leaves [E, L, ...].
+    """
     depth = next(iter(stacked.values())).a.shape[1]
     layers = tuple(
       {

@@ -77,7 +77,12 @@ class GateTrace:
     )
 
   def record(self) -> dict[str, list]:
-    """Returns `entropy`, `switches`, `shares` and `leads` as JSON values."""
+    """Returns `entropy`, `switches`, `shares` and `leads` as JSON values.
+
+    Example:
+      >>> GateTrace.of([[1.0, 0.0], [0.0, 1.0]]).record()["switches"]
+      [1]
+    """
     return {
       name: getattr(self, name).round(6).tolist()
       for name in ("entropy", "switches", "shares", "leads")
