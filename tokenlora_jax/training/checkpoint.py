@@ -8,7 +8,10 @@ read, or whose checksum differs, is moved aside for the one before it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
+import dataclasses
+import enum
 import errno
 import itertools
 import json
@@ -26,6 +29,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from tokenlora_jax.config import InputError, first_line
+from tokenlora_jax.files import writing
 from tokenlora_jax.parallel.sharding import described
 
 _log = logging.getLogger(__name__)
@@ -109,65 +113,66 @@ class Checkpoints:
 
   def _read(self, step: int, abstract: Any) -> tuple[Any, str]:
     """Returns a checkpoint's (state, about), and what is wrong with it."""
-    restored, reason = None, ""
-    if jax.process_index() == 0:
-      # Orbax reads many arrays at once, and when one fails, the others' errors
-      # come up anywhere. So they are read one by one first.
-      folder = self._folder / str(step) / "state"
+    with _agreed() as found, self._reading(step):
+      if jax.process_index() == 0:
+        # Orbax reads many arrays at once, and when one fails, the others'
+        # errors come up anywhere. So they are read one by one first.
+        folder = self._folder / str(step) / "state"
+        found.damage = _why_unreadable(folder, len(jax.tree.leaves(abstract)))
+    if found.damage:
+      return None, found.damage
+    restored = None
+    with _agreed() as found, self._reading(step):
       try:
-        reason = _why_unreadable(folder, len(jax.tree.leaves(abstract)))
-      # TensorStore raises its own and the system's errors alike; `passes` picks
-      # those of memory and disk, and any other is a bug, raised as it came.
-      except Exception as error:
-        if not passes(error):
+        items = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract),
+            about=ocp.args.JsonRestore(),
+          ),
+        )
+        about = dict(items.about)
+        if about.pop("checksum") != checksum(items.state, about):
+          found.damage = "it does not hold the numbers that were saved"
+        restored = items.state, about
+      except Exception as error:  # Whatever damaged files make Orbax raise.
+        if passes(error):
           raise
-        raise self._unread(step, error) from error
-    if reason := _anywhere(reason):
-      return None, reason
-    try:
-      items = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()
-        ),
-      )
-      about = dict(items.about)
-      if about.pop("checksum") != checksum(items.state, about):
-        reason = "it does not hold the numbers that were saved"
-      restored = items.state, about
-    # Orbax documents no errors for damaged files, and raises KeyError,
-    # TypeError, ValueError and OSError for them, so nothing narrower is safe.
-    except Exception as error:
-      if passes(error):
-        raise self._unread(step, error) from error
-      reason = first_line(error)
-    return restored, _anywhere(reason)
+        found.damage = first_line(error)
+    return restored, found.damage
 
-  def _unread(self, step: int, error: BaseException) -> InputError:
-    """Returns the error for a checkpoint that is perhaps not damaged."""
-    return InputError(
-      f"{self._folder / str(step)}: cannot be read now ({first_line(error)});"
-      " it stays as it is: free memory or look after the disk, and start again"
-    )
+  @contextlib.contextmanager
+  def _reading(self, step: int) -> Iterator[None]:
+    """Turns an error that damages no checkpoint into an `InputError`."""
+    try:
+      yield
+    except Exception as error:  # What does not pass is a bug.
+      if not passes(error):
+        raise
+      raise InputError(
+        f"{self._folder / str(step)}: cannot be read now ({first_line(error)});"
+        " it stays as it is: free memory or look after the disk, and start"
+        " again"
+      ) from error
 
   def _set_aside(self, damaged: Mapping[int, str], whole: int) -> None:
     """Moves damaged checkpoints out of the way, and says so."""
     if not damaged:
       return
-    if jax.process_index() == 0:
-      aside = self._folder.with_name("damaged")
-      aside.mkdir(exist_ok=True)
-      for step, reason in damaged.items():
-        names = itertools.chain(
-          [f"{step}"], (f"{step}.{i}" for i in itertools.count(1))
-        )
-        place = next(aside / n for n in names if not (aside / n).exists())
-        (self._folder / str(step)).rename(place)
-        _log.warning(
-          "%s: damaged (%s); moved to %s, resuming from step %d",
-          self._folder / str(step), reason, place, whole,
-        )  # fmt: skip
-    multihost_utils.sync_global_devices("set_aside")
+    aside = self._folder.with_name("damaged")
+    with _agreed(), writing(aside):
+      if jax.process_index() == 0:
+        aside.mkdir(exist_ok=True)
+        for step, reason in damaged.items():
+          names = itertools.chain(
+            [f"{step}"], (f"{step}.{i}" for i in itertools.count(1))
+          )
+          place = next(aside / n for n in names if not (aside / n).exists())
+          (self._folder / str(step)).rename(place)
+          _log.warning(
+            "%s: damaged (%s); moved to %s, resuming from step %d",
+            self._folder / str(step), reason, place, whole,
+          )  # fmt: skip
     self._manager.reload()
 
   def close(self) -> None:
@@ -268,7 +273,61 @@ def _why_unreadable(folder: Path, count: int) -> str:
   return "" if len(names) == count else f"{len(names)} arrays, not {count}"
 
 
-def _anywhere(reason: str) -> str:
-  """Returns this reason, or that another process has one, or ""."""
-  bad = multihost_utils.process_allgather(np.array(bool(reason)))
-  return reason or ("another process cannot read it" if np.any(bad) else "")
+# Bytes of a reason that go from process to process.
+_REASON = 4096
+
+
+class _Outcome(enum.IntEnum):
+  """How a part ended in a process, the gravest last."""
+
+  FINE = 0
+  DAMAGED = 1
+  REFUSED = 2  # An InputError.
+  FAILED = 3  # A bug.
+
+
+@dataclasses.dataclass
+class _Found:
+  """What is wrong with a checkpoint, or "": first here, then anywhere."""
+
+  damage: str = ""
+
+
+@contextlib.contextmanager
+def _agreed() -> Iterator[_Found]:
+  """Runs a part in every process, so that all of them go on or stop together.
+
+  Without it, an error that process 0 alone meets would leave the others waiting
+  for it in their next collective.
+
+  Yields:
+    What this process finds; afterwards that of the first one that found damage.
+
+  Raises:
+    InputError: a process raised it; all raise the same line.
+    RuntimeError: another process raised any other error.
+  """
+  found, raised = _Found(), None
+  outcome, reason = _Outcome.FINE, ""
+  try:
+    yield found
+  except InputError as error:
+    raised, outcome, reason = error, _Outcome.REFUSED, str(error)
+  except Exception as error:  # It is raised again once the others know.
+    raised, outcome, reason = error, _Outcome.FAILED, first_line(error)
+  else:
+    if found.damage:
+      outcome, reason = _Outcome.DAMAGED, found.damage
+  data = np.zeros(_REASON, np.uint8)
+  text = np.frombuffer(reason.encode()[:_REASON], np.uint8)
+  data[: text.size] = text
+  outcomes, reasons = multihost_utils.process_allgather(
+    (np.array(outcome, np.int32), data)
+  )
+  first = int(np.argmax(outcomes))
+  reason = bytes(reasons[first]).rstrip(b"\0").decode(errors="ignore")
+  if outcomes[first] == _Outcome.FAILED:
+    raise raised or RuntimeError(f"process {first} failed: {reason}")
+  if outcomes[first] == _Outcome.REFUSED:
+    raise InputError(reason) from raised
+  found.damage = reason
