@@ -16,6 +16,7 @@ from tokenlora_jax.evaluation.experiment.arms import (
   Arm,
   Routers,
   make_arms,
+  own_experts,
   router_config,
 )
 from tokenlora_jax.evaluation.experiment.questions import Question
@@ -220,6 +221,20 @@ def test_arms_that_ask_one_router_ask_the_very_same(routers):
     assert first is second
   own = routers.variant(Arm("own", "", "exact"), "e1")
   assert own.router is routers.variant(ALONE, "e0").router
+
+
+def test_a_tasks_own_expert_may_have_another_name(routers):
+  own = own_experts(["gsm8k", "e1"], {"e0": "gsm8k", "e1": "", "x": "e1"})
+  assert own == {"gsm8k": "e0", "e1": "e1"}
+  named = Routers(routers.named, own)
+  asked = named.variant(Arm("own", "", "exact"), "gsm8k").router
+  assert asked is named.variant(ALONE._replace(variant="adapter:e0"), "").router
+  with pytest.raises(
+    InputError, match=r"^--variants own: a, b are of task 't'"
+  ):
+    own_experts(["t"], {"a": "t", "b": "t"})
+  with pytest.raises(InputError, match=r"'gsm9k' is not one of gsm8k.*did you"):
+    own_experts(["gsm9k"], {"gsm8k": ""})
 
 
 class Stop(Exception):

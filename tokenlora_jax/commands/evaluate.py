@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 from pathlib import Path
@@ -18,6 +18,7 @@ from tokenlora_jax.evaluation.experiment.answers import Judge
 from tokenlora_jax.evaluation.experiment.arms import (
   Routers,
   make_arms,
+  own_experts,
   router_config,
 )
 from tokenlora_jax.evaluation.experiment.plots import write_plots
@@ -49,6 +50,7 @@ def evaluate(
   base: Llama,
   tokenizer: Tokenizer,
   adapters: Adapters,
+  experts: Mapping[str, str],
   make_router: Callable[[RouterConfig], Router],
   bank: Path,
   console: Console,
@@ -60,6 +62,7 @@ def evaluate(
     base: with its layers in a list.
     tokenizer: the base's.
     adapters: the experts.
+    experts: by expert, the task it was trained on; "" if unknown.
     make_router: makes a router for them.
     bank: the folder that they come from.
     console: prints the tables.
@@ -73,14 +76,13 @@ def evaluate(
     tasks=args.tasks or args.data.tasks,
     eval_rows=args.rows or args.data.eval_rows,
   )
-  if "own" in args.variants:
-    for task in data.tasks:
-      adapters.index(task)
+  own = own_experts(data.tasks, experts) if "own" in args.variants else {}
   routers = Routers(
     {
       name: make_router(router_config(name, args.router))
       for name in args.routers or (args.router.name,)
-    }
+    },
+    own,
   )
   arms, skipped = make_arms(
     args.variants, routers, args.rules, args.caches, adapters

@@ -72,7 +72,16 @@ def _evaluate(args: Evaluation, console: Console) -> None:
   cli.keep_programs(args.compilation_cache)
   base, tokenizer, bank = load(args)
   folder = bank_folder(args)
-  evaluate(args, base, tokenizer, bank.adapters, bank.router, folder, console)
+  evaluate(
+    args,
+    base,
+    tokenizer,
+    bank.adapters,
+    {name: expert.task for name, expert in bank.experts.items()},
+    bank.router,
+    folder,
+    console,
+  )
 
 
 def _plan(args: Arguments, console: Console) -> None:

@@ -32,8 +32,8 @@ class Arm(NamedTuple):
   """One way to mix: a line of the experiment's table.
 
   Attributes:
-    variant: `base`; `own`, the adapter of the row's own task, which no router
-      can know: the oracle; `adapter:NAME`, one adapter on all tasks; `top1`, the
+    variant: `base`; `own`, the adapter of the row's own task (see
+      `own_experts`), which no router can know: the oracle; `adapter:NAME`, one adapter on all tasks; `top1`, the
       router's best adapter alone, decided at the prompt; `uniform`; `sum`;
       `prompt`, the router's gates at the prompt; `token:K`, decided anew every
       K tokens.
@@ -65,15 +65,57 @@ class Arm(NamedTuple):
     return int(number) if kind == "token" else 0
 
 
+def own_experts(
+  tasks: Sequence[str], experts: Mapping[str, str]
+) -> dict[str, str]:
+  """Returns each task's own expert.
+
+  It is the expert of the task's name, or else the one that was trained on it.
+
+  Args:
+    tasks: the tasks.
+    experts: by expert, the task it was trained on; "" if unknown.
+
+  Raises:
+    InputError: a task has no expert, or several and none of its name.
+
+  Example:
+    >>> own_experts(["gsm8k", "squad"], {"mine": "gsm8k", "squad": ""})
+    {'gsm8k': 'mine', 'squad': 'squad'}
+  """
+  own = {}
+  for task in tasks:
+    trained = [name for name, of in experts.items() if of == task]
+    if task in experts:
+      own[task] = task
+    elif len(trained) == 1:
+      (own[task],) = trained
+    elif trained:
+      raise InputError(
+        f"--variants own: {', '.join(trained)} are of task {task!r}; choose one"
+        f" with --variants adapter:{trained[0]}"
+      )
+    else:
+      raise InputError(
+        f"--variants own: {task!r} is not one of {', '.join(experts)}, nor does"
+        f" the bank say it of one of them{nearest(task, experts)}"
+      )
+  return own
+
+
 class Routers:
   """The routers of the arms; each is made once.
 
   Attributes:
     named: the routers that arms may have, by name.
+    own: by task, its own expert, for `own`; by default that of its name.
   """
 
-  def __init__(self, named: Mapping[str, Router]):
+  def __init__(
+    self, named: Mapping[str, Router], own: Mapping[str, str] | None = None
+  ):
     self.named = named
+    self.own = own or {}
     self._made: dict[tuple[str, str], Router] = {}
 
   def variant(self, arm: Arm, task: str) -> Variant:
@@ -84,7 +126,8 @@ class Routers:
       task: of the rows, for `own`.
     """
     kind, _, name = arm.variant.partition(":")
-    who = {"own": task, "adapter": name}.get(kind, arm.router)
+    own = self.own.get(task, task)
+    who = {"own": own, "adapter": name}.get(kind, arm.router)
     router = None
     if kind in ("prompt", "token"):
       router = self.named[arm.router]
