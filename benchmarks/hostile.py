@@ -365,7 +365,7 @@ def attempt(
     except InputError as error:
       fine = "\n" not in str(error)
       return kind, "refused", None if fine else f"{how}: {error!r}"
-    # This is what is looked for.
+    # The benchmark looks for exactly these: any error but InputError.
     except Exception as error:
       text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
       return kind, "failed", f"{how}: {text}"

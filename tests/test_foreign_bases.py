@@ -7,10 +7,10 @@ import chex
 import ml_dtypes
 import numpy as np
 import pytest
+from refusals import refusal
 from safetensors.numpy import load_file, save_file
 
 from tokenlora_jax.bank.bank import Bank, load_bank, save_bank
-from tokenlora_jax.config import InputError
 from tokenlora_jax.formats.load import load_base
 from tokenlora_jax.formats.locate import open_base
 from tokenlora_jax.formats.reader import parameter_shapes
@@ -74,13 +74,6 @@ def save(folder, tensors, **changes):
   return str(folder)
 
 
-def told(call, *args):
-  with pytest.raises(InputError) as error:
-    call(*args)
-  assert "\n" not in str(error.value)
-  return str(error.value)
-
-
 def test_a_head_is_as_the_config_says_or_the_line_has_the_remedy(tmp_path):
   whole = numbers()
   headless = {k: v for k, v in whole.items() if k != HEAD}
@@ -90,13 +83,17 @@ def test_a_head_is_as_the_config_says_or_the_line_has_the_remedy(tmp_path):
   save(folder, headless | {HEAD: whole[EMBEDDING]}, **tied)
   assert open_base(folder).config.tied
   save(folder, whole, **tied)
-  assert "set it to false to use the head, or remove" in told(open_base, folder)
+  assert "set it to false to use the head, or remove" in refusal(
+    open_base, folder
+  )
   save(folder, headless)
-  line = told(open_base, folder)
+  line = refusal(open_base, folder)
   assert "'lm_head.weight' is missing" in line
   assert '"tie_word_embeddings": true' in line
   save(folder, whole | {HEAD: np.ones((48, 32), np.float32)})
-  assert "cut or pad it to the config's vocabulary" in told(open_base, folder)
+  assert "cut or pad it to the config's vocabulary" in refusal(
+    open_base, folder
+  )
 
 
 def test_a_caches_scales_change_nothing(tmp_path):
@@ -123,7 +120,7 @@ def test_numbers_that_are_none_are_found_by_their_bits(dtype, bad):
 def test_a_base_with_a_number_that_is_none_is_refused_by_name(tmp_path, key):
   tensors = numbers()
   tensors[key][-1, 3] = np.nan
-  line = told(load_base, save(tmp_path / "base", tensors), "float32")
+  line = refusal(load_base, save(tmp_path / "base", tensors), "float32")
   assert f"base/model.safetensors: {key!r} holds NaN" in line
 
 
@@ -131,15 +128,15 @@ def test_a_number_too_large_for_the_type_is_refused(tmp_path):
   tensors = numbers()
   tensors[EMBEDDING][2, 2] = 3.4e38
   base = save(tmp_path / "base", tensors)
-  assert "too large for bfloat16" in told(load_base, base, "bfloat16")
+  assert "too large for bfloat16" in refusal(load_base, base, "bfloat16")
   load_base(base, "float32")
 
 
 def test_a_pointer_is_named_for_every_kind_of_file(tmp_path):
   file = tmp_path / "model.gguf"
   file.write_text(POINTER)
-  assert "git lfs pull" in told(open_base, file)
-  assert "git lfs pull" in told(load_tokenizer, file)
+  assert "git lfs pull" in refusal(open_base, file)
+  assert "git lfs pull" in refusal(load_tokenizer, file)
   folder = tmp_path / "base"
   save(folder, numbers())
   load_tokenizer("random:tiny").save_pretrained(folder)
@@ -150,7 +147,7 @@ def test_a_pointer_is_named_for_every_kind_of_file(tmp_path):
   ):
     copy = shutil.copytree(folder, tmp_path / name)
     (copy / name).write_text(POINTER)
-    line = told(call, copy)
+    line = refusal(call, copy)
     assert name in line and "git lfs pull" in line
 
 
@@ -167,7 +164,7 @@ def test_several_gguf_files_are_listed_and_parts_named_with_the_tool(tmp_path):
     for name in names:
       (folder / name).write_bytes(b"GGUF")
     for call in (open_base, load_tokenizer):
-      line = told(call, folder)
+      line = refusal(call, folder)
       assert all(part in line for part in parts)
 
 
@@ -177,7 +174,7 @@ def test_a_folder_in_a_files_place_is_named(tmp_path):
   assert load_file(folder / "model.safetensors")
   (folder / "config.json").unlink()
   (folder / "config.json").mkdir()
-  assert "config.json: is a folder" in told(open_base, folder)
+  assert "config.json: is a folder" in refusal(open_base, folder)
 
 
 def test_one_base_in_any_precision_has_one_fingerprint(tmp_path):
@@ -224,7 +221,7 @@ def test_a_bank_knows_its_base_by_either_fingerprint(tmp_path):
   for fingerprint in (base.fingerprint, base.fingerprint_1):
     save_bank(tmp_path / "bank", Bank(adapters, folder, fingerprint, {}))
     assert load_bank(tmp_path / "bank", base).adapters.names == ("e0", "e1")
-  line = told(load_bank, tmp_path / "bank", other)
+  line = refusal(load_bank, tmp_path / "bank", other)
   assert "where both are the same weights, say --same-base" in line
   assert base.fingerprint_1[:12] in line and other.fingerprint[:12] in line
   same = load_bank(tmp_path / "bank", other, same_base=True)

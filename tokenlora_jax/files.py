@@ -103,6 +103,7 @@ def writing(
     yield
   except BrokenPipeError:  # The reader of our output left: no disk error.
     raise
+  # Orbax and safetensors raise errors of the disk as types of their own.
   except Exception as error:
     number = _error_number(error)
     if not number:

@@ -144,7 +144,8 @@ def _hub(
   datasets = _package("datasets", config)
   try:
     rows = datasets.load_dataset(*task.hub, split=task.splits[split])
-  except Exception as error:  # whatever the network or the hub's client raises
+  # datasets raises its HTTP libraries' errors and, for bad data, many own ones.
+  except Exception as error:
     raise _unavailable(config, task.hub[0], error) from error
   for i, row in enumerate(rows):
     yield f"{task.hub[0]}:{task.splits[split]}:{i}", row
@@ -168,7 +169,8 @@ def _tfds(
       # The format that is read by index, and without TensorFlow.
       builder_kwargs={"file_format": "array_record"},
     )
-  except Exception as error:  # whatever the network or the library raises
+  # The library raises its HTTP library's errors and, for bad data, own ones.
+  except Exception as error:
     raise _unavailable(config, task.tfds, error) from error
   for i, row in enumerate(rows):
     yield (
