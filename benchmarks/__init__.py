@@ -1,4 +1,4 @@
-"""Speed and accuracy, measured; never a test."""
+"""Benchmarks of speed, memory and accuracy; none is a test."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -30,7 +30,7 @@ def make_parser(name: str, about: str) -> argparse.ArgumentParser:
 
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags of a benchmark on real rows, and of what reads them.
+  """Adds the flags of a benchmark on real rows, with those of base and encoder.
 
   Args:
     parser: of its flags.
@@ -51,13 +51,13 @@ def add_bank(parser: argparse.ArgumentParser) -> None:
 
 
 def track(parts: Sequence[T], about: str) -> Iterable[T]:
-  """Yields parts of long work behind a progress bar on stderr.
+  """Yields the parts of long work, with a progress bar on stderr.
 
-  What a benchmark finds goes to stdout, alone.
+  Stdout is for results alone.
 
   Args:
     parts: of the work.
-    about: says what they are.
+    about: the bar's label.
 
   Example:
     >>> list(track([1, 2], "turns"))

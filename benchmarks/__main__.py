@@ -1,4 +1,4 @@
-"""How fast decoding and training are, beside the floor and beside a peer.
+"""Measures decoding and training speed against a lower bound and a peer.
 
   python -m benchmarks                       everything, JSON on standard output
   python -m benchmarks --peer peft_bench.py  and the peer, in the same run
@@ -42,12 +42,12 @@ from tokenlora_jax.training.step import init_state, make_step, put_batch
 
 
 def nbytes(tree) -> int:
-  """Bytes of all arrays of a tree."""
+  """Returns the bytes of all arrays of a tree."""
   return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def bandwidth() -> float:
-  """Bytes a second of a matrix-vector product too large for any cache."""
+  """Returns the bytes a second of a matrix-vector product beyond all caches."""
   matrix = jnp.ones((8192, 8192), jnp.float32)
   vector = jnp.ones((1, 8192), jnp.float32)
   multiply = jax.jit(jnp.matmul)
@@ -61,7 +61,7 @@ def bandwidth() -> float:
 
 
 def decode(args) -> dict[str, dict]:
-  """Seconds of a decode step: base, a fixed mixture, and a refreshed one."""
+  """Returns the seconds a decode step: base, fixed and refreshed mixture."""
   base = load_base(f"random:{args.size}", args.dtype)
   adapters = random_adapters(base, args.experts, args.rank)
   rng = np.random.default_rng(0)
@@ -111,7 +111,7 @@ def decode(args) -> dict[str, dict]:
 
 
 def train(args) -> dict[str, dict]:
-  """Tokens a second of a training step: one adapter, and all at once."""
+  """Returns the tokens a second of training: one adapter, and all at once."""
   config = PRESETS[args.size]
   base = load_base(f"random:{args.size}", args.dtype, stacked=True)
   rng = np.random.default_rng(0)
@@ -159,7 +159,7 @@ def train(args) -> dict[str, dict]:
 
 
 def peer(args) -> dict[str, dict]:
-  """The peer's figures, from processes of its own."""
+  """Returns the peer's figures, measured in processes of its own."""
   sizes = ["--size", args.size, "--rank", str(args.rank), "--dtype", args.dtype]
   decoding = ["--prompt", str(args.prompt), "--experts", str(args.experts)]
   decoding += ["--batch", str(args.batch)]
@@ -198,7 +198,7 @@ def peer(args) -> dict[str, dict]:
 
 
 def ratios(decoding: dict, training: dict, peer: dict) -> dict[str, float]:
-  """How many times as fast we are, and what a mixture costs."""
+  """Returns the speed-up over the peer, and a mixture's cost in base steps."""
 
   def step(results, name):
     return results[name]["seconds_a_step"]

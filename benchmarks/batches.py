@@ -1,4 +1,4 @@
-"""Tokens a second in batches, beside those of prompts made one at a time.
+"""Measures tokens a second in batches, and for one prompt at a time.
 
   python -m benchmarks.batches --bank runs/demo/bank
 

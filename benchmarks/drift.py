@@ -1,14 +1,13 @@
-"""How far does a text read under older gates drift from one read anew?
+"""Measures how far outputs with an older cache drift from a recomputed one.
 
   python -m benchmarks.drift --bank runs/smollm2_135m/bank --data-dir data
 
-When gates move, keys and values that were read before are kept (`reuse`), or
-kept with today's gates on the values (`remix`), or everything is read anew
-(`recompute`). This measures the first two against the last: held-out prompts of
-four tasks, the true answers forced, gates of the paper's router refreshed every
-1, 2, 4, 8, 16 tokens or decided once. Of each answer token: KL(recompute ||
-policy) of the next-token distributions in nats, how often the likeliest token
-is the same, and the loss.
+When gates change, the cache policy `reuse` keeps older keys and values, `remix`
+applies the current gates to the values, and `recompute` runs the whole text
+again. The first two are compared with the last on held-out prompts of four tasks,
+with the true answers forced and the paper's router refreshed every 1, 2, 4, 8, 16
+tokens or once. For each answer token: KL(recompute || policy) of the next-token
+distributions in nats, whether the likeliest token is the same, and the loss.
 
 `recompute` is a forward pass of the whole text for each answer token, so answers
 are cut to --answer tokens. Writes OUTPUT.json, .md and .png.
@@ -43,7 +42,7 @@ STEP = 64
 
 @functools.partial(jax.jit, static_argnames="remix")
 def read(base, loras, gates, tokens, remix):
-  """Last hidden states [B, T, D] under gates [B, E] or [B, T, E]."""
+  """Returns the last hidden states [B, T, D], gates [B, E] or [B, T, E]."""
   places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   mixture = Mixture(get_rule("exact"), gates)
   hidden, _ = base(
@@ -55,7 +54,7 @@ def read(base, loras, gates, tokens, remix):
 
 @jax.jit
 def compare(base, true, other, targets):
-  """KL(true || other), whether the likeliest agree, and both losses, [N]."""
+  """Returns KL(true || other), top-1 agreement and both losses, each [N]."""
   p, q = (jax.nn.log_softmax(base.logits(x)) for x in (true, other))
   kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
   same = jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)
@@ -65,10 +64,10 @@ def compare(base, true, other, targets):
 
 
 def onward(base, loras, tokens, first, gates, remix) -> np.ndarray:
-  """Hidden states [K, N, D] that predict an answer, for K courses of gates.
+  """Returns an answer's hidden states [K, N, D] under K sequences of gates.
 
-  The text is read once under each course, gates [K, N, E]; the prompt is read
-  under the first.
+  The text is read once under each sequence [N, E] of the gates [K, N, E]; the
+  prompt is read under the first.
   """
   ahead = np.repeat(gates[:, :1], first - 1, axis=1)
   table = pad(list(np.concatenate([ahead, gates], axis=1)))
@@ -78,10 +77,10 @@ def onward(base, loras, tokens, first, gates, remix) -> np.ndarray:
 
 
 def anew(base, loras, tokens, first, gates) -> np.ndarray:
-  """Hidden states [N, N, D]: the answer's under the gates [N, E] of each token.
+  """Returns an answer's hidden states [N, N, D] under each token's gates [N, E].
 
-  A reading from the start under one token's gates is what `recompute` makes at a
-  refresh there, whatever the pace; it serves the tokens to the next refresh.
+  At a refresh, `recompute` reads the text from the start under that token's
+  gates; the tokens up to the next refresh use that reading.
   """
   found = []
   for start in range(0, len(gates), BATCH):

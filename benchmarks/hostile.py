@@ -1,14 +1,14 @@
-"""Whether damaged files load, or end in one line; nothing else is right.
+"""Loads damaged files: each must load or be refused in one line.
 
   python -m benchmarks.hostile --cases 10000 --seed 0
 
-Small sound files (a base as a Hugging Face folder and as GGUF, an adapter, a
-bank, rows, a tokenizer, a MiniLM) are damaged by a seeded script: bytes are flipped, cut
-out, doubled or put in, files are cut short or exchanged for folders, values of
-JSON are exchanged for others. Most damaged banks get the hashes of their damaged
-files, so that what lies behind the hashes is tried too. Each is then read by a public function, which
-must succeed or raise `InputError` of one line. Anything else is printed with
-the number of its case, which `--only NUMBER` does again, and is exit status 1.
+A seeded script damages small valid files (a base as a Hugging Face folder and
+as GGUF, an adapter, a bank, rows, a tokenizer, a MiniLM): it flips, removes,
+repeats and inserts bytes, truncates files, replaces them by folders, and changes
+JSON values. Most damaged banks get new hashes, so that the code after the hash
+check runs too. A public function then reads each, and must succeed or raise an
+`InputError` of one line. Anything else is printed with its case number, which
+`--only NUMBER` repeats, and gives exit status 1.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""Whether a run that is killed ends as one that was not.
+"""Kills training runs and compares their results with an undisturbed run.
 
   python -m benchmarks.kills --kills 20 --seed 0
 
 One run of train.py is left alone. Another is killed with SIGKILL at random
 moments of its whole life (start-up, compilation, steps, checkpoints being
 written, the bank) and started again each time until it is done. A third is
-stopped by SIGTERM half-way, and its folder goes on in three ways: on one device,
-on four simulated ones, and with its newest checkpoint cut short.
+stopped by SIGTERM half-way and resumed in three ways: on one device, on four
+simulated ones, and with its newest checkpoint truncated.
 
-Each must leave what the run left alone has left: adapters bit for bit, and in
-metrics.jsonl each step once, on the same rows with the same losses (to 1e-5 on
-four devices, where sums have another order). Exit status 1 is a difference.
+Each must give the results of the undisturbed run: the same adapters bit for
+bit, and in metrics.jsonl each step once, with the same rows and losses (to 1e-5
+on four devices, where sums have another order). A difference gives exit status
+1.
 """
 
 from __future__ import annotations
@@ -118,24 +119,24 @@ class Trainer:
 
 
 def _steps(workdir: Path) -> int:
-  """How many lines metrics.jsonl has."""
+  """Returns the number of lines in metrics.jsonl."""
   file = workdir / "metrics.jsonl"
   return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def half_written(workdir: Path) -> list[str]:
-  """The names of the checkpoints that are being written, or were."""
+  """Returns the names of unfinished checkpoints."""
   return [p.name for p in workdir.glob("checkpoints/*") if not p.name.isdigit()]
 
 
 def whole(workdir: Path) -> list[int]:
-  """The steps of the checkpoints that are there."""
+  """Returns the steps of the finished checkpoints."""
   names = [path.name for path in workdir.glob("checkpoints/*")]
   return sorted(int(name) for name in names if name.isdigit())
 
 
 def lines(workdir: Path) -> list[dict]:
-  """The lines of metrics.jsonl, without times."""
+  """Returns the lines of metrics.jsonl, without times."""
   text = (workdir / "metrics.jsonl").read_text()
   found = [json.loads(line) for line in text.splitlines()]
   times = ("tokens_per_second", "mfu")
@@ -143,12 +144,12 @@ def lines(workdir: Path) -> list[dict]:
 
 
 def adapters(workdir: Path) -> list[Path]:
-  """The files of the adapters of a finished run."""
+  """Returns the adapter files of a finished run."""
   return sorted((workdir / "bank").glob("*/adapter_model.safetensors"))
 
 
 def sha256(workdir: Path) -> str:
-  """Of all adapters of a finished run."""
+  """Returns the SHA-256 of all adapters of a finished run."""
   total = hashlib.sha256()
   for file in adapters(workdir):
     total.update(file.read_bytes())
@@ -275,7 +276,7 @@ def main() -> None:
 
 
 def _all(args: argparse.Namespace, folder: Path, console: Console) -> int:
-  """Does what the module's text says, and returns how many runs differ."""
+  """Runs all cases, and returns the number of runs that differ."""
   results = Table("run", "adapters, sha256", "differs in", "")
   failures = 0
 

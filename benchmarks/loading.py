@@ -1,4 +1,4 @@
-"""How much host memory loading a base takes beyond the base itself.
+"""Measures the host memory that loading needs beyond the base itself.
 
   python -m benchmarks.loading                        2.2 GB of bfloat16
   python -m benchmarks.loading --stored float32 --size smollm2-135m
@@ -54,7 +54,7 @@ CASES = {
 
 
 def their_name(name: str) -> str:
-  """The name of our parameter in a Hugging Face checkpoint."""
+  """Returns our parameter's name in a Hugging Face checkpoint."""
   modules = {
     "embedding": "model.embed_tokens",
     "norm": "model.norm",
@@ -119,7 +119,7 @@ def write_checkpoint(
 
 
 def memory(process: int | str, field: str) -> int:
-  """Bytes of a field of /proc/PROCESS/status, 0 once the process has ended."""
+  """Returns the bytes of a field of /proc/PROCESS/status, 0 after its end."""
   try:
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
   except (FileNotFoundError, ProcessLookupError):
@@ -128,7 +128,7 @@ def memory(process: int | str, field: str) -> int:
 
 
 def load(folder: str, settings: dict, devices: int) -> dict[str, float]:
-  """Loads in this process; prints what it took."""
+  """Loads in this process and prints the time and memory used."""
   import jax
 
   from tokenlora_jax import load_base

@@ -1,4 +1,4 @@
-"""What mixing costs a decode step, at TinyLlama-1.1B size by default.
+"""Measures a mixture's decode step in base steps, at TinyLlama-1.1B size.
 
   python -m benchmarks.mixing
 

@@ -1,4 +1,4 @@
-"""Makes the table of plans: `python -m benchmarks.plans > docs/plans.md`.
+"""Writes the tables of plans: `python -m benchmarks.plans > docs/plans.md`.
 
 Each plan is a command of train.py or infer.py in a process of its own, as a user
 would run it. TPUs need libtpu, GPUs the CUDA plug-in (see requirements.txt).

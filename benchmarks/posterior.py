@@ -1,4 +1,4 @@
-"""Is the posterior's mixture never much worse than the best expert? Row by row.
+"""Checks the posterior's bound, best expert's loss plus log E, on each row.
 
   python -m benchmarks.posterior --bank runs/reproduce/bank --data-dir data
 

@@ -1,13 +1,13 @@
-"""Which router finds the task of a prompt? Chosen on training rows alone.
+"""Selects the router that finds a prompt's task best, on training rows alone.
 
   python -m benchmarks.prompts --data-dir data
 
 c-BTM's gates, by clusters and temperature, and the classifier's, for both encoders.
-What they know is of the first two thirds of each task's training file, and the
-prompts are of its end: files are sorted, so that SQuAD's prompts there are about
-other articles. Prints the mean over the tasks of the log of the own expert's gate,
-which chooses, and for each task that gate as a geometric mean, and how many of the
-prompts it leads.
+Routers are fitted on the first two thirds of each task's training file, and the
+prompts are from its end: files are sorted, so SQuAD's prompts there are about
+other articles. Prints the log of the own expert's gate, averaged over tasks, which
+is the criterion; and for each task the geometric mean of that gate, and the number
+of prompts that the own expert leads.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What a base in few bits costs and saves: divergence, bytes, training loss.
+"""Measures int8 and nf4 bases: divergence, bytes and training loss.
 
   python -m benchmarks.quantized --data-dir FOLDER            200 rows
   python -m benchmarks.quantized --data-dir FOLDER --rows 4   a first look
@@ -42,11 +42,11 @@ BOUNDS = {"int8": 0.01, "nf4": 0.15}
 
 @jax.jit
 def divergences(base: Llama, other: Llama, tokens: jax.Array) -> jax.Array:
-  """KL of two bases' next-token distributions after each token.
+  """Returns KL(p || q) of two bases' next-token distributions.
 
   Args:
-    base: whose distributions are p.
-    other: whose are q.
+    base: gives p.
+    other: gives q.
     tokens: int32[B, T].
 
   Returns:

@@ -1,9 +1,9 @@
-"""How far do PEFT's ways to mix adapters lie from their weighted sum?
+"""Measures the distance of PEFT's combinations from the weighted sum.
 
   python -m benchmarks.rules --bank runs/smollm2_135m/bank
 
-Of each adapted map the update dW that a rule makes of a bank under some gates,
-against that of `exact`: the relative error ||dW - dW_exact|| / ||dW_exact||
+Compares the update dW of each adapted projection under a rule with that of
+`exact`: the relative error ||dW - dW_exact|| / ||dW_exact||
 (Frobenius norms, over all maps and layers together), for even gates, for each
 expert alone and for a leading expert with .7.
 """
@@ -24,7 +24,7 @@ RULES = ("peft_linear", "peft040")
 
 
 def update(lora: Lora, gates: jax.Array, rule: str) -> jax.Array:
-  """The map that a rule makes of the adapters of one linear map.
+  """Returns the update dW of one projection under a rule.
 
   Args:
     lora: its adapters.
@@ -57,7 +57,7 @@ def relative_error(adapters: Adapters, gates: np.ndarray, rule: str) -> float:
 
 
 def some_gates(names: tuple[str, ...]) -> Mapping[str, np.ndarray]:
-  """Returns the gates [E] that are tried, by what to call them."""
+  """Returns the gates [E] to compare, by label."""
   count = len(names)
   one = np.eye(count, dtype=np.float32)
   even = np.full(count, 1 / count, np.float32)

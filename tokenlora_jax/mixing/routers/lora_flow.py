@@ -50,8 +50,8 @@ def lora_flow(
 
   Args:
     adapters: the experts.
-    arrays: what was fitted for them: `layers.I.MAP.weights`, float32[E, in],
-      and `layers.I.MAP.bias`, float32[E].
+    arrays: what was fitted for them: `layers.I.PROJECTION.weights`, float32[E, in],
+      and `layers.I.PROJECTION.bias`, float32[E].
 
   Raises:
     InputError: the arrays do not fit the experts.

@@ -87,8 +87,8 @@ def x_lora(adapters: Adapters, arrays: Mapping[str, np.ndarray]) -> XLoraRouter:
 
   Args:
     adapters: the experts.
-    arrays: what was fitted for them: `layers.I.MAP.weights`, float32[E, D], and
-      `layers.I.MAP.bias`, float32[E].
+    arrays: what was fitted for them: `layers.I.PROJECTION.weights`, float32[E, D], and
+      `layers.I.PROJECTION.bias`, float32[E].
 
   Raises:
     InputError: the arrays do not fit the experts.
