@@ -9,6 +9,9 @@ import pytest
 import infer
 from tokenlora_jax.bank import folder
 from tokenlora_jax.bank.bank import Bank, load_bank, save_bank
+from tokenlora_jax.commands.infer import named
+from tokenlora_jax.config import RouterConfig
+from tokenlora_jax.evaluation.experiment.arms import router_config
 from tokenlora_jax.formats.load import load_base
 from tokenlora_jax.mixing.routers import ConstantRouter, registry
 from tokenlora_jax.mixing.routers.registry import register_router
@@ -69,6 +72,51 @@ def test_its_settings_reach_it_through_a_bank(
   record = json.loads(out.read_text())
   assert record["gates"] == [[lean, 1 - lean]] * len(record["tokens"])
   assert record["router"]["lean"] == lean
+
+
+@pytest.mark.parametrize(
+  ("flags", "share"),
+  [
+    ((), 0.25),
+    (("--router.share", "0.5"), 0.5),
+    # It equals the config's default, but was asked for.
+    (("--router.share", "0.0"), 0.0),
+    (("--router.share=0",), 0.0),
+  ],
+)
+def test_what_a_command_line_gives_reaches_it(
+  bank, flags, share, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(registry, "_MAKERS", dict(registry._MAKERS))
+  asked = []
+
+  @register_router("leaning")
+  def leaning(share=0.25):
+    asked.append(share)
+    return ConstantRouter(jnp.array([share, 1 - share]))
+
+  save_bank(tmp_path / "bank", bank)
+  infer.main(
+    [
+      "--config", "tiny", "--bank", str(tmp_path / "bank"), "--router.name",
+      "leaning", "--prompt", "hi", "--decode.max-new-tokens", "1",
+      "--compilation-cache", "", *flags,
+    ]
+  )  # fmt: skip
+  assert asked == [share]
+
+
+def test_what_is_given_is_told_from_what_is_not():
+  argv = [
+    "--router.rank-share",
+    "0.4",
+    "--router.share=0",
+    "--decode.batch",
+    "1",
+  ]
+  assert named(argv) == {"rank_share", "share"}
+  config, given = router_config("x:rank-share=0.4", RouterConfig())
+  assert (config.name, given) == ("x", {"rank_share"})
 
 
 def test_a_bank_is_written_where_folders_cannot_be_opened(

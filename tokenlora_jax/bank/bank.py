@@ -9,7 +9,7 @@ Axis letters: E experts, D_enc width of an embedding.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -118,15 +118,18 @@ class Bank:
       )
     return fitted
 
-  def router(self, config: RouterConfig) -> Router:
+  def router(
+    self, config: RouterConfig, given: Set[str] = frozenset()
+  ) -> Router:
     """Returns the router with these settings, for this bank's experts.
 
     A fitted router is made with the bank's arrays and settings for it. A
     setting that equals the config's default is left to the router's function,
-    which may have another default (a person's own router).
+    which may have another default (a person's own router), unless it is given.
 
     Args:
       config: the router's name and settings.
+      given: the settings that were asked for, even if they equal the defaults.
 
     Raises:
       InputError: there is no such router, or the bank lacks its centroids or
@@ -139,7 +142,11 @@ class Bank:
       name: getattr(config, name)
       for name in taken
       if hasattr(config, name)
-      and not (name in own and getattr(config, name) == getattr(unset, name))
+      and not (
+        name in own
+        and name not in given
+        and getattr(config, name) == getattr(unset, name)
+      )
     }
     encoder = settings.get("encoder", own.get("encoder"))
     if fitted is not None:
@@ -167,10 +174,12 @@ class Bank:
         config, name=config.prior, prior="uniform", top_k=None,
         temperature=None, threshold=0.0, smoothing=0.0,
       )  # fmt: skip
-      settings["prior"] = self.router(prior)
+      settings["prior"] = self.router(prior, given - set(SHAPING))
     shaping = {name: getattr(config, name) for name in SHAPING}
-    # For a setting of 0 the router's own value counts.
-    shaping = {k: v for k, v in shaping.items() if v or k == "top_k"}
+    # For a 0 that nobody asked for, the router's own value counts.
+    shaping = {
+      k: v for k, v in shaping.items() if v or k == "top_k" or k in given
+    }
     router = make_router(config.name, **settings, **shaping)
     return router.bind(self.adapters.names)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 import contextlib
 import dataclasses
 from pathlib import Path
@@ -51,7 +51,8 @@ def evaluate(
   tokenizer: Tokenizer,
   adapters: Adapters,
   experts: Mapping[str, str],
-  make_router: Callable[[RouterConfig], Router],
+  make_router: Callable[[RouterConfig, Set[str]], Router],
+  given: Set[str],
   bank: Path,
   console: Console,
 ) -> None:
@@ -63,7 +64,8 @@ def evaluate(
     tokenizer: the base's.
     adapters: the experts.
     experts: by expert, the task it was trained on; "" if unknown.
-    make_router: makes a router for them.
+    make_router: makes a router for them, as `Bank.router`.
+    given: the settings of the router that the command line names.
     bank: the folder that they come from.
     console: prints the tables.
 
@@ -77,13 +79,11 @@ def evaluate(
     eval_rows=args.rows or args.data.eval_rows,
   )
   own = own_experts(data.tasks, experts) if "own" in args.variants else {}
-  routers = Routers(
-    {
-      name: make_router(router_config(name, args.router))
-      for name in args.routers or (args.router.name,)
-    },
-    own,
-  )
+  named = {}
+  for name in args.routers or (args.router.name,):
+    config, more = router_config(name, args.router)
+    named[name] = make_router(config, given | more)
+  routers = Routers(named, own)
   arms, skipped = make_arms(
     args.variants, routers, args.rules, args.caches, adapters
   )

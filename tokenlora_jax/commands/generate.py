@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 import contextlib
 import dataclasses
 import json
@@ -160,12 +160,15 @@ def batches(
     yield places, batch + batch[-1:] * (rows - len(batch))
 
 
-def generate(args: Arguments, console: Console) -> None:
+def generate(
+  args: Arguments, console: Console, named: Set[str] = frozenset()
+) -> None:
   """Generates, prints and writes a text for each prompt.
 
   Args:
     args: the flags.
     console: prints the texts.
+    named: the settings of the router that the command line names.
 
   Raises:
     InputError: a prompt, the base or the bank cannot be read, or an output file
@@ -177,7 +180,8 @@ def generate(args: Arguments, console: Console) -> None:
   check_files(args, ("output", "html", "png"))
   given = read_prompts(args)
   base, tokenizer, bank = load(args)
-  maker = Maker(base, tokenizer, bank, bank.router(args.router), args.decode)
+  router = bank.router(args.router, named)
+  maker = Maker(base, tokenizer, bank, router, args.decode)
   encoded = encode_all(
     given, tokenizer, base.config, args.decode.max_new_tokens
   )

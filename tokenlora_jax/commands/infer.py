@@ -47,10 +47,13 @@ def main(argv: Sequence[str]) -> None:
 
     bank.COMMANDS[command](argv, console)
   elif command == "evaluate":
-    _evaluate(cli.parse(Evaluation, argv, __doc__), console)
+    _evaluate(cli.parse(Evaluation, argv, __doc__), argv, console)
   elif command == "generate":
     args = cli.parse(Arguments, argv, __doc__)
-    (_plan if args.plan else _generate)(args, console)
+    if args.plan:
+      _plan(args, console)
+    else:
+      _generate(args, argv, console)
   else:
     raise InputError(
       f"{command!r}: is not a command; want {', '.join(COMMANDS)}"
@@ -58,14 +61,29 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def _generate(args: Arguments, console: Console) -> None:
+def named(argv: Sequence[str]) -> frozenset[str]:
+  """Returns the settings of the router that a command line names.
+
+  Example:
+    >>> named(["--router.top-k", "2", "--seed=1"])
+    frozenset({'top_k'})
+  """
+  head = "--router."
+  return frozenset(
+    argument.partition("=")[0].removeprefix(head).replace("-", "_")
+    for argument in argv
+    if argument.startswith(head)
+  )
+
+
+def _generate(args: Arguments, argv: Sequence[str], console: Console) -> None:
   from tokenlora_jax.commands.generate import generate
 
   cli.keep_programs(args.compilation_cache)
-  generate(args, console)
+  generate(args, console, named(argv))
 
 
-def _evaluate(args: Evaluation, console: Console) -> None:
+def _evaluate(args: Evaluation, argv: Sequence[str], console: Console) -> None:
   from tokenlora_jax.commands.evaluate import evaluate
   from tokenlora_jax.commands.wiring import bank_folder, load
 
@@ -79,6 +97,7 @@ def _evaluate(args: Evaluation, console: Console) -> None:
     bank.adapters,
     {name: expert.task for name, expert in bank.experts.items()},
     bank.router,
+    named(argv),
     folder,
     console,
   )

@@ -85,7 +85,10 @@ class TokenLoraLM(TemplateLM):
     self._adapters = self._router = None
     if args.bank:
       bank = load_bank(args.bank, self._base, same_base=args.same_base)
-      self._adapters, self._router = bank.adapters, bank.router(args.router)
+      self._adapters, self._router = (
+        bank.adapters,
+        bank.router(args.router, frozenset(args.given)),
+      )
     # A router that needs no input gives the same gates every time.
     looks = self._router is not None and self._router.needs != "nothing"
     self._refresh_every = args.refresh_every if looks else 0
@@ -135,6 +138,7 @@ class TokenLoraLM(TemplateLM):
       "max_length": self.max_length,
       "device": jax.devices()[0].device_kind,
     }
+    del info["given"]  # Of the router's settings, which are all there.
     if self._adapters is None:
       for name in ("router", "refresh_every", "rule"):
         del info[name]

@@ -28,6 +28,7 @@ class ModelArgs:
   Attributes:
     base: its path is the key `base`; `dtype` and `quantize` are keys too.
     router: its name is the key `router`; its other fields are keys too.
+    given: the fields of `router` that were given.
     bank: the folder of a bank; empty is the base alone.
     same_base: accept a bank whose base has another fingerprint.
     refresh_every: tokens between two router calls; 0 is once, at the context.
@@ -40,6 +41,7 @@ class ModelArgs:
 
   base: BaseConfig
   router: RouterConfig
+  given: tuple[str, ...] = ()
   bank: str = ""
   same_base: bool = False
   refresh_every: int = DecodeConfig.refresh_every
@@ -68,7 +70,7 @@ _BASE = _defaults(BaseConfig, "path")
 # out is the router's own.
 _ROUTER = _defaults(RouterConfig, "name", "centroid_rows", "clusters")
 _ROUTER |= {"top_k": 0, "temperature": 1.0}
-_MODEL = _defaults(ModelArgs, "base", "router")
+_MODEL = _defaults(ModelArgs, "base", "router", "given")
 _ALL = {"base": "", "router": RouterConfig.name, **_MODEL, **_ROUTER, **_BASE}
 
 
@@ -103,6 +105,7 @@ def parse_model_args(given: Mapping[str, Any]) -> ModelArgs:
     BaseConfig(said["base"], **some(_BASE)),
     RouterConfig(said.get("router", RouterConfig.name), **some(_ROUTER)),
     **some(_MODEL),
+    given=tuple(sorted(said.keys() & _ROUTER.keys())),
   )
 
 

@@ -144,7 +144,9 @@ class Routers:
     return make_router(kind, **({"expert": who} if kind == "one-hot" else {}))
 
 
-def router_config(text: str, default: RouterConfig) -> RouterConfig:
+def router_config(
+  text: str, default: RouterConfig
+) -> tuple[RouterConfig, frozenset[str]]:
   """Returns the settings of a router as `--routers` names it.
 
   Args:
@@ -152,13 +154,17 @@ def router_config(text: str, default: RouterConfig) -> RouterConfig:
       `NAME:SETTING=VALUE,SETTING=VALUE`.
     default: the config's.
 
+  Returns:
+    (the settings, the names of those that the text gives).
+
   Raises:
     InputError: there is no such setting, or its value is not allowed.
 
   Example:
-    >>> made = router_config("centroid:encoder=hidden,top-k=2", RouterConfig())
-    >>> made.name, made.encoder, made.top_k
-    ('centroid', 'hidden', 2)
+    >>> text = "centroid:encoder=hidden,top-k=2"
+    >>> made, given = router_config(text, RouterConfig())
+    >>> made.name, made.encoder, made.top_k, sorted(given)
+    ('centroid', 'hidden', 2, ['encoder', 'top_k'])
   """
   name, _, rest = text.partition(":")
   hints = get_type_hints(type(default))
@@ -180,7 +186,7 @@ def router_config(text: str, default: RouterConfig) -> RouterConfig:
       raise InputError(
         f"--routers {text}: {field} {value!r} is not allowed; want a number"
       ) from None
-  return dataclasses.replace(default, **changes)
+  return dataclasses.replace(default, **changes), frozenset(changes) - {"name"}
 
 
 def make_arms(
