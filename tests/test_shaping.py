@@ -17,7 +17,7 @@ from tokenlora_jax.evaluation.evaluator import Evaluator
 from tokenlora_jax.formats.tokenizers import load_tokenizer
 from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers import make_router, register_router
-from tokenlora_jax.mixing.shaping import ShapedRouter, shape_gates
+from tokenlora_jax.mixing.shaping import ShapedRouter, keep_top, shape_gates
 from tokenlora_jax.model.lora import random_adapters
 
 PROMPTS = [[1, 104, 50, 120, 88], [1, 99]]
@@ -105,6 +105,24 @@ def test_any_gates_are_shaped_as_in_numpy(shape):
   found = router.position_gates((), None, None, low)
   np.testing.assert_allclose(found, expected.reshape(2, 4, 4), atol=1e-5)
   assert router.gates(2, (), None).tolist() == [[1.0] * 4] * 2
+
+
+def test_another_top_k_is_the_same_program():
+  rows = np.random.default_rng(0).integers(0, 4, size=(40, 5)) / 4
+  rows = jnp.asarray(rows, jnp.float32)  # Many are equal.
+  keep = jax.jit(keep_top)
+  for k in range(1, 6):
+    best = jax.lax.top_k(rows, k)[1]
+    kept = rows * jax.nn.one_hot(best, 5).sum(axis=1)
+    found = keep(rows, jnp.int32(k))
+    np.testing.assert_array_equal(found > 0, kept > 0)
+    np.testing.assert_allclose(found.sum(axis=1), rows.sum(axis=1), rtol=1e-6)
+  np.testing.assert_array_equal(found, rows)
+  assert keep._cache_size() == 1
+  routers = [make_router("fixed", gates=rows[0], top_k=k) for k in (1, 2)]
+  before = run._cache_size()
+  assert not np.array_equal(*map(run, routers))
+  assert run._cache_size() <= before + 1
 
 
 @pytest.mark.parametrize("shape", [{"top_k": 2, "temperature": 0.5}, {}])

@@ -20,22 +20,28 @@ from tokenlora_jax.mixing.router import Router
 SHAPING = ("top_k", "temperature", "threshold", "smoothing")
 
 
-def keep_top(gates: jax.Array, k: int) -> jax.Array:
+def keep_top(gates: jax.Array, k: ArrayLike) -> jax.Array:
   """Returns the k largest gates, scaled to the sum of all; the others are 0.
 
   Args:
     gates: float32[.., E], at least 0.
-    k: how many stay, at most E; of equal ones the first.
+    k: int32[], how many stay; of equal ones the first. It is data, so that
+      another one compiles nothing.
 
   Example:
     >>> keep_top(jnp.array([0.5, 0.25, 0.25]), 2).round(3).tolist()
     [0.667, 0.333, 0.0]
   """
   total = gates.sum(axis=-1, keepdims=True)
-  best = jax.lax.top_k(gates, k)[1]
-  kept = gates * jax.nn.one_hot(best, gates.shape[-1]).sum(axis=-2)
+  # A gate's rank is how many gates go before it: larger ones, and equal ones
+  # in front of it.
+  this, other = gates[..., :, None], gates[..., None, :]
+  in_front = jnp.tri(gates.shape[-1], k=-1, dtype=bool)
+  ranks = ((other > this) | ((other == this) & in_front)).sum(axis=-1)
+  kept = jnp.where(ranks < k, gates, 0.0)
   left = kept.sum(axis=-1, keepdims=True)
-  return jnp.where(left > 0, kept * total / left, kept)
+  fewer = (left > 0) & (k < gates.shape[-1])
+  return jnp.where(fewer, kept * total / left, kept)
 
 
 @jax.tree_util.register_dataclass
@@ -52,13 +58,13 @@ class Shaping:
     temperature: float32[], or None.
     threshold: float32[], or None.
     smoothing: float32[], or None.
-    top_k: how many gates stay; 0 is all.
+    top_k: int32[], how many gates stay; or None.
   """
 
   temperature: jax.Array | None = None
   threshold: jax.Array | None = None
   smoothing: jax.Array | None = None
-  top_k: int = dataclasses.field(default=0, metadata={"static": True})
+  top_k: jax.Array | None = None
 
   def shape(self, gates: jax.Array) -> jax.Array:
     """Returns gates float32[.., E], shaped."""
@@ -70,7 +76,7 @@ class Shaping:
       logits = jnp.log(gates / jnp.where(highest > 0, highest, 1))
       sharp = jax.nn.softmax(logits / self.temperature, axis=-1)
       gates = jnp.where(total > 0, total * sharp, gates)
-    if 0 < self.top_k < gates.shape[-1]:
+    if self.top_k is not None:
       gates = keep_top(gates, self.top_k)
     if self.threshold is not None:
       highest = gates.max(axis=-1, keepdims=True)
@@ -105,10 +111,12 @@ class ShapedRouter(Router):
     return self.shaping.threshold is not None or self.router.may_be_zero
 
   def bind(self, names):
-    check(
-      self.shaping.top_k <= len(names),
-      "router.top-k", self.shaping.top_k, f"at most the {len(names)} experts",
-    )  # fmt: skip
+    if self.shaping.top_k is not None:
+      top_k = int(self.shaping.top_k)
+      check(
+        top_k <= len(names),
+        "router.top-k", top_k, f"at most the {len(names)} experts",
+      )  # fmt: skip
     return dataclasses.replace(self, router=self.router.bind(names))
 
   def look(self, hidden):
@@ -197,6 +205,7 @@ def shape_gates(
     least = float(np.finfo(np.float32).tiny)
     temperature = min(max(temperature, least), 0.5 / least)
   shaping = Shaping(
-    array(temperature, 1), array(threshold, 0), array(smoothing, 0), top_k
-  )
+    array(temperature, 1), array(threshold, 0), array(smoothing, 0),
+    jnp.int32(top_k) if top_k else None,
+  )  # fmt: skip
   return ShapedRouter(router, shaping)
