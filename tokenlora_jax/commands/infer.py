@@ -21,6 +21,7 @@ from rich.console import Console
 from tokenlora_jax.commands import cli
 from tokenlora_jax.commands.evaluate_args import Evaluation
 from tokenlora_jax.commands.generate_args import Arguments
+from tokenlora_jax.commands.memory import needing_memory
 from tokenlora_jax.config import InputError, nearest
 
 # Heavy modules are imported where they are used, so that --help is fast.
@@ -80,7 +81,11 @@ def _generate(args: Arguments, argv: Sequence[str], console: Console) -> None:
   from tokenlora_jax.commands.generate import generate
 
   cli.keep_programs(args.compilation_cache)
-  generate(args, console, named(argv))
+  with needing_memory(
+    "choose a smaller --decode.batch, fewer --decode.max-new-tokens, or"
+    " --base.quantize int8"
+  ):
+    generate(args, console, named(argv))
 
 
 def _evaluate(args: Evaluation, argv: Sequence[str], console: Console) -> None:
@@ -88,19 +93,23 @@ def _evaluate(args: Evaluation, argv: Sequence[str], console: Console) -> None:
   from tokenlora_jax.commands.wiring import bank_folder, load
 
   cli.keep_programs(args.compilation_cache)
-  base, tokenizer, bank = load(args)
-  folder = bank_folder(args)
-  evaluate(
-    args,
-    base,
-    tokenizer,
-    bank.adapters,
-    {name: expert.task for name, expert in bank.experts.items()},
-    bank.router,
-    named(argv),
-    folder,
-    console,
-  )
+  with needing_memory(
+    "choose --base.quantize int8, or leave out long rows with a smaller"
+    " --data.length"
+  ):
+    base, tokenizer, bank = load(args)
+    folder = bank_folder(args)
+    evaluate(
+      args,
+      base,
+      tokenizer,
+      bank.adapters,
+      {name: expert.task for name, expert in bank.experts.items()},
+      bank.router,
+      named(argv),
+      folder,
+      console,
+    )
 
 
 def _plan(args: Arguments, console: Console) -> None:

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 
 from tokenlora_jax.commands import cli
+from tokenlora_jax.commands.memory import needing_memory
 from tokenlora_jax.config import Config, InputError
 
 # Heavy modules are imported where they are used, so that --help is fast.
@@ -68,10 +69,14 @@ def main(argv: Sequence[str]) -> None:
     return
   from tokenlora_jax.commands.training import fit_router, train_bank
 
-  if args.fit_router:
-    fit_router(config, args.fit_router, args.bank, console, args.same_base)
-  else:
-    train_bank(config, console)
+  with needing_memory(
+    "choose fewer --data.rows or a smaller --data.length, more --accumulate, or"
+    " --base.quantize int8"
+  ):
+    if args.fit_router:
+      fit_router(config, args.fit_router, args.bank, console, args.same_base)
+    else:
+      train_bank(config, console)
 
 
 def script() -> None:
