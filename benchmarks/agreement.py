@@ -1,4 +1,4 @@
-"""Whether evaluation says of answers what decoding them, token by token, says.
+"""Checks that evaluation scores answers as token-by-token decoding does.
 
   python -m benchmarks.agreement
   python -m benchmarks.agreement --routers hidden,arrow
@@ -161,7 +161,7 @@ class Difference(dict):
 
   @property
   def small(self) -> bool:
-    """Whether float32 explains them; one that is no number it does not."""
+    """Whether float32 rounding explains them; False for NaN."""
     return self["losses"] <= LOSSES and self["gates"] <= GATES
 
 
@@ -265,7 +265,7 @@ class Pair:
 
 
 def _told(run):
-  """What came of a run, or the line that refused it."""
+  """Returns a run's result, or the error line that refused it."""
   try:
     return run()
   except InputError as error:

@@ -80,16 +80,16 @@ class Trainer:
 
   @property
   def seconds(self) -> float:
-    """Its age."""
+    """The process's age in seconds."""
     return time.monotonic() - self._start
 
   @property
   def trains(self) -> bool:
-    """Whether it has come to its steps."""
+    """Whether it has begun training steps."""
     return _steps(self.workdir) not in (self._logged, 0)
 
   def said(self) -> str:
-    """What it has printed, with its predecessors in the folder."""
+    """The output so far, with that of earlier processes in the folder."""
     return self._output.read_text() if self._output.exists() else ""
 
   def wait(self, until: Callable[[], bool] = lambda: False) -> int | None:

@@ -70,7 +70,7 @@ class Decoder:
     base: with its layers in a list.
     prompts: texts, or lists of token ids.
     adapters: the experts; none is the base alone.
-    router: who decides the gates; needed with adapters.
+    router: computes the gates; needed with adapters.
     config: how.
     tokenizer: needed for text in, text out, the end token and text routers.
     chunked: come back to the host after each chunk, to show it.

@@ -80,7 +80,7 @@ class Pace:
     """Returns the stats after a call.
 
     Args:
-      tokens: how many are made by now.
+      tokens: the number generated so far.
     """
     if self._is_warm:
       self._timed_tokens += tokens - self._tokens

@@ -47,8 +47,8 @@ class Reading:
   """The static settings of a compiled decoding program.
 
   Attributes:
-    rule: what gates mean; None is the base alone.
-    cache: what becomes of what was read under older gates.
+    rule: how gates mix the adapters; None is the base alone.
+    cache: the policy for keys and values of older gates.
     evidence: whether each expert reads too, alone, beside a mixture.
     refresh: whether the router decides anew in the graph, at each chunk.
     split: whether the base is on several devices.

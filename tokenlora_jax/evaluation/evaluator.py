@@ -49,10 +49,10 @@ class Variant:
   """One way to mix, to be compared with others.
 
   Attributes:
-    router: who decides the gates; None is the base alone.
+    router: computes the gates; None is the base alone.
     refresh_every: tokens between two router calls; 0 is once, at the prompt.
-    rule: what the gates mean.
-    cache: what becomes of what was read under older gates.
+    rule: how the gates mix the adapters.
+    cache: the policy for keys and values of older gates.
   """
 
   router: Router | None
@@ -181,7 +181,7 @@ class Evaluator:
     """Scores answers.
 
     Args:
-      variant: how to mix.
+      variant: the way to mix.
       examples: rows as tokens.
 
     Yields:

@@ -56,7 +56,7 @@ class _Row(NamedTuple):
 
   Attributes:
     tokens: the context and the continuation but for its last token.
-    context: how many of them are the context's.
+    context: the number of context tokens among them.
   """
 
   tokens: tuple[int, ...]
@@ -100,9 +100,9 @@ class Scorer:
     base: with its layers in a list.
     tokenizer: the base's, for a router that reads text.
     adapters: the experts; none is the base alone.
-    router: who decides the gates; needed with adapters.
+    router: computes the gates; needed with adapters.
     refresh_every: tokens between two router calls; 0 is once, at the context.
-    rule: what the gates mean.
+    rule: how the gates mix the adapters.
     batch_size: B, rows that are read at once. Their logits, float32[B, T, V],
       must fit in memory.
 

@@ -70,7 +70,7 @@ class Mixture:
   """Computes the adapters' output at a map: y = sum_e B_e mix(A_e x, gates).
 
   Attributes:
-    rule: what the gates mean.
+    rule: how the gates mix the adapters.
     gates: float32[B, E] or [B, T, E].
     router: decides gates in the layers too, which multiply `gates`; or none.
     seen: a list that gets what it decided, float32[B, T, E] a map, in the order
@@ -167,9 +167,9 @@ def resolve(
   and a router that do not fit together are refused in one way.
 
   Args:
-    rule: what gates mean, by name.
+    rule: the name of the rule that mixes the adapters.
     cache: the cache policy.
-    router: who decides them.
+    router: computes the gates.
     adapters: the experts.
 
   Raises:
@@ -226,8 +226,8 @@ class Read(NamedTuple):
 
   Attributes:
     hidden: [B, T, D], the last hidden states.
-    cache: what was read, as `Llama` gives it.
-    looked: what the base alone read, for a router that looks first; or None.
+    cache: keys and values, as `Llama` returns them.
+    looked: the cache of the base alone, for a router that looks first; or None.
     gates: float32[B, T, E] of a router that decides in the layers, the mean
       over the adapted maps; otherwise the gates that were given.
   """
@@ -260,12 +260,12 @@ def read(
     tokens: int32[B, T].
     positions: int32[B, T].
     mask: bool[B, T, S], what each token attends to.
-    rule: what gates mean; None is the base alone.
+    rule: how gates mix the adapters; None is the base alone.
     loras: the adapters of each layer.
     gates: float32[B, E] or [B, T, E].
     router: one that decides inside the layers too; its gates multiply `gates`.
     remix: whether values are read under today's gates.
-    caches: what was read before, and what the base alone read.
+    caches: the cache, and that of the base alone.
   """
   cache, looked = caches
   if rule is None:
@@ -303,7 +303,7 @@ def forward(
     adapters: from `load_adapters`; none is the base alone.
     gates: float[B, E], or [B, T, E] for gates of each token; needed with
       adapters, unless a router decides inside the layers.
-    rule: what the gates mean.
+    rule: how the gates mix the adapters.
     router: one that decides inside the layers, such as `arrow`; its gates
       multiply `gates`.
 

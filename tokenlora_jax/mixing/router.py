@@ -101,7 +101,7 @@ class Router(abc.ABC):
 
     Args:
       batch: B.
-      observation: what `observe` gave.
+      observation: the result of `observe`.
       seen: by `needs`: `hidden`, float32[B, D], the mean over the running text
         of the base's last hidden states (after the final norm); `prompt`, what
         `read_prompt` gave; `evidence`, float32[B, E], the log of the belief

@@ -31,8 +31,8 @@ class Rule:
   """A rule of mixing.
 
   Attributes:
-    name: what configs call it.
-    mix: what becomes of the experts' rank activations; see `register_rule`.
+    name: in configs.
+    mix: mixes the experts' rank activations; see `register_rule`.
     of_outputs: whether each expert reads the text alone, as if the gates were
       one-hot, and the gates mix the probabilities that they predict.
   """
@@ -54,7 +54,7 @@ def register_rule(name: str, of_outputs: bool = False) -> Callable[[Mix], Mix]:
   wins, so a notebook cell may run twice.
 
   Args:
-    name: what configs call it.
+    name: in configs.
     of_outputs: whether the gates mix predictions; see `Rule`.
 
   Example:

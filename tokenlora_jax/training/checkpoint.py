@@ -278,7 +278,7 @@ _REASON = 4096
 
 
 class _Outcome(enum.IntEnum):
-  """How a part ended in a process, the gravest last."""
+  """The outcomes of a part of a restore, from best to worst."""
 
   FINE = 0
   DAMAGED = 1
@@ -288,7 +288,7 @@ class _Outcome(enum.IntEnum):
 
 @dataclasses.dataclass
 class _Found:
-  """What is wrong with a checkpoint, or "": first here, then anywhere."""
+  """The fault of a checkpoint, or "": in this process, then in any."""
 
   damage: str = ""
 

@@ -32,7 +32,7 @@ class Judge:
     adapters: the experts.
     tokenizer: the base's.
     evaluator: of these, for the likelihoods of choices.
-    decode: how texts are made, but for what an arm says of mixing.
+    decode: the decode settings; an arm overrides those of mixing.
     run_code: that programs which a model wrote may be run.
   """
 
@@ -70,7 +70,7 @@ class Judge:
 
     Args:
       task: of the questions.
-      variant: how to mix.
+      variant: the way to mix.
       questions: at most `BATCH` are decoded at once.
 
     Returns:

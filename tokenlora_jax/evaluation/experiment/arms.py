@@ -38,8 +38,8 @@ class Arm(NamedTuple):
       `prompt`, the router's gates at the prompt; `token:K`, decided anew every
       K tokens.
     router: its name; "" where none is asked.
-    rule: what gates mean; "" where there are none.
-    cache: what becomes of what was read under older gates; "" where gates do
+    rule: how gates mix the adapters; "" without gates.
+    cache: the policy for keys and values of older gates; "" where gates do
       not move.
   """
 
@@ -201,7 +201,7 @@ def make_arms(
   Args:
     variants: of `VARIANTS`; `single` is each adapter alone.
     routers: of these adapters.
-    rules: what gates may mean.
+    rules: the rules to compare.
     caches: cache policies.
     adapters: the experts.
 

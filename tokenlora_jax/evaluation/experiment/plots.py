@@ -33,7 +33,7 @@ def write_plots(
   Args:
     rows: of an experiment.
     results: of these rows.
-    folder: which is there.
+    folder: an existing one.
   """
   for metric in (LOSS, SCORE):
     if metric in results.metrics and any(arm.router for arm in results.arms):

@@ -42,10 +42,10 @@ class Figure:
     metric: `loss`, nats an answer token; `score`, the mean of a row's scores; or
       the name of one score.
     task: a task, or `average`, where every task counts the same.
-    questions: how many rows it rests on.
+    questions: the number of its rows.
     own: the figure.
-    over_base: what it is more than the base's; None where that is not known.
-    over_single: what it is more than that of the best single adapter, which has
+    over_base: the difference from the base's; None where that is unknown.
+    over_single: the difference from the best single adapter's, which has
       the best average in this metric on these very rows.
   """
 

@@ -44,7 +44,7 @@ def run_cells(
     evaluator: of the base and the experts.
     experts: their names.
     judge: scores what the arms say, too; None: losses alone.
-    log: what is done; gets the rest.
+    log: the rows so far; gets the others.
     console: shows a bar, or a line a cell where it is no terminal.
 
   Raises:

@@ -36,7 +36,7 @@ class View:
   """One table: an arm a line, a metric of a task a column.
 
   Attributes:
-    title: what it shows.
+    title: of the table.
     columns: {(metric, task): heading}.
     last: the column that differences are shown of; None shows none.
   """
@@ -281,7 +281,7 @@ def write_tables(results: Results, folder: Path) -> None:
 
   Args:
     results: of an experiment.
-    folder: which is there.
+    folder: an existing one.
   """
   flat = records(results)
   write_atomically(folder / "table.md", markdown(results))

@@ -18,8 +18,8 @@ class Request(NamedTuple):
   """A log-likelihood to be asked of a model: log p(continuation | context).
 
   Attributes:
-    context: what the model is given.
-    continuation: what is scored after it; starts with a space.
+    context: the text before the continuation.
+    continuation: the scored text; starts with a space.
   """
 
   context: str
@@ -30,7 +30,7 @@ class TextScorer(abc.ABC):
   """Scores a generated text.
 
   Attributes:
-    name: which of its task's scorers it is.
+    name: unique among its task's scorers.
     metrics: the names of the numbers it gives, each 0 to 1, more is better; a
       task's scorers share no name.
     stop: a text ends where `cut` finds one of these, since a model that was not
@@ -46,7 +46,7 @@ class TextScorer(abc.ABC):
     """Returns one number for each of `metrics`.
 
     Args:
-      text: what the model generated after the task's prompt, without special
+      text: the generated text after the task's prompt, without special
         tokens; uncut.
       row: the gold row, in its task's schema.
 
@@ -59,7 +59,7 @@ class ChoiceScorer(abc.ABC):
   """Scores how likely a model finds each choice.
 
   Attributes:
-    name: which of its task's scorers it is.
+    name: unique among its task's scorers.
     metrics: as a `TextScorer`'s.
   """
 

@@ -54,7 +54,7 @@ def ariadne(
 
   Args:
     centroids: float32[E, C, D_enc] (see `fit_ariadne`), or [E, D_enc].
-    encoder: what turns the prompt into a vector, or `hidden` for the base's own
+    encoder: an encoder of the prompt, or `hidden` for the base's own
       mean last hidden state.
 
   Raises:

@@ -55,7 +55,7 @@ def cbtm(centroids: np.ndarray | jax.Array, encoder: Encoder) -> CbtmRouter:
   Args:
     centroids: float32[E, D_enc] or [E, C, D_enc], from the same encoder; see
       `fit_centroids`.
-    encoder: what turns the running text into a vector, or `hidden` for the
+    encoder: an encoder of the running text, or `hidden` for the
       base's own mean last hidden state.
 
   Raises:

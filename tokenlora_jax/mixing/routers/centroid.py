@@ -42,7 +42,7 @@ def sharpened_softmax(
 
   Args:
     similarities: float32[..., E], cosines.
-    sharpen: what the largest is multiplied by; 1 is a plain softmax.
+    sharpen: the factor of the largest; 1 is a plain softmax.
 
   Returns:
     float32[..., E], summing to 1.
@@ -101,9 +101,9 @@ def centroid(
   Args:
     centroids: float32[E, D_enc], from the same encoder (see `centroids`), or
       [E, C, D_enc] for several an expert (see `fit_centroids`).
-    encoder: what turns the running text into a vector, or `hidden` for the
+    encoder: an encoder of the running text, or `hidden` for the
       base's own mean last hidden state.
-    sharpen: what the largest cosine is multiplied by; 4 in the paper.
+    sharpen: the factor of the largest cosine; 4 in the paper.
 
   Raises:
     InputError: a setting is not allowed, or widths differ.

@@ -63,7 +63,7 @@ def classifier(
   Args:
     weights: float32[E, D_enc], see `fit_classifier`.
     bias: float32[E].
-    encoder: what turns the running text into a vector, or `hidden` for the
+    encoder: an encoder of the running text, or `hidden` for the
       base's own mean last hidden state.
 
   Raises:

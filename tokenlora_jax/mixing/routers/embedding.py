@@ -55,7 +55,7 @@ class EmbeddingRouter(Router):
     """Returns x, float32[B, D_enc], of length 1, in the graph.
 
     Args:
-      observation: what `observe` gave.
+      observation: the result of `observe`.
       seen: the base's mean hidden states, where there is no encoder.
     """
     x = seen if self.encoder is None else self.encoder.module(*observation)

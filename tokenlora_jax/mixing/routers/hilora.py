@@ -120,7 +120,7 @@ def hilora(
   Args:
     means: float32[E, D_enc]; see `fit_hilora`.
     variances: float32[E, D_enc].
-    encoder: what turns the running text into a vector, or `hidden` for the
+    encoder: an encoder of the running text, or `hidden` for the
       base's own mean last hidden state.
     adapters: the experts.
     rank_share: share of an adapter's own rank-one parts that stays at a token.

@@ -37,7 +37,7 @@ class LogoRouter(Router):
 
   Attributes:
     count: E.
-    measure: what of o_e counts.
+    measure: the size of o_e: `norm` or `entropy`.
   """
 
   needs = "prompt"

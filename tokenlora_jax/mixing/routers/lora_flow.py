@@ -50,7 +50,7 @@ def lora_flow(
 
   Args:
     adapters: the experts.
-    arrays: what was fitted for them: `layers.I.PROJECTION.weights`, float32[E, in],
+    arrays: the fitted arrays, `layers.I.PROJECTION.weights`, float32[E, in],
       and `layers.I.PROJECTION.bias`, float32[E].
 
   Raises:

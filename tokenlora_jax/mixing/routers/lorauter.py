@@ -57,7 +57,7 @@ def lorauter(tasks: np.ndarray | jax.Array, encoder: Encoder) -> LorauterRouter:
 
   Args:
     tasks: float32[E, D_enc], see `fit_lorauter`.
-    encoder: what turns the prompt into a vector, or `hidden` for the base's own
+    encoder: an encoder of the prompt, or `hidden` for the base's own
       mean last hidden state.
 
   Raises:

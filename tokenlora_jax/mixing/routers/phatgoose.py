@@ -63,7 +63,7 @@ def phatgoose(
 
   Args:
     adapters: the experts.
-    arrays: what was fitted for them: `layers.I.PROJECTION.vectors`, float32[E, in].
+    arrays: the fitted arrays, `layers.I.PROJECTION.vectors`, float32[E, in].
 
   Raises:
     InputError: the arrays do not fit the experts.

@@ -32,7 +32,7 @@ class PosteriorRouter(Router):
   (1 - a) w_e + a / E (Herbster and Warmuth, 1998, fixed share).
 
   Attributes:
-    prior: whose gates at the prompt are the belief before the first token.
+    prior: the router whose gates at the prompt are the first belief.
     share: float32[].
     evidence: whether the prompt's tokens count, `all`, or only those made
       after it, `answer`.
@@ -79,7 +79,7 @@ def posterior(
     evidence: `answer`: tokens made after the prompt (for adapters trained on
       answers, which make the prompt's likelihood no evidence); `all`: the
       prompt's too.
-    share: how much of the belief is shared out evenly after each token.
+    share: the share of the belief that is spread evenly after each token.
 
   Raises:
     InputError: a setting is not allowed.

@@ -25,7 +25,7 @@ def register_router(
   so a notebook cell may run twice.
 
   Args:
-    name: what `make_router` calls it.
+    name: for `make_router`.
     **shaping: how its gates are shaped where `make_router` is not told
       otherwise: `top_k` (all, where there are no more experts),
       `temperature`, `threshold`, `smoothing`.

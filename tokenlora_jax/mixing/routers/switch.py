@@ -47,7 +47,7 @@ def switch(
 
   Args:
     adapters: the experts.
-    arrays: what was fitted for them: `layers.I.PROJECTION.weights`, float32[E, in].
+    arrays: the fitted arrays, `layers.I.PROJECTION.weights`, float32[E, in].
 
   Raises:
     InputError: the arrays do not fit the experts.

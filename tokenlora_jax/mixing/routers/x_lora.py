@@ -87,7 +87,7 @@ def x_lora(adapters: Adapters, arrays: Mapping[str, np.ndarray]) -> XLoraRouter:
 
   Args:
     adapters: the experts.
-    arrays: what was fitted for them: `layers.I.PROJECTION.weights`, float32[E, D], and
+    arrays: the fitted arrays, `layers.I.PROJECTION.weights`, float32[E, D], and
       `layers.I.PROJECTION.bias`, float32[E].
 
   Raises:
