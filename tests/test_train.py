@@ -11,10 +11,13 @@ import pytest
 from safetensors import SafetensorError
 import safetensors.numpy
 
+from benchmarks.loading import write_checkpoint
 from tokenlora_jax.bank.bank import load_bank
 from tokenlora_jax.commands import cli
 from tokenlora_jax.config import Config, InputError
 from tokenlora_jax.formats.load import Base, load_base
+from tokenlora_jax.formats.tokenizers import load_tokenizer
+from tokenlora_jax.model.config import PRESETS
 from tokenlora_jax.parallel.sharding import make_mesh
 from tokenlora_jax.training import step as training
 from tokenlora_jax.training.checkpoint import Checkpoints
@@ -142,6 +145,22 @@ def test_bad_input_is_found_before_anything_is_written(
   workdir = tmp_path / "new"
   with pytest.raises(InputError, match=message) as error:
     train.main([*argv, *flags, "--workdir", str(workdir)])
+  assert "\n" not in str(error.value)
+  assert not workdir.exists()
+
+
+def test_a_tokenizer_of_another_base_is_told_before_the_first_step(
+  run, tmp_path
+):
+  argv, _ = run
+  base, workdir = tmp_path / "base", tmp_path / "new"
+  base.mkdir()
+  write_checkpoint(base, PRESETS["tiny"], "float32", 2**30)
+  tokenizer = load_tokenizer("random:tiny")
+  tokenizer.add_special_tokens({"eos_token": "<end>"})
+  tokenizer.save_pretrained(base)
+  with pytest.raises(InputError, match=r"260.*base's own tokenizer") as error:
+    train.main([*argv, "--base", str(base), "--workdir", str(workdir)])
   assert "\n" not in str(error.value)
   assert not workdir.exists()
 
