@@ -19,10 +19,9 @@ import numpy as np
 from benchmarks import make_parser, track
 from tokenlora_jax import load_bank, load_base, load_tokenizer
 from tokenlora_jax.commands import cli
-from tokenlora_jax.commands.generate import batches, joined
 from tokenlora_jax.data.rows import load_rows
 from tokenlora_jax.data.tokens import encode_prompt
-from tokenlora_jax.decoding import Decoder
+from tokenlora_jax.decoding import Decoder, filled_batches, joined_pace
 
 
 def difference(
@@ -84,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
   made = {size: {} for size in sizes}
   for _ in track(range(args.turns), "turns"):
     for size in sizes:
-      for places, batch in batches(prompts, size):
+      for places, batch in filled_batches(prompts, size):
         *_, out = Decoder(base, batch, bank.adapters, router, decode, tokenizer)
         told[size].append(out.stats)
         for i, place in enumerate(places):
@@ -92,13 +91,13 @@ def main(argv: Sequence[str]) -> None:
           made[size][place] = out.tokens[i, :n], out.log_probs[i, :n]
   print("| decode.batch | tokens/s | times one at a time | texts that differ |")
   print("|---|---|---|---|")
-  alone = joined(told[1])["tokens_per_second"]
+  alone = joined_pace(told[1])["tokens_per_second"]
   parted = []
   for size in sizes:
     apart = [difference(made[1][i], made[size][i]) for i in made[1]]
     apart = [one for one in apart if one]
     parted += apart
-    rate = joined(told[size])["tokens_per_second"]
+    rate = joined_pace(told[size])["tokens_per_second"]
     print(f"| {size} | {rate:.1f} | {rate / alone:.2f} | {len(apart)} |")
   for one in parted:
     print(one)

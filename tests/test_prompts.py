@@ -307,7 +307,7 @@ def test_a_router_that_reads_text_is_asked_about_those_that_go_on(
     return [(list(row.tokens), row.gates) for row in rows(out)]
 
   def rows(out):
-    return [command.Row.of(out, i) for i in range(len(out.lengths))]
+    return [out.row(i) for i in range(len(out.lengths))]
 
   free = made(prompts)
   end = int(free[0][0][2])

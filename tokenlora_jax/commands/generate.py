@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 import contextlib
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -16,44 +16,40 @@ from rich.table import Table
 from rich.text import Text
 
 from tokenlora_jax import report
-from tokenlora_jax.bank.bank import Bank
 from tokenlora_jax.commands import cli
 from tokenlora_jax.commands.generate_args import Arguments
 from tokenlora_jax.commands.prompts import encode_all, read_prompts
 from tokenlora_jax.commands.wiring import load
-from tokenlora_jax.config import DecodeConfig, InputError
+from tokenlora_jax.config import DecodeConfig, InputError, RouterConfig
 from tokenlora_jax.data.tokens import Tokenizer
-from tokenlora_jax.decoding import Decoder, Generation, make_batches
+from tokenlora_jax.decoding import (
+  Decoder,
+  MadeText,
+  filled_batches,
+  joined_pace,
+)
 from tokenlora_jax.files import NewLines, check_new_file, write_atomically
 from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers import make_router
 from tokenlora_jax.model.llama import Llama
+from tokenlora_jax.model.lora import Adapters
 from tokenlora_jax.report.trace import GateTrace
 
-# Stats summed over all rows of a batch.
-_TOLD = ("new_tokens", "timed_tokens", "tokens_per_second")
 
-
-class Row(NamedTuple):
-  """One generated text of a batch.
+class Way(NamedTuple):
+  """One way to mix the experts.
 
   Attributes:
-    text: the decoded text.
-    pieces: the N strings that its tokens add to the text.
-    tokens: int32[N].
-    gates: float32[N, E].
+    name: its name in a table.
+    adapters: the experts; None is the base alone.
+    router: decides their gates; None without adapters.
+    decode: the settings; `batch` is the largest batch.
   """
 
-  text: str
-  pieces: list[str]
-  tokens: np.ndarray
-  gates: np.ndarray
-
-  @classmethod
-  def of(cls, out: Generation, i: int) -> Row:
-    """Returns row `i` of a batch, without its padding."""
-    n = out.lengths[i]
-    return cls(out.texts[i], out.pieces[i], out.tokens[i, :n], out.gates[i, :n])
+  name: str
+  adapters: Adapters | None
+  router: Router | None
+  decode: DecodeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,101 +59,53 @@ class Maker:
   Attributes:
     base: the frozen model.
     tokenizer: the base's.
-    bank: the experts.
-    router: decides their gates.
-    decode: the settings; `batch` is the largest batch.
+    ways: the ways to mix; each of them generates a text for each prompt.
   """
 
   base: Llama
   tokenizer: Tokenizer
-  bank: Bank
-  router: Router
-  decode: DecodeConfig
+  ways: Sequence[Way]
 
-  def rows(
+  def start(
+    self, batch: Sequence[Sequence[int]], way: Way, chunked: bool = False
+  ) -> Decoder:
+    """Returns the decoder of a batch of prompts, given as tokens."""
+    return Decoder(
+      self.base, batch, way.adapters, way.router, way.decode, self.tokenizer,
+      chunked,
+    )  # fmt: skip
+
+  def texts(
     self, prompts: Sequence[Sequence[int]], told: list[dict[str, float]]
-  ) -> Iterator[list[tuple[int, Row]]]:
-    """Yields a list of (index of the prompt, its text) for each batch.
+  ) -> Iterator[list[MadeText]]:
+    """Yields each prompt's texts, one for each way, in the prompts' order.
+
+    Shows a progress bar on stderr.
 
     Args:
       prompts: the tokens of each prompt.
       told: the stats of each batch are appended to it, without the rows that
         pad a batch.
     """
-    for places, batch in batches(prompts, self.decode.batch):
-      *_, out = self.start(batch)
-      share = sum(out.lengths[: len(places)]) / sum(out.lengths)
-      told.append(
-        {
-          name: value * (share if name.startswith(_TOLD) else 1)
-          for name, value in out.stats.items()
-        }
-      )
-      yield [(place, Row.of(out, i)) for i, place in enumerate(places)]
-
-  def tables(
-    self, prompts: Sequence[Sequence[int]]
-  ) -> Iterator[list[tuple[int, Table]]]:
-    """Yields (index of the prompt, table of its texts under several gates)."""
-    adapters, decode = self.bank.adapters, self.decode
-    once = dataclasses.replace(decode, refresh_every=0)
-    every = decode.refresh_every or 1
-    refreshed = dataclasses.replace(decode, refresh_every=every)
-    variants = [("base", None, None, once)]
-    variants += [
-      (name, adapters, make_router("one-hot", expert=name), once)
-      for name in adapters.names
-    ]
-    variants += [
-      ("uniform", adapters, make_router("uniform"), once),
-      ("router, at the prompt", adapters, self.router, once),
-      (f"router, every {every}", adapters, self.router, refreshed),
-    ]
-    for places, batch in batches(prompts, decode.batch):
-      tables = [Table("gates", "text", show_lines=True) for _ in places]
-      for name, some, chosen, config in variants:
-        *_, out = Decoder(
-          self.base, batch, some, chosen, config, self.tokenizer
-        )
-        for i, table in enumerate(tables):
-          row = Row.of(out, i)
-          text = Text(row.text)
-          if some is not None:
-            text = report.trace(row.pieces, row.gates, adapters.names)
-          table.add_row(Text(name), text)
-      yield list(zip(places, tables, strict=True))
-
-  def start(
-    self, batch: Sequence[Sequence[int]], chunked: bool = False
-  ) -> Decoder:
-    """Returns the decoder of a batch."""
-    return Decoder(
-      self.base, batch, self.bank.adapters, self.router, self.decode,
-      self.tokenizer, chunked,
+    waiting, following = {}, 0
+    bar = Progress(
+      *Progress.get_default_columns(), MofNCompleteColumn(),
+      console=cli.console(stderr=True), transient=True, redirect_stdout=False,
+      disable=len(prompts) == 1,
     )  # fmt: skip
-
-
-def batches(
-  prompts: Sequence[Sequence[int]], size: int
-) -> Iterator[tuple[list[int], list[Sequence[int]]]]:
-  """Yields each batch's prompts with their indices.
-
-  Short batches are padded with their last prompt, so that all batches share one
-  compiled program.
-
-  Args:
-    prompts: the tokens of each prompt.
-    size: the largest batch.
-
-  Example:
-    >>> list(batches([[1], [2], [3]], size=2))
-    [([0, 1], [[1], [2]]), ([2], [[3], [3]])]
-  """
-  parts = make_batches([len(prompt) for prompt in prompts], size)
-  rows = max(map(len, parts))
-  for places in parts:
-    batch = [prompts[place] for place in places]
-    yield places, batch + batch[-1:] * (rows - len(batch))
+    task = bar.add_task("texts", total=len(prompts))
+    size = self.ways[0].decode.batch
+    for places, batch in filled_batches(prompts, size):
+      # Hide the bar between batches: texts may be printed to its terminal.
+      with bar:
+        made = [[*self.start(batch, way)][-1] for way in self.ways]
+      told += [out.pace(len(places)) for out in made]
+      for i, place in enumerate(places):
+        waiting[place] = [out.row(i) for out in made]
+      bar.advance(task, len(places))
+      while following in waiting:
+        yield waiting.pop(following)
+        following += 1
 
 
 def generate(
@@ -175,36 +123,40 @@ def generate(
       exists.
     KeyboardInterrupt: on Ctrl-C; says how many texts are written.
   """
-  if args.compare:
-    check_files(args, (), "cannot be used with --compare; leave out one")
-  check_files(args, ("output", "html", "png"))
+  for name in ("output", "html", "png"):
+    path = getattr(args, name)
+    if args.compare and path:
+      raise InputError(
+        f"--{name}: cannot be used with --compare; leave out one"
+      )
+    check_new_file(f"--{name}", path)
   given = read_prompts(args)
   base, tokenizer, bank = load(args)
+  decode, names = args.decode, bank.adapters.names
   router = bank.router(args.router, named)
-  maker = Maker(base, tokenizer, bank, router, args.decode)
-  encoded = encode_all(
-    given, tokenizer, base.config, args.decode.max_new_tokens
-  )
-  texts = [text for text, _ in encoded]
-  prompts = [tokens for _, tokens in encoded]
-  console.print(report.legend(bank.adapters.names))
+  way = Way("", bank.adapters, router, decode)
+  encoded = encode_all(given, tokenizer, base.config, decode.max_new_tokens)
+  texts, prompts = zip(*encoded, strict=True)
+  console.print(report.legend(names))
   if args.compare:
-    for place, table in in_order(maker.tables(prompts), len(prompts)):
-      say_prompt(texts[place], console)
-      console.print(table)
+    maker = Maker(base, tokenizer, compared(way))
+    for text, made in zip(texts, maker.texts(prompts, []), strict=True):
+      say_prompt(text, console)
+      console.print(comparison(maker.ways, made))
     return
-  maps = []
+  made = shown(Maker(base, tokenizer, [way]), prompts, texts, console)
+  about = {
+    "experts": names,
+    "router": dataclasses.asdict(args.router),
+    "decode": dataclasses.asdict(decode),
+  }
+  told, maps = facts(args.router, decode.refresh_every), []
   with NewLines("--output", args.output) as output:
     try:
-      for place, row in rows_shown(maker, prompts, texts, console):
-        output.add(json.dumps(record(args, texts[place], row, bank)))
+      for text, row in zip(texts, made, strict=True):
+        output.add(json.dumps(record(text, row) | about))
         if args.html or args.png:
-          maps.append(
-            report.HeatMap(
-              texts[place], row.pieces, row.gates, bank.adapters.names,
-              facts(args),
-            )
-          )  # fmt: skip
+          maps.append(report.HeatMap(text, row.pieces, row.gates, names, told))
     except KeyboardInterrupt:
       wrote = f"; {output.count} of {len(prompts)} texts are in {args.output}"
       raise KeyboardInterrupt(
@@ -216,121 +168,104 @@ def generate(
     write_atomically(Path(args.png), report.heatmap_png(maps))
 
 
-def rows_shown(
+def shown(
   maker: Maker,
   prompts: Sequence[Sequence[int]],
   texts: Sequence[str],
   console: Console,
-) -> Iterator[tuple[int, Row]]:
+) -> Iterator[MadeText]:
   """Prints texts as they finish and yields them in the prompts' order.
 
   A single text is printed token by token.
 
   Args:
-    maker: generates the texts.
+    maker: generates the texts, in one way.
     prompts: the tokens of each prompt.
     texts: the prompts as text.
     console: prints the texts.
   """
-  names = maker.bank.adapters.names
+  (way,) = maker.ways
+  names = way.adapters.names
   if len(prompts) == 1:
     say_prompt(texts[0], console)
-    shown = 0
-    for out in maker.start(prompts, chunked=True):
-      row = Row.of(out, 0)
-      console.print(
-        report.trace(row.pieces[shown:], row.gates[shown:], names),
-        end="", soft_wrap=True,
-      )  # fmt: skip
-      shown = len(row.pieces)
+    count = 0
+    for out in maker.start(prompts, way, chunked=True):
+      row = out.row(0)
+      say_text(row.pieces[count:], row.gates[count:], names, console)
+      count = len(row.pieces)
     say_summary(row, names, console)
     console.print(report.speed(out.stats), style="dim")
-    yield 0, row
+    yield row
     return
   told = []
-  for place, row in in_order(maker.rows(prompts, told), len(prompts)):
-    say_prompt(texts[place], console)
-    console.print(
-      report.trace(row.pieces, row.gates, names), end="", soft_wrap=True
-    )
-    say_summary(row, names, console)
-    yield place, row
+  with contextlib.closing(maker.texts(prompts, told)) as made:
+    for text, (row,) in zip(texts, made, strict=True):
+      say_prompt(text, console)
+      say_text(row.pieces, row.gates, names, console)
+      say_summary(row, names, console)
+      yield row
   console.rule()
-  console.print(report.speed(joined(told)), style="dim")
+  console.print(report.speed(joined_pace(told)), style="dim")
 
 
-def joined(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
-  """Returns the joint stats of several batches, for `report.speed`.
-
-  Args:
-    told: the `Generation.stats` of each batch.
-
-  Example:
-    >>> slow = {"new_tokens": 8, "timed_tokens": 0, "tokens_per_second": 1.0}
-    >>> fast = {"new_tokens": 8, "timed_tokens": 8, "tokens_per_second": 4.0}
-    >>> joined([slow, fast])["tokens_per_second"]
-    4.0
-  """
-  key = "timed_tokens"
-  if not any(stats[key] for stats in told):
-    key = "new_tokens"  # Every batch compiled, so no token was timed.
-  made = sum(stats[key] for stats in told)
-  seconds = sum(stats[key] / stats["tokens_per_second"] for stats in told)
-  return {
-    "new_tokens": sum(stats["new_tokens"] for stats in told),
-    "timed_tokens": sum(stats["timed_tokens"] for stats in told),
-    "tokens_per_second": made / seconds,
-  }
+def compared(way: Way) -> list[Way]:
+  """Returns the ways that --compare shows beside a way to mix."""
+  adapters, router, decode = way.adapters, way.router, way.decode
+  once = dataclasses.replace(decode, refresh_every=0)
+  every = decode.refresh_every or 1
+  refreshed = dataclasses.replace(decode, refresh_every=every)
+  return [
+    Way("base", None, None, once),
+    *(
+      Way(name, adapters, make_router("one-hot", expert=name), once)
+      for name in adapters.names
+    ),
+    Way("uniform", adapters, make_router("uniform"), once),
+    Way("router, at the prompt", adapters, router, once),
+    Way(f"router, every {every}", adapters, router, refreshed),
+  ]
 
 
-def in_order(
-  batches: Iterator[Sequence[tuple[int, Any]]], count: int
-) -> Iterator[tuple[int, Any]]:
-  """Yields the pairs of batches in the order of their indices, from 0.
-
-  Shows a progress bar on stderr.
-
-  Args:
-    batches: lists of (index, value).
-    count: number of pairs in all.
-
-  Example:
-    >>> list(in_order((b for b in ([(1, "b")], [(0, "a")])), count=2))
-    [(0, 'a'), (1, 'b')]
-  """
-  waiting, following = {}, 0
-  bar = Progress(
-    *Progress.get_default_columns(), MofNCompleteColumn(),
-    console=cli.console(stderr=True), transient=True, redirect_stdout=False,
-    disable=count == 1,
-  )  # fmt: skip
-  task = bar.add_task("texts", total=count)
-  with contextlib.closing(batches):
-    while following < count:
-      # Hide the bar between batches: texts may be printed to its terminal.
-      with bar:
-        batch = next(batches)
-      waiting |= dict(batch)
-      bar.advance(task, len(batch))
-      while following in waiting:
-        yield following, waiting.pop(following)
-        following += 1
+def comparison(ways: Sequence[Way], made: Sequence[MadeText]) -> Table:
+  """Returns a table of a prompt's texts, a row a way to mix."""
+  table = Table("gates", "text", show_lines=True)
+  for way, row in zip(ways, made, strict=True):
+    text = Text(row.text)
+    if way.adapters is not None:
+      text = report.trace(row.pieces, row.gates, way.adapters.names)
+    table.add_row(Text(way.name), text)
+  return table
 
 
-def record(
-  args: Arguments, prompt: str, row: Row, bank: Bank
-) -> dict[str, Any]:
-  """Returns a text's line of `--output`, as a JSON object."""
+def record(prompt: str, row: MadeText) -> dict[str, object]:
+  """Returns a text's own part of its line of `--output`."""
   return {
     "prompt": prompt,
     "text": row.text,
     "tokens": row.tokens.tolist(),
     "gates": row.gates.astype(float).round(6).tolist(),
     **GateTrace.of(row.gates).record(),
-    "experts": bank.adapters.names,
-    "router": dataclasses.asdict(args.router),
-    "decode": dataclasses.asdict(args.decode),
   }
+
+
+def facts(router: RouterConfig, every: int) -> dict[str, str]:
+  """Returns the settings that a heat map shows, by name.
+
+  Args:
+    router: the settings of the router.
+    every: the number of tokens between two refreshes of the gates.
+
+  Example:
+    >>> facts(RouterConfig("uniform"), every=1)
+    {'router': 'uniform', 'gates refreshed': 'every token'}
+  """
+  often = f"every {every} tokens"
+  if every < 2:
+    often = "every token" if every else "once, at the prompt"
+  named = router.name
+  if named == "centroid":
+    named += f" ({router.encoder})"
+  return {"router": named, "gates refreshed": often}
 
 
 def say_prompt(text: str, console: Console) -> None:
@@ -339,34 +274,18 @@ def say_prompt(text: str, console: Console) -> None:
   console.print(text, style="dim", markup=False)
 
 
-def say_summary(row: Row, names: Sequence[str], console: Console) -> None:
+def say_text(
+  pieces: Sequence[str],
+  gates: np.ndarray,
+  names: Sequence[str],
+  console: Console,
+) -> None:
+  """Prints tokens of a text, each in the colour of its expert."""
+  told = report.trace(pieces, gates, names)
+  console.print(told, end="", soft_wrap=True)
+
+
+def say_summary(row: MadeText, names: Sequence[str], console: Console) -> None:
   """Prints each expert's share and the switches of a text, below it."""
   told = report.summary(row.gates, names)
   console.print(f"\n{told}", style="dim", markup=False)
-
-
-def check_files(args: Arguments, taken: Sequence[str], why: str = "") -> None:
-  """Raises `InputError` if an output flag is not allowed or its file exists.
-
-  Args:
-    args: the flags.
-    taken: the output flags that are allowed.
-    why: the error for the others.
-  """
-  for name in ("output", "html", "png"):
-    path = getattr(args, name)
-    if path and name not in taken:
-      raise InputError(f"--{name}: {why}")
-    check_new_file(f"--{name}", path)
-
-
-def facts(args: Arguments) -> dict[str, str]:
-  """Returns the settings that a heat map shows, by name."""
-  router, every = args.router, args.decode.refresh_every
-  often = "every token" if every == 1 else f"every {every} tokens"
-  return {
-    "router": f"{router.name} ({router.encoder})"
-    if router.name == "centroid"
-    else router.name,
-    "gates refreshed": often if every else "once, at the prompt",
-  }

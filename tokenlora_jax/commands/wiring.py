@@ -9,7 +9,6 @@ from tokenlora_jax.commands.evaluate_args import Evaluation
 from tokenlora_jax.commands.generate_args import Arguments
 from tokenlora_jax.formats.load import Base
 from tokenlora_jax.formats.tokenizers import importing_beside
-from tokenlora_jax.parallel.sharding import decoding_mesh
 
 
 def bank_folder(args: Arguments | Evaluation) -> Path:
@@ -25,12 +24,13 @@ def load(args: Arguments | Evaluation):
   Raises:
     InputError: one of them cannot be read, or the bank is another base's.
   """
-  folder, devices = bank_folder(args), jax.local_devices()
-  quantize, mesh = args.base.quantize, None
   with importing_beside():
     found = Base.open(args.base.path)
-    if len(devices) > 1:
-      mesh = decoding_mesh(found.shape, devices, quantize)
-    base = found.weights(args.base.dtype, mesh, quantize=quantize)
+    base = found.weights(
+      args.base.dtype,
+      quantize=args.base.quantize,
+      devices=tuple(jax.local_devices()),
+    )
   tokenizer = found.tokenizer()
-  return base, tokenizer, load_bank(folder, base, same_base=args.same_base)
+  bank = load_bank(bank_folder(args), base, same_base=args.same_base)
+  return base, tokenizer, bank

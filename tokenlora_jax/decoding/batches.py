@@ -5,7 +5,7 @@ Axis letters: B batch, P padded prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import math
 
 from tokenlora_jax.decoding.decoder import bucket
@@ -37,3 +37,25 @@ def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
   rows = math.ceil(len(order) / math.ceil(len(order) / size)) if order else 1
   parts = [order[i : i + rows] for i in range(0, len(order), rows)]
   return sorted((sorted(part) for part in parts), key=min)
+
+
+def filled_batches(
+  prompts: Sequence[Sequence[int]], size: int
+) -> Iterator[tuple[list[int], list[Sequence[int]]]]:
+  """Yields the places of each batch's prompts, and the prompts of its rows.
+
+  A batch that is short is filled up, so that it needs no program of its own.
+
+  Args:
+    prompts: the tokens of each.
+    size: the most prompts a batch.
+
+  Example:
+    >>> list(filled_batches([[1], [2], [3]], size=2))
+    [([0, 1], [[1], [2]]), ([2], [[3], [3]])]
+  """
+  parts = make_batches([len(prompt) for prompt in prompts], size)
+  rows = max(map(len, parts))
+  for places in parts:
+    batch = [prompts[place] for place in places]
+    yield places, batch + batch[-1:] * (rows - len(batch))

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 # JAX reports it for each program, whether compiled or read from the cache.
 _COMPILED = "/jax/core/compile/backend_compile_duration"
+
+# Stats that count the tokens of all rows of a batch.
+_OF_ROWS = ("new_tokens", "timed_tokens", "tokens_per_second")
+
+
+class MadeText(NamedTuple):
+  """One text of a batch, without what stands after its end.
+
+  Attributes:
+    text: what its tokens say.
+    pieces: what each of its N tokens adds.
+    tokens: int32[N].
+    gates: float32[N, E].
+  """
+
+  text: str
+  pieces: list[str]
+  tokens: np.ndarray
+  gates: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +71,49 @@ class Generation:
   texts: list[str] | None
   stats: dict[str, float]
   pieces: list[list[str]] | None = None
+
+  def row(self, i: int) -> MadeText:
+    """Returns the text of row `i`; it was made with a tokenizer."""
+    n = self.lengths[i]
+    return MadeText(
+      self.texts[i], self.pieces[i], self.tokens[i, :n], self.gates[i, :n]
+    )
+
+  def pace(self, rows: int) -> dict[str, float]:
+    """Returns the stats, of which the tokens of the first rows alone count.
+
+    Args:
+      rows: how many; the others only fill up the batch.
+    """
+    share = float(sum(self.lengths[:rows]) / sum(self.lengths))
+    return {
+      name: value * (share if name in _OF_ROWS else 1)
+      for name, value in self.stats.items()
+    }
+
+
+def joined_pace(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  """Returns how many tokens several batches made, and how fast.
+
+  Args:
+    told: the stats of each.
+
+  Example:
+    >>> slow = {"new_tokens": 8, "timed_tokens": 0, "tokens_per_second": 1.0}
+    >>> fast = {"new_tokens": 8, "timed_tokens": 8, "tokens_per_second": 4.0}
+    >>> joined_pace([slow, fast])["tokens_per_second"]
+    4.0
+  """
+  key = "timed_tokens"
+  if not any(stats[key] for stats in told):
+    key = "new_tokens"  # All of them compiled.
+  made = sum(stats[key] for stats in told)
+  seconds = sum(stats[key] / stats["tokens_per_second"] for stats in told)
+  return {
+    "new_tokens": sum(stats["new_tokens"] for stats in told),
+    "timed_tokens": sum(stats["timed_tokens"] for stats in told),
+    "tokens_per_second": made / seconds,
+  }
 
 
 class Pace:

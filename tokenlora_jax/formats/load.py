@@ -10,7 +10,7 @@ layer's parameter at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import ctypes
 import dataclasses
 import functools
@@ -36,7 +36,11 @@ from tokenlora_jax.model.quantize import (
   check_blocks,
   get_quantizer,
 )
-from tokenlora_jax.parallel.sharding import check_heads, tree_shardings
+from tokenlora_jax.parallel.sharding import (
+  check_heads,
+  decoding_mesh,
+  tree_shardings,
+)
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
@@ -128,6 +132,7 @@ class Base:
     mesh: Mesh | None = None,
     stacked: bool = False,
     quantize: str = "none",
+    devices: Sequence[jax.Device] = (),
   ) -> Llama:
     """Loads the weights straight onto their devices; see `load_base`.
 
@@ -136,6 +141,8 @@ class Base:
       mesh: the devices that hold the weights; one device by default.
       stacked: the layout: stacked layers for training, a list for decoding.
       quantize: `none` (kept in `dtype`), `int8` or `nf4`.
+      devices: those to decode on, instead of a mesh: the weights are split
+        between as many of them as divide every array.
 
     Raises:
       InputError: a tensor is invalid, or the shape does not allow this
@@ -143,9 +150,11 @@ class Base:
     """
     check_choice("base.dtype", dtype, ("float32", "bfloat16"))
     check_choice("base.quantize", quantize, QUANTIZERS)
-    check_blocks(self.shape, quantize)
-    if mesh is not None:
+    if len(devices) > 1:
+      mesh = decoding_mesh(self.shape, devices, quantize)
+    elif mesh is not None:
       check_heads(self.shape, mesh)
+    check_blocks(self.shape, quantize)
     if self.reader is None:
       read = functools.partial(_draw, self.shape)
     else:
