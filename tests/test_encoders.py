@@ -230,9 +230,9 @@ def test_prepare_pads_to_few_widths():
   assert mask.sum(axis=1).tolist() == [5, 2]
   widths = [
     encoder.prepare([count(n)])[0].shape[1]
-    for n in (0, 30, 31, 62, 63, 126, 127, 254)
+    for n in (0, 30, 31, 46, 47, 62, 63, 94, 95, 126, 127, 190, 191, 254)
   ]
-  assert widths == [32, 32, 64, 64, 128, 128, 256, 256]
+  assert widths == [w for w in (32, 48, 64, 96, 128, 192, 256) for _ in "ab"]
   assert make_encoder(max_pieces=20).prepare([count(3)])[0].shape == (1, 20)
 
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 import math
 
-from tokenlora_jax.decoding.decoder import bucket
-
 
 def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
   """Groups prompts for decoding, those of like length together.
 
   A batch is padded to the bucket of its longest prompt, so prompts are sorted
-  by bucket, then cut into as few batches as there must be, as even as may be:
+  by length, then cut into as few batches as there must be, as even as may be:
   all but some have the same B, and few programs are compiled. The batch with
   the earliest prompt comes first, so that texts come in order as soon as they
   can.
@@ -29,11 +27,11 @@ def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 
   Example:
     >>> make_batches([5, 300, 7, 9, 280], size=2)
-    [[0, 2], [1, 3], [4]]
+    [[0, 2], [1], [3, 4]]
     >>> make_batches([9] * 5, size=4)
     [[0, 1, 2], [3, 4]]
   """
-  order = sorted(range(len(lengths)), key=lambda i: bucket(lengths[i]))
+  order = sorted(range(len(lengths)), key=lengths.__getitem__)
   rows = math.ceil(len(order) / math.ceil(len(order) / size)) if order else 1
   parts = [order[i : i + rows] for i in range(0, len(order), rows)]
   return sorted((sorted(part) for part in parts), key=min)

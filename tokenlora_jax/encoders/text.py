@@ -75,8 +75,8 @@ class TextEncoder:
   def prepare(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Tokenizes texts, cuts them to the window and pads them, on the host.
 
-    W is the longest row's length rounded up to 32, 64, 128, ..., at most
-    `max_pieces`, so that a growing text compiles few shapes.
+    W is the longest row's length rounded up to 32, 48, 64, 96, 128, ..., at
+    most `max_pieces`: a growing text compiles few shapes, with little padding.
 
     Args:
       texts: B texts.
@@ -86,9 +86,9 @@ class TextEncoder:
     """
     rows = [self._read(text) for text in texts]
     longest = max(map(len, rows), default=0)
-    width = 32
+    width, wider = 32, 48
     while width < longest:
-      width *= 2
+      width, wider = wider, 2 * width
     width = min(width, self.max_pieces)
     pieces = np.zeros((len(rows), width), np.int32)
     mask = np.zeros((len(rows), width), bool)
