@@ -50,23 +50,8 @@ import pytest  # noqa: E402
 
 # Half of what Linux allows by default (vm.max_map_count).
 MAPS = 32_000
-# Annotations of these, shapes included, are checked while tests run.
-CHECKED = (
-  "config",
-  "files",
-  "model",
-  "report",
-  "parallel",
-  "encoders",
-  "formats",
-  "plan",
-  "commands",
-  "mixing.mixture",
-  "decoding.graph",
-)
-install_import_hook(
-  [f"tokenlora_jax.{name}" for name in CHECKED], "check_types.check_types"
-)
+# The package's annotations, shapes included, are checked while tests run.
+install_import_hook("tokenlora_jax", "check_types.check_types")
 
 
 @pytest.fixture(scope="module", autouse=True)

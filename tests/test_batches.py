@@ -333,8 +333,8 @@ def test_a_process_builds_its_own_block(packing, monkeypatch):
   )
   block = [1], [0, 2]
   monkeypatch.setattr(module, "process_block", lambda mesh, *sizes: block)
-  ours = first(3, rows, config, mesh="a mesh")
-  ours_tests = held_out_batches(rows, TOKENIZER, config, "a mesh")
+  ours = first(3, rows, config, mesh=one_device())
+  ours_tests = held_out_batches(rows, TOKENIZER, config, one_device())
   for part, all_of_it in zip(
     [*ours, *ours_tests], [*whole, *tests], strict=True
   ):

@@ -132,7 +132,8 @@ def test_hub_asks_for_the_right_data_set_and_split(monkeypatch):
     asked.append((*args, split))
     return [gsm8k(1)] if "gsm8k" in args[0] else []
 
-  fake = types.SimpleNamespace(load_dataset=load_dataset)
+  fake = types.ModuleType("datasets")
+  fake.load_dataset = load_dataset
   monkeypatch.setitem(sys.modules, "datasets", fake)
   config = DataConfig(source="hub")
   (row,) = load_rows(config, "gsm8k", "train")
@@ -153,7 +154,8 @@ def test_hub_failures_are_one_line(monkeypatch):
   def load_dataset(*args, split):
     raise ConnectionError("no route\nto the host")
 
-  fake = types.SimpleNamespace(load_dataset=load_dataset)
+  fake = types.ModuleType("datasets")
+  fake.load_dataset = load_dataset
   monkeypatch.setitem(sys.modules, "datasets", fake)
   with pytest.raises(InputError) as error:
     load_rows(DataConfig(source="hub"), "squad", "train")
@@ -188,7 +190,8 @@ def test_tfds_rows_are_turned_into_our_schema(monkeypatch):
     asked.append((name, split, data_dir, builder_kwargs["file_format"]))
     return [rows[name]]
 
-  fake = types.SimpleNamespace(data_source=data_source)
+  fake = types.ModuleType("tensorflow_datasets")
+  fake.data_source = data_source
   monkeypatch.setitem(sys.modules, "tensorflow_datasets", fake)
   monkeypatch.setitem(sys.modules, "tensorflow_datasets.text", fake)
   config = DataConfig(source="tfds", dir="prepared")

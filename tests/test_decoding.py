@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import by_projection
+from tiny import Tokenizer, by_projection
 
 from tokenlora_jax.config import DecodeConfig
 from tokenlora_jax.decoding import Decoder, generate, graph
@@ -262,7 +262,7 @@ def test_forced_tokens_are_read_and_scored(base, adapters, tokenizer, routers):
 # Ends, streaming, sampling.
 
 
-class Alphabet:
+class Alphabet(Tokenizer):
   """Token n is a letter; which one ends a text is free to choose."""
 
   def __init__(self, eos_token_id=None):
@@ -271,13 +271,13 @@ class Alphabet:
   def get_vocab(self):
     return {}
 
-  def encode(self, text):
+  def encode(self, text, add_special_tokens=True, **kwargs):
     return [ord(letter) for letter in text]
 
-  def decode(self, tokens, skip_special_tokens):
+  def decode(self, token_ids, skip_special_tokens=False):
     assert skip_special_tokens
     ends = [self.eos_token_id]
-    return "".join(chr(0x100 + token) for token in tokens if token not in ends)
+    return text_of(token for token in token_ids if token not in ends)
 
 
 def text_of(tokens):

@@ -1,6 +1,7 @@
 """All tokens that end a text, against cutting an endless one by hand."""
 
 import pytest
+from tiny import Tokenizer
 
 from tokenlora_jax.config import DecodeConfig, InputError
 from tokenlora_jax.decoding import generate, graph
@@ -10,7 +11,7 @@ PROMPTS = [[1, 104, 50, 120, 88], [1, 99], [1, 70, 71, 72, 73, 74, 75, 76, 77]]
 NEW = 6
 
 
-class Alphabet:
+class Alphabet(Tokenizer):
   """Token n is a letter; which ones end a text is free to choose."""
 
   def __init__(self, eos_token_id=None, end_tokens=(), special=()):
@@ -21,9 +22,9 @@ class Alphabet:
   def get_vocab(self):
     return {f"<{token}>": token for token in self.special}
 
-  def decode(self, tokens, skip_special_tokens):
+  def decode(self, token_ids, skip_special_tokens=False):
     assert skip_special_tokens
-    return text_of(token for token in tokens if token not in self.special)
+    return text_of(token for token in token_ids if token not in self.special)
 
 
 def text_of(tokens):
@@ -103,5 +104,5 @@ def test_an_end_token_that_the_base_has_not_is_told(base):
 
 
 class Beyond(Alphabet):
-  def decode(self, tokens, skip_special_tokens):
-    return text_of(tokens)
+  def decode(self, token_ids, skip_special_tokens=False):
+    return text_of(token_ids)

@@ -12,6 +12,7 @@ from tokenlora_jax.config import DataConfig, InputError, RouterConfig
 from tokenlora_jax.data.examples import tokenize
 from tokenlora_jax.data.rows import Row
 from tokenlora_jax.evaluation.evaluator import Evaluator
+from tokenlora_jax.evaluation.experiment.answers import Judge
 from tokenlora_jax.evaluation.experiment.arms import (
   Arm,
   Routers,
@@ -325,8 +326,11 @@ def test_damaged_files_are_one_line(tmp_path):
   refused(tmp_path, ABOUT, r"rows\.jsonl:1: is no row")
 
 
-class Parrot:
+class Parrot(Judge):
   """A judge that finds all answers alike."""
+
+  def __init__(self):
+    """It needs no model."""
 
   def judge(self, task, variant, questions):
     return [

@@ -221,7 +221,7 @@ def test_what_is_no_number_stops_a_fit(adapters, rows, first, told):
 
   work = make_work(adapters, rows, steps=3)
   with pytest.raises(FloatingPointError, match=told):
-    descend(work, "any", {"q": {"x": jnp.zeros(2)}}, objective)
+    descend(work, "any", {"q": {"x": jnp.zeros((1, 2))}}, objective)
 
 
 def test_embeddings_are_fitted_by_a_function_of_vectors(adapters, rows):

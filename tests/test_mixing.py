@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import by_projection, normal
+from tiny import Tokenizer, by_projection, normal
 
 from tokenlora_jax import register_rule
 from tokenlora_jax.config import DecodeConfig, InputError
@@ -340,11 +340,11 @@ class Letter(Newest):
     return jax.nn.softmax(3 * jnp.sin(observation[:, None] * self.turns))
 
 
-class Alphabet:
+class Alphabet(Tokenizer):
   eos_token_id = None
 
-  def decode(self, tokens, skip_special_tokens):
-    return "".join(chr(0x100 + token) for token in tokens)
+  def decode(self, token_ids, skip_special_tokens=False):
+    return "".join(chr(0x100 + token) for token in token_ids)
 
 
 def decode_text(base, adapters, router, forced, **settings):

@@ -270,7 +270,7 @@ HIDDEN = {"encoder": "hidden"}
     ),
     ("lorauter", {"task": 1}, r"'task' is not .*did you mean 'tasks'\?"),
     ("logo", {"adapters": NO_ADAPTERS}, "router logo: the adapters adapt noth"),
-    ("logo", {"adapters": 0, "measure": "nrom"}, r"did you mean 'norm'\?"),
+    ("logo", {"adapters": NO_ADAPTERS, "measure": "nrom"}, r"did you mean 'norm'\?"),
     (
       "hilora",
       {"means": np.ones((2, 3)), "variances": np.ones((2, 4))},

@@ -26,6 +26,7 @@ from tiny import (
 )
 
 from tokenlora_jax.config import InputError, OptimConfig
+from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Lora
 from tokenlora_jax.training import loop
 from tokenlora_jax.training import step as training
@@ -385,7 +386,7 @@ def test_dropout_depends_on_seed_step_and_expert_alone(one):
 def test_dropout_zeroes_its_share_and_scales_the_rest(one, monkeypatch):
   seen = {}
 
-  def base(tokens, positions, mask, *, adapt, keys, loras, **_):
+  def read(self, tokens, positions, mask, *, adapt, keys, loras, **_):
     width = loras["q"].a.shape[-1]
     # An adapter that hands its inputs on.
     lora = Lora(jnp.eye(width)[None], jnp.eye(width)[None], jnp.ones(1))
@@ -393,6 +394,7 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(one, monkeypatch):
     seen["x"] = np.asarray(adapt(lora, x, keys))
     return x, None
 
+  monkeypatch.setattr(Llama, "__call__", read)
   monkeypatch.setattr(training, "token_losses", lambda *a: jnp.zeros(()))
 
   def inputs(rows):
@@ -401,7 +403,7 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(one, monkeypatch):
       name: jax.tree.map(lambda x: x[None], x) for name, x in loras.items()
     }
     keys = row_keys(one, jax.random.key(0))
-    expert_losses(base, one.loras, rows, keys, 0.25)
+    expert_losses(make_base(), one.loras, rows, keys, 0.25)
     return seen["x"]
 
   x = inputs(one.rows)

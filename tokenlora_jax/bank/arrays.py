@@ -10,6 +10,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from jaxtyping import Array, Float, Shaped
 import numpy as np
 
 from tokenlora_jax.bank.record import (
@@ -43,12 +44,14 @@ class Fitted:
   """
 
   settings: Mapping[str, JSON]
-  arrays: Mapping[str, np.ndarray]
+  arrays: Mapping[str, Shaped[np.ndarray, "..."]]
   experts: tuple[str, ...]
 
 
 def write_centroids(
-  folder: Path, centroids: Mapping[str, np.ndarray], names: Sequence[str]
+  folder: Path,
+  centroids: Mapping[str, Shaped[Array | np.ndarray, "..."]],
+  names: Sequence[str],
 ) -> tuple[dict[str, tuple[str, ...]], str]:
   """Writes the experts' centroids into a bank's folder.
 
@@ -79,7 +82,9 @@ def write_centroids(
   return having, _save(folder / CENTROIDS, tables)
 
 
-def read_centroids(folder: Path, record: BankRecord) -> dict[str, np.ndarray]:
+def read_centroids(
+  folder: Path, record: BankRecord
+) -> dict[str, Float[np.ndarray, "E _"]]:
   """Returns the centroids, float32[E, D_enc] by encoder; NaN where missing.
 
   Args:

@@ -14,6 +14,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
 import numpy as np
 
 from tokenlora_jax.bank.arrays import (
@@ -77,7 +78,7 @@ class Bank:
   adapters: Adapters
   base: str
   fingerprint: str
-  centroids: Mapping[str, np.ndarray]
+  centroids: Mapping[str, Float[np.ndarray, "E _"]]
   experts: Mapping[str, Expert] = dataclasses.field(default_factory=dict)
   fitted: Mapping[str, Fitted] = dataclasses.field(default_factory=dict)
   folder: str = ""
@@ -183,7 +184,7 @@ class Bank:
     router = make_router(config.name, **settings, **shaping)
     return router.bind(self.adapters.names)
 
-  def _table(self, encoder: str) -> np.ndarray:
+  def _table(self, encoder: str) -> Float[np.ndarray, "E D_enc"]:
     if encoder not in self.centroids:
       raise InputError(
         f"router.encoder: the bank has no centroids of {encoder!r},"
@@ -408,8 +409,8 @@ def check_base(
 
 
 def _join(
-  tables: Mapping[Path, Mapping[str, np.ndarray]],
-) -> dict[str, np.ndarray]:
+  tables: Mapping[Path, Mapping[str, Float[np.ndarray, "_ _"]]],
+) -> dict[str, Float[np.ndarray, "E _"]]:
   """Joins the centroids of the encoders that all banks have."""
   joined = {}
   for encoder in sorted(set.intersection(*map(set, tables.values()))):

@@ -34,7 +34,6 @@ from tokenlora_jax.bank.record import (
   sha256,
 )
 from tokenlora_jax.config import InputError, check_choice
-from tokenlora_jax.encoders import HiddenEncoder, TextEncoder
 from tokenlora_jax.formats.load import BaseIdentity
 from tokenlora_jax.formats.peft import (
   expert_maps,
@@ -47,7 +46,7 @@ from tokenlora_jax.formats.peft_read import (
   adapter_shapes,
   read_adapter,
 )
-from tokenlora_jax.mixing.routers import centroids
+from tokenlora_jax.mixing.routers import Embeds, centroids
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
 
@@ -60,7 +59,7 @@ def add_expert(
   task: str = "",
   template: str = "",
   texts: Sequence[str] = (),
-  encoders: Mapping[str, TextEncoder | HiddenEncoder] | None = None,
+  encoders: Mapping[str, Embeds] | None = None,
   base: Llama | BaseIdentity | None = None,
   same_base: bool = False,
 ) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import math
 import numbers
 from pathlib import Path
 
+from jaxtyping import Float, Real
 import numpy as np
 
 from tokenlora_jax.config import InputError, check
@@ -36,7 +37,7 @@ class Exported:
 
 def export_mixture(
   adapters: Adapters,
-  gates: Sequence[float] | np.ndarray,
+  gates: Sequence[float] | Real[np.ndarray, "..."],
   folder: str | Path,
   rank: float | None = None,
   base_name: str = "",
@@ -108,7 +109,7 @@ def export_mixture(
 
 
 def _concatenated(
-  adapters: Adapters, gates: np.ndarray
+  adapters: Adapters, gates: Float[np.ndarray, " E"]
 ) -> dict[tuple[int, str], Factors]:
   """Returns the exact mixture's maps: a [K, in], b [K, out], scaling 1."""
   parts: dict[tuple[int, str], list[Factors]] = {}
@@ -128,7 +129,7 @@ def _concatenated(
 
 
 def _truncated(
-  a: np.ndarray, b: np.ndarray, rank: int
+  a: Float[np.ndarray, "K I"], b: Float[np.ndarray, "K O"], rank: int
 ) -> tuple[Factors, float, float]:
   """Returns a^T b cut to this rank, the norm of the rest, and |a^T b|."""
   q1, r1 = np.linalg.qr(a.T.astype(np.float64))

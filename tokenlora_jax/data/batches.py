@@ -17,11 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import itertools
 import sys
-from typing import Any
 import zlib
 
 import grain
 from jax.sharding import Mesh
+from jaxtyping import Int, Num
 import numpy as np
 
 from tokenlora_jax.config import DataConfig
@@ -31,6 +31,13 @@ from tokenlora_jax.data.tokens import Tokenizer
 from tokenlora_jax.parallel.sharding import process_block
 
 Bin = Sequence[int]
+# The arrays of a batch on the host, by name; see `batches`.
+HostBatch = dict[
+  str,
+  Num[np.ndarray, "E B T"]
+  | Int[np.ndarray, "E_all B_all"]
+  | list[Int[np.ndarray, " _"]],
+]
 
 
 def pack(
@@ -125,7 +132,7 @@ def batches(
       bins = pack(lengths, order.tolist(), config.length)
     streams.append(grain.MapDataset.source(bins).shuffle(seed).repeat())
 
-  def batch(step: int) -> dict[str, Any]:
+  def batch(step: int) -> HostBatch:
     places = range(step * config.rows, (step + 1) * config.rows)
     return builder([[stream[i] for i in places] for stream in streams])
 
@@ -140,7 +147,7 @@ def held_out_batches(
   tokenizer: Tokenizer,
   config: DataConfig,
   mesh: Mesh | None = None,
-) -> list[dict[str, Any]]:
+) -> list[HostBatch]:
   """Returns the rows of `held_out` as batches in the format of `batches`.
 
   Rows are sorted by length, one per bin, so that there is little padding. A task
@@ -195,7 +202,7 @@ class _Builder:
     lengths = [fitting(some, tokenizer, config, most) for some in rows]
     return cls(rows, lengths, tokenizer, config, *block)
 
-  def __call__(self, bins: Sequence[Sequence[Bin]]) -> dict[str, Any]:
+  def __call__(self, bins: Sequence[Sequence[Bin]]) -> HostBatch:
     sizes = np.array(
       [
         [sum(lengths[row] for row in rows) for rows in expert]

@@ -13,6 +13,7 @@ import zlib
 
 import jax
 from jax.experimental import multihost_utils
+from jaxtyping import Float, Int
 import numpy as np
 
 from tokenlora_jax.config import DataConfig, InputError
@@ -34,8 +35,8 @@ class Example(NamedTuple):
     prompt_length: number of tokens of the prompt.
   """
 
-  tokens: np.ndarray
-  loss_mask: np.ndarray
+  tokens: Int[np.ndarray, " T"]
+  loss_mask: Float[np.ndarray, " T"]
   prompt_length: int
 
 
@@ -154,7 +155,7 @@ def fitting(
 
 def _lengths(
   rows: Sequence[Row], tokenizer: Tokenizer, config: DataConfig
-) -> np.ndarray:
+) -> Int[np.ndarray, " N"]:
   """Returns the number of tokens of each row, 0 for a row that is left out."""
   count = jax.process_count()
   own = np.zeros(-(-len(rows) // count), np.int32)

@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
 
   def apply_chat_template(
     self, conversation: Sequence[Mapping[str, str]], **kwargs: Any
-  ) -> Any:
+  ) -> str:
     """Returns a conversation as one text."""
     ...
 

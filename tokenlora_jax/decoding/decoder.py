@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from tokenlora_jax.config import DecodeConfig, InputError
@@ -37,7 +38,7 @@ from tokenlora_jax.data.tokens import Tokenizer, check_vocab
 from tokenlora_jax.decoding import graph
 from tokenlora_jax.decoding.finite import check_finite
 from tokenlora_jax.decoding.generation import Generation, Pace
-from tokenlora_jax.decoding.prompts import encode_checked
+from tokenlora_jax.decoding.prompts import Prompt, encode_checked
 from tokenlora_jax.decoding.sampling import Sampler
 from tokenlora_jax.decoding.text import TextStream, text_ends
 from tokenlora_jax.mixing.mixture import resolve
@@ -84,13 +85,13 @@ class Decoder:
   def __init__(
     self,
     base: Llama,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     adapters: Adapters | None = None,
     router: Router | None = None,
     config: DecodeConfig = DecodeConfig(),
     tokenizer: Tokenizer | None = None,
     chunked: bool = False,
-    forced: np.ndarray | None = None,
+    forced: Int[np.ndarray, "B N"] | None = None,
   ):
     self.config = config
     self.tokenizer = tokenizer
@@ -208,7 +209,7 @@ class Decoder:
       gates.block_until_ready()
     return gates
 
-  def _ask_at_prompt(self, router: Router) -> tuple[jax.Array, Any]:
+  def _ask_at_prompt(self, router: Router) -> tuple[Float[Array, "B E"], Any]:
     """Returns the first gates, and what the router saw of the prompts."""
     whole = bucket(max(map(len, self._prompts)))
     tokens, pad = _left_pad(self._prompts, whole)
@@ -228,12 +229,12 @@ class Decoder:
         seen = router.learn(seen, told)
     return self._ask(router, seen=seen), seen
 
-  def at_prompt(self) -> tuple[jax.Array, Any]:
+  def at_prompt(self) -> tuple[Float[Array, "B E"], Any]:
     """Returns the gates [B, E] decided at the prompts, and what they are from:
     of a router that weighs evidence its belief, float32[B, E], logarithms."""
     return self._ask_at_prompt(self._router)
 
-  def prompt_gates(self) -> np.ndarray:
+  def prompt_gates(self) -> Float[np.ndarray, "B E"]:
     """Returns the gates that are decided at the prompts, float32[B, E]."""
     return np.asarray(self.at_prompt()[0])
 
@@ -325,7 +326,7 @@ class Decoder:
 
   def _read_out(
     self, state: graph.DecodeState, made: int
-  ) -> tuple[Generation, np.ndarray]:
+  ) -> tuple[Generation, Bool[np.ndarray, " B"]]:
     """Returns what is made so far, and bool[B], which texts have ended."""
     # Copies, since the state's buffers are given to the next call.
     tokens, log_probs, gates = (
@@ -358,7 +359,7 @@ class Decoder:
 
 def _left_pad(
   prompts: Sequence[Sequence[int]], length: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Int[np.ndarray, "B {length}"], Int[np.ndarray, " B"]]:
   """Returns (int32[B, length] with zeros in front, int32[B] how many)."""
   tokens = np.zeros((len(prompts), length), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
@@ -369,7 +370,7 @@ def _left_pad(
 
 def generate(
   base: Llama,
-  prompts: Sequence[str] | Sequence[Sequence[int]],
+  prompts: Sequence[Prompt],
   adapters: Adapters | None = None,
   router: Router | None = None,
   config: DecodeConfig = DecodeConfig(),

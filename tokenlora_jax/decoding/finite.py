@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxtyping import Float, Int
 import numpy as np
 
 
 def check_finite(
-  log_probs: Sequence[np.ndarray] | np.ndarray,
-  gates: Sequence[np.ndarray] | np.ndarray,
-  lengths: Sequence[int] | np.ndarray,
+  log_probs: Sequence[Float[np.ndarray, " _"]] | Float[np.ndarray, "B N"],
+  gates: Sequence[Float[np.ndarray, "_ E"]] | Float[np.ndarray, "B N E"],
+  lengths: Sequence[int] | Int[np.ndarray, " B"],
   names: Sequence[int] | None = None,
 ) -> None:
   """Raises `FloatingPointError` where gates or logits are not finite.

@@ -10,6 +10,7 @@ import time
 from typing import NamedTuple
 
 import jax
+from jaxtyping import Float, Int
 import numpy as np
 
 # JAX reports it for each program, whether compiled or read from the cache.
@@ -64,10 +65,10 @@ class Generation:
     ((1, 3), (1, 3, 0), None)
   """
 
-  tokens: np.ndarray
-  log_probs: np.ndarray
-  gates: np.ndarray
-  lengths: np.ndarray
+  tokens: Int[np.ndarray, "B N"]
+  log_probs: Float[np.ndarray, "B N"]
+  gates: Float[np.ndarray, "B N E"]
+  lengths: Int[np.ndarray, " B"]
   texts: list[str] | None
   stats: dict[str, float]
   pieces: list[list[str]] | None = None

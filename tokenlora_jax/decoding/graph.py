@@ -13,17 +13,22 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 
+from tokenlora_jax.decoding.sampling import Sampler
 from tokenlora_jax.mixing.mixture import (
   Read,
   expert_rows,
   one_hot_rows,
   read,
 )
+from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.rules import Rule, get_rule, mix_probabilities
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.cache import KV, Cache
+from tokenlora_jax.model.llama import Llama
+from tokenlora_jax.model.lora import LayerLoras
 from tokenlora_jax.model.loss import token_losses
 
 # Room for the tokens that end a text: few bases have so many, so that one
@@ -31,7 +36,7 @@ from tokenlora_jax.model.loss import token_losses
 ENDS = 8
 
 
-def pad_ends(ends: Sequence[int]) -> np.ndarray:
+def pad_ends(ends: Sequence[int]) -> Int[np.ndarray, " K"]:
   """Returns the tokens that end a text as int32[K], -1 behind the last.
 
   Example:
@@ -75,7 +80,9 @@ class Reading:
     """M: a row, or one an expert, and one of the mixture where it has none."""
     return experts + (not self.rule.of_outputs) if self.apart else 1
 
-  def row_gates(self, gates: jax.Array) -> jax.Array:
+  def row_gates(
+    self, gates: Float[Array | np.ndarray, "B E"]
+  ) -> Float[Array | np.ndarray, "BM E"]:
     """Returns the gates float32[B * M, E] of the rows of gates [B, E]."""
     if not self.apart:
       return gates
@@ -120,8 +127,13 @@ class Reading:
     return dataclasses.replace(self.rule, mix=mix)
 
   def join(
-    self, gates: jax.Array, logits: jax.Array, hidden: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    self,
+    gates: Float[Array, "B E"],
+    logits: Float[Array, "BM V"],
+    hidden: Float[Array, "BM D"],
+  ) -> tuple[
+    Float[Array, "B V"], Float[Array, "B D"], Float[Array, "B E V"] | None
+  ]:
     """Combines the predictions of the rows of each sequence.
 
     Args:
@@ -172,19 +184,19 @@ class DecodeState:
 
   cache: Cache
   looked: Cache | None
-  token: jax.Array
-  gates: jax.Array
-  belief: jax.Array
-  hidden: jax.Array
-  lengths: jax.Array
-  made: jax.Array
-  done: jax.Array
-  tokens: jax.Array
-  log_probs: jax.Array
-  trace: jax.Array
-  key: jax.Array
+  token: Int[Array | np.ndarray, " B"]
+  gates: Float[Array | np.ndarray, "B E"]
+  belief: Float[Array | np.ndarray, "B E"] | Float[Array | np.ndarray, "B 0"]
+  hidden: Float[Array | np.ndarray, "B D"]
+  lengths: Int[Array | np.ndarray, " B"]
+  made: Int[Array | np.integer, ""]
+  done: Bool[Array | np.ndarray, " B"]
+  tokens: Int[Array | np.ndarray, "B N"]
+  log_probs: Float[Array | np.ndarray, "B N"]
+  trace: Float[Array | np.ndarray, "B N E"]
+  key: Key[Array, ""]
 
-  def seen(self, needs: str) -> jax.Array | None:
+  def seen(self, needs: str) -> Float[Array, "B _"]:
     """Returns the inputs of a router that decides in the graph."""
     if needs == "evidence":
       return self.belief
@@ -208,7 +220,17 @@ def _read_whole(reading, base, loras, router, gates, tokens, pad):
 
 
 @functools.partial(jax.jit, static_argnames=("reading", "slots"))
-def prefill(base, loras, router, gates, tokens, pad, *, reading, slots):
+def prefill(
+  base: Llama,
+  loras: Sequence[LayerLoras] | None,
+  router: Router | None,
+  gates: Float[Array, "B E"],
+  tokens: Int[Array, "B P"],
+  pad: Int[Array, " B"],
+  *,
+  reading: Reading,
+  slots: int,
+) -> tuple[Cache, Cache | None]:
   """Reads padded prompts [B, P]: (cache, what the base alone read or None)."""
   with jax.named_scope("prefill"):
     _, layers, looked = _read_whole(
@@ -222,7 +244,9 @@ def prefill(base, loras, router, gates, tokens, pad, *, reading, slots):
 
 
 @jax.jit
-def prompt_hidden(base, tokens, pad):
+def prompt_hidden(
+  base: Llama, tokens: Int[Array, "B P"], pad: Int[Array, " B"]
+) -> Float[Array, "B D"]:
   """Mean of the base's last hidden states over padded prompts: [B, D]."""
   real = jnp.arange(tokens.shape[1]) >= pad[:, None]
   gates = jnp.zeros((len(tokens), 0))
@@ -232,7 +256,13 @@ def prompt_hidden(base, tokens, pad):
 
 
 @jax.jit
-def prompt_evidence(base, loras, tokens, pad, gates):
+def prompt_evidence(
+  base: Llama,
+  loras: Sequence[LayerLoras],
+  tokens: Int[Array, "B P"],
+  pad: Int[Array, " B"],
+  gates: Float[Array, "B E"],
+) -> Float[Array, "B E"]:
   """Log-probability of padded prompts by each expert alone: [B, E].
 
   Of `gates` [B, E] only the shape matters. The first token is given.
@@ -249,20 +279,30 @@ def prompt_evidence(base, loras, tokens, pad, gates):
 
 
 @jax.jit
-def read_prompt(router, base, loras, tokens, pad) -> Any:
+def read_prompt(
+  router: Router,
+  base: Llama,
+  loras: Sequence[LayerLoras],
+  tokens: Int[Array, "B P"],
+  pad: Int[Array, " B"],
+) -> Any:
   """Runs the router's own pass over padded prompts [B, P]."""
   return router.read_prompt(base, loras, tokens, pad)
 
 
 @jax.jit
-def route(router, observation, seen, batch):
+def route(
+  router: Router, observation: Any, seen: Any, batch: Float[Array, " B"]
+) -> Float[Array, "B E"]:
   """Asks a router: float32[B, E]. Only the length of `batch` [B] matters."""
   with jax.named_scope("router"):
     return router.gates(batch.shape[0], observation, seen)
 
 
 @jax.jit
-def smooth(router, before, gates):
+def smooth(
+  router: Router, before: Float[Array, "B E"], gates: Float[Array, "B E"]
+) -> Float[Array, "B E"]:
   """Smooths a router's new gates with those until now: float32[B, E]."""
   return router.smooth(before, gates)
 
@@ -273,9 +313,19 @@ def smooth(router, before, gates):
   donate_argnames="state",
 )
 def decode(
-  base, loras, router, state, prompt, forced, limit, ends,
-  *, reading, sampler, chunk,
-) -> DecodeState:  # fmt: skip
+  base: Llama,
+  loras: Sequence[LayerLoras] | None,
+  router: Router | None,
+  state: DecodeState,
+  prompt: Int[Array, "B _"],
+  forced: Int[Array, "B N"] | None,
+  limit: Int[Array, ""],
+  ends: Int[Array, " K"],
+  *,
+  reading: Reading,
+  sampler: Sampler,
+  chunk: int,
+) -> DecodeState:
   """Makes up to `limit` chunks of tokens, until all texts have ended.
 
   `prompt` int32[B, P + 1] are the prompts with the padding in front, and

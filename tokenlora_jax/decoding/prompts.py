@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxtyping import Int
+import numpy as np
+
 from tokenlora_jax.config import InputError
 from tokenlora_jax.data.tokens import Tokenizer, encode_prompt
 from tokenlora_jax.model.config import LlamaConfig
 
+# A text, or its tokens.
+Prompt = str | Sequence[int] | Int[np.ndarray, " P"]
+
 
 def encode_checked(
-  prompt: str | Sequence[int],
+  prompt: Prompt,
   tokenizer: Tokenizer | None,
   shape: LlamaConfig,
   new: int = 0,

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 import numpy as np
 
 
@@ -34,7 +35,9 @@ class Sampler:
   top_k: int = 0
   top_p: float = 1.0
 
-  def __call__(self, logits: jax.Array, key: jax.Array) -> jax.Array:
+  def __call__(
+    self, logits: Float[Array, "B V"], key: Key[Array, ""]
+  ) -> Int[Array, " B"]:
     # What float32 takes for 0: nothing can be divided by it.
     if self.temperature < np.finfo(np.float32).tiny:
       return jnp.argmax(logits, axis=-1).astype(jnp.int32)

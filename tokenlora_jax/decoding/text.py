@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxtyping import Int
 import numpy as np
 
 from tokenlora_jax.config import DecodeConfig, InputError
@@ -110,7 +111,7 @@ class TextStream:
     whole = len(self._said.rstrip(_UNFINISHED))
     return self._text + (self._said[whole:] if self._fresh else "")
 
-  def push(self, tokens: Sequence[int] | np.ndarray) -> None:
+  def push(self, tokens: Sequence[int] | Int[np.ndarray, " N"]) -> None:
     """Takes the next tokens, until one ends the text.
 
     Args:

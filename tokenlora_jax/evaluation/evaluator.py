@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 import numpy as np
 
 from tokenlora_jax.config import DecodeConfig
@@ -72,8 +73,8 @@ class Scored(NamedTuple):
   """
 
   place: int
-  losses: np.ndarray
-  gates: np.ndarray | None
+  losses: Float[np.ndarray, " N"]
+  gates: Float[np.ndarray, "N E"] | None
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "remix"))
@@ -124,11 +125,11 @@ class _Decided(NamedTuple):
       gates are shaped. Of others the gates again.
   """
 
-  gates: np.ndarray
-  belief: np.ndarray
+  gates: Float[np.ndarray, " E"]
+  belief: Float[np.ndarray, " E"]
 
 
-def _key(tokens: np.ndarray) -> bytes:
+def _key(tokens: Int[np.ndarray, " T"]) -> bytes:
   """Returns a short, stable key of a text of tokens."""
   return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
@@ -143,7 +144,7 @@ def _identity(router: Router) -> Hashable:
   return structure, numbers.digest()
 
 
-def _alone_throughout(gates: np.ndarray) -> int | None:
+def _alone_throughout(gates: Float[np.ndarray, "N E"]) -> int | None:
   """Returns the expert that gates [N, E] leave alone all the time, or None."""
   expert = int(np.argmax(gates[0]))
   alone = np.arange(gates.shape[1]) == expert
@@ -171,7 +172,9 @@ class Evaluator:
     self._tokenizer = tokenizer
     # By tokens, expert alone and rule: a place of the text, and the losses of
     # predicting from there on.
-    self._told: dict[tuple[bytes, int, Rule], tuple[int, np.ndarray]] = {}
+    self._told: dict[
+      tuple[bytes, int, Rule], tuple[int, Float[np.ndarray, " N"]]
+    ] = {}
     # By what a router is, and by text: what it decided there.
     self._asked: dict[Hashable, dict[bytes, _Decided]] = {}
 
@@ -225,7 +228,7 @@ class Evaluator:
 
   def gates(
     self, router: Router, refresh_every: int, examples: Sequence[Example]
-  ) -> list[np.ndarray]:
+  ) -> list[Float[np.ndarray, "_ E"]]:
     """Returns the gates under which each answer token is made, [N, E] each.
 
     Args:
@@ -252,7 +255,7 @@ class Evaluator:
     return [self._smoothed(router, row, known) for row in asked]
 
   def _decided(
-    self, router: Router, texts: Iterable[np.ndarray]
+    self, router: Router, texts: Iterable[Int[np.ndarray, " _"]]
   ) -> dict[bytes, _Decided]:
     """Returns what a router decides of texts as tokens, each asked once."""
     known = self._asked.setdefault(_identity(router), {})
@@ -288,7 +291,7 @@ class Evaluator:
       )
     return np.asarray(_gates(router, observation, np.zeros(len(texts)))), None
 
-  def _smoothed(self, router, texts, known) -> np.ndarray:
+  def _smoothed(self, router, texts, known) -> Float[np.ndarray, "N E"]:
     """Returns the gates [N, E] of an answer, given those of its prefixes."""
     gates = [known[_key(texts[0])].gates]
     for before, text in itertools.pairwise(texts):
@@ -298,7 +301,9 @@ class Evaluator:
       gates.append(now)
     return np.stack(gates)
 
-  def _believed(self, router, refresh_every, examples) -> list[np.ndarray]:
+  def _believed(
+    self, router, refresh_every, examples
+  ) -> list[Float[np.ndarray, "_ E"]]:
     """Returns the gates [N, E] of answers by a router that weighs evidence."""
     prompts = [e.tokens[: e.prompt_length] for e in examples]
     known, gates = self._decided(router, prompts), []
@@ -346,7 +351,7 @@ class Evaluator:
       for (first, losses), start in zip(told, starts, strict=True)
     ]
 
-  def _by_each(self, batch, rule: Rule) -> list[np.ndarray]:
+  def _by_each(self, batch, rule: Rule) -> list[Float[np.ndarray, "_ E"]]:
     """Returns the losses [N, E] of each answer by each expert alone."""
     told = [
       self._alone(batch, [expert] * len(batch), rule)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 import numpy as np
 
 from tokenlora_jax.config import DecodeConfig
@@ -154,7 +155,7 @@ class Scorer:
 
   def _with_gates(
     self, rows: list[_Row], size: int
-  ) -> Iterator[tuple[list[_Row], list[np.ndarray] | None]]:
+  ) -> Iterator[tuple[list[_Row], list[Float[np.ndarray, "_ E"]] | None]]:
     """Yields batches of rows, and the gates [N, E] of each row."""
     if not rows:
       return
@@ -174,7 +175,9 @@ class Scorer:
         else:
           yield batch, None
 
-  def _followed(self, batch: list[_Row], size: int) -> list[np.ndarray]:
+  def _followed(
+    self, batch: list[_Row], size: int
+  ) -> list[Float[np.ndarray, "_ E"]]:
     """Returns the gates of each row, [N, E], as the decoder comes to them."""
     filled = batch + batch[-1:] * (size - len(batch))
     answers = [row.example.tokens[row.context :] for row in filled]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import math
 from typing import NamedTuple
 
+from jaxtyping import Float, Real
 import numpy as np
 
 RESAMPLES = 4000
@@ -43,11 +44,11 @@ class Estimate(NamedTuple):
 
 
 def ratios(
-  sums: np.ndarray,
-  weights: np.ndarray,
+  sums: Real[np.ndarray, "Q A"],
+  weights: Real[np.ndarray, "Q A"],
   seed: Sequence[int],
   resamples: int = RESAMPLES,
-) -> np.ndarray:
+) -> Float[np.ndarray, "1+{resamples} A"]:
   """Figures of questions as they are, and of questions drawn from them.
 
   The bootstrap (Efron, 1979): a resample has Q questions drawn with return, so
@@ -84,7 +85,7 @@ def ratios(
   return np.concatenate(found)
 
 
-def estimate(figures: np.ndarray, questions: int) -> Estimate:
+def estimate(figures: Float[np.ndarray, " S1"], questions: int) -> Estimate:
   """The figure of the questions as they are, with its percentile interval.
 
   Args:

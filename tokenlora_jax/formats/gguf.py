@@ -19,6 +19,7 @@ from tokenlora_jax.formats.reader import (
   END,
   BaseReader,
   Fields,
+  Index,
   Stored,
   one_line,
   part_of_file,
@@ -271,7 +272,7 @@ class GgufReader(BaseReader):
     values = _dequantize(self._blocks(tensor, rows), tensor.kind)
     return values[:, index[1]] if len(index) > 1 else values
 
-  def _blocks(self, tensor: Tensor, rows: Any = slice(None)) -> np.ndarray:
+  def _blocks(self, tensor: Tensor, rows: Index = slice(None)) -> np.ndarray:
     return part_of_file(
       self._path, tensor.dtype, tensor.offset, tensor.stored, rows
     )

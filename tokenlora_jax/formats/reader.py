@@ -298,12 +298,16 @@ def _key(name: str, modules: Mapping[str, str]) -> str:
   return f"{modules[module].format(layer)}.{leaf}"
 
 
+# Rows, or a part along each axis.
+Index = slice | np.ndarray | tuple[slice | np.ndarray, ...]
+
+
 def part_of_file(
   path: Path,
   dtype: np.typing.DTypeLike,
   offset: int,
   shape: tuple[int, ...],
-  index: Any = slice(None),
+  index: Index = slice(None),
 ) -> np.ndarray:
   """Reads part of an array in a file, and no other bytes.
 

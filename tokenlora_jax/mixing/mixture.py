@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+import numpy as np
 
 from tokenlora_jax.config import InputError
 from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.rules import Rule, get_rule, mix_probabilities
 from tokenlora_jax.model.attention import causal_mask
+from tokenlora_jax.model.cache import KV, Cache
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters, LayerLoras, Lora
 
@@ -79,13 +82,16 @@ class Mixture:
   """
 
   rule: Rule
-  gates: jax.Array
+  gates: Float[Array, "B E"] | Float[Array, "B T E"]
   router: Router | None = None
-  seen: list[jax.Array] | None = None
+  seen: list[Float[Array, "B T E"]] | None = None
 
   def __call__(
-    self, lora: Lora | Routed, x: jax.Array, keys: jax.Array | None = None
-  ) -> jax.Array:
+    self,
+    lora: Lora | Routed,
+    x: Float[Array, "B T I"],
+    keys: Key[Array, " B"] | None = None,
+  ) -> Float[Array, "B T O"]:
     """Returns the adapters' output: [B, T, out] for x [B, T, in]."""
     del keys  # No dropout.
     low, gates = self.down(lora, x), self.gates
@@ -100,7 +106,9 @@ class Mixture:
     b = lora.b.reshape(-1, lora.b.shape[-1]).astype(x.dtype)
     return jnp.einsum("btk,ko->bto", _joined(mixed).astype(x.dtype), b)
 
-  def down(self, lora: Lora | Routed, x: jax.Array) -> jax.Array:
+  def down(
+    self, lora: Lora | Routed, x: Float[Array, "B T I"]
+  ) -> Float[Array, "B T E R"]:
     """Returns the rank activations z, float32[B, T, E, R]."""
     lora = lora.lora if isinstance(lora, Routed) else lora
     experts, rank, _ = lora.a.shape
@@ -109,7 +117,9 @@ class Mixture:
     low = jnp.einsum("bti,ki->btk", x, a, preferred_element_type=jnp.float32)
     return low.reshape(*low.shape[:2], experts, rank)
 
-  def up(self, lora: Lora, low: jax.Array, kv_heads: int) -> jax.Array:
+  def up(
+    self, lora: Lora, low: Float[Array, "B T N ER"], kv_heads: int
+  ) -> Float[Array, "B T N H"]:
     """Returns the adapters' output for mixed rank activations of values.
 
     Attention sums values over positions, and a value's adapters are linear in
@@ -138,17 +148,21 @@ class Mixture:
     return added.reshape(batch, length, heads, -1)
 
 
-def _joined(low: jax.Array) -> jax.Array:
+def _joined(low: Float[Array, "B T E R"]) -> Float[Array, "B T ER"]:
   """Returns [B, T, E, R] as [B, T, E*R]."""
   return low.reshape(*low.shape[:2], -1)
 
 
-def expert_rows(x: jax.Array, copies: int) -> jax.Array:
+def expert_rows(
+  x: Shaped[Array | np.ndarray, "B ..."], copies: int
+) -> Shaped[Array, "BM ..."]:
   """Returns [B, ..] as [B * copies, ..], the copies of a row together."""
   return jnp.repeat(x, copies, axis=0)
 
 
-def one_hot_rows(batch: int, experts: int) -> jax.Array:
+def one_hot_rows(
+  batch: int, experts: int
+) -> Float[Array, "{batch*experts} {experts}"]:
   """Returns the gates [B * E, E] under which each expert reads each row alone.
 
   Example:
@@ -232,24 +246,26 @@ class Read(NamedTuple):
       over the adapted maps; otherwise the gates that were given.
   """
 
-  hidden: jax.Array
-  cache: Any
-  looked: Any
-  gates: jax.Array | None
+  hidden: Float[Array, "B T D"]
+  cache: Cache | tuple[KV, ...] | None
+  looked: Cache | tuple[KV, ...] | None
+  gates: Float[Array, "B E"] | Float[Array, "B T E"] | None
 
 
 def read(
   base: Llama,
-  tokens: jax.Array,
-  positions: jax.Array,
-  mask: jax.Array,
+  tokens: Int[Array | np.ndarray, "B T"],
+  positions: Int[Array | np.ndarray, "B T"],
+  mask: Bool[Array, "B T S"],
   *,
   rule: Rule | None = None,
   loras: Sequence[LayerLoras] | LayerLoras | None = None,
-  gates: jax.Array | None = None,
+  gates: Float[Array | np.ndarray, "B E"]
+  | Float[Array | np.ndarray, "B T E"]
+  | None = None,
   router: Router | None = None,
   remix: bool = False,
-  caches: tuple[Any, Any] = (None, None),
+  caches: tuple[Cache | None, Cache | None] = (None, None),
 ) -> Read:
   """Reads tokens under gates, after what was read before; pure.
 
@@ -294,7 +310,7 @@ def forward(
   gates=None,
   rule: str = "exact",
   router: Router | None = None,
-) -> jax.Array:
+) -> Float[Array, "B T V"]:
   """Logits of whole texts under a mixture of adapters.
 
   Args:
@@ -339,7 +355,9 @@ def forward(
   return _forward(base, tokens, loras, gates, router, get_rule(rule))
 
 
-def check_gates(gates, shape: tuple[int, int], experts: int) -> jax.Array:
+def check_gates(
+  gates, shape: tuple[int, int], experts: int
+) -> Float[Array, "B {experts}"] | Float[Array, "B T {experts}"]:
   """Returns gates as float32[B, E] or [B, T, E], or raises `ValueError`."""
   if gates is None:
     raise ValueError(f"adapters need gates: [B, E] = [{shape[0]}, {experts}]")

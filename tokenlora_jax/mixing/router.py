@@ -9,9 +9,9 @@ import abc
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+import numpy as np
 
 from tokenlora_jax.config import InputError
 from tokenlora_jax.model.llama import Llama
@@ -95,8 +95,8 @@ class Router(abc.ABC):
     return ()
 
   def gates(
-    self, batch: int, observation: Any, seen: jax.Array | None
-  ) -> jax.Array:
+    self, batch: int, observation: Any, seen: Any
+  ) -> Float[Array, "{batch} E"]:
     """Decides the gates of whole sequences; pure, for use under `jax.jit`.
 
     Args:
@@ -114,8 +114,12 @@ class Router(abc.ABC):
     return jnp.ones((batch, self.experts))
 
   def position_gates(
-    self, prototype: Any, lora: Lora, x: jax.Array, low: jax.Array
-  ) -> jax.Array:
+    self,
+    prototype: Any,
+    lora: Lora,
+    x: Float[Array | np.ndarray, "B T I"],
+    low: Float[Array, "B T E R"],
+  ) -> Float[Array, "B T E"] | Float[Array, "B T E R"]:
     """Decides the gates of positions at one adapted map; pure.
 
     All are 1 unless a router says otherwise.
@@ -133,7 +137,11 @@ class Router(abc.ABC):
     return jnp.ones(low.shape[:3])
 
   def read_prompt(
-    self, base: Llama, layers: Any, tokens: jax.Array, pad: jax.Array
+    self,
+    base: Llama,
+    layers: Any,
+    tokens: Int[Array | np.ndarray, "B P"],
+    pad: Int[Array | np.ndarray, " B"],
   ) -> Any:
     """Reads prompts for `gates`, once; pure. For `needs` of `prompt`.
 
@@ -146,7 +154,11 @@ class Router(abc.ABC):
     del base, layers, tokens, pad
     return None
 
-  def learn(self, belief: jax.Array, log_probs: jax.Array) -> jax.Array:
+  def learn(
+    self,
+    belief: Float[Array | np.ndarray, "B E"],
+    log_probs: Float[Array | np.ndarray, "B E"],
+  ) -> Float[Array, "B E"]:
     """Returns the belief after a token: float32[B, E], logarithms.
 
     Args:
@@ -155,7 +167,7 @@ class Router(abc.ABC):
     """
     return belief + log_probs
 
-  def look(self, hidden: jax.Array) -> Router:
+  def look(self, hidden: Float[Array, "B T D"]) -> Router:
     """Returns the router with the base's own hidden states of the tokens.
 
     Args:
@@ -164,7 +176,11 @@ class Router(abc.ABC):
     del hidden
     return self
 
-  def smooth(self, before: ArrayLike, gates: ArrayLike) -> ArrayLike:
+  def smooth(
+    self,
+    before: Float[Array | np.ndarray, "*B E"],
+    gates: Float[Array | np.ndarray, "*B E"],
+  ) -> Float[Array | np.ndarray, "*B E"]:
     """Returns the gates of a refresh, given those before it: float32[B, E]."""
     del before
     return gates

@@ -17,13 +17,17 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+import numpy as np
 
 from tokenlora_jax.config import check_choice
 
 # (rank activations [.., E, R], gates [.., E, 1 or R], scaling [E, 1]) ->
 # [.., E, R]
-Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Mix = Callable[
+  [Float[Array, "*B E R"], Float[Array, "*B E #R"], Float[Array, "E 1"]],
+  Float[Array, "*B E R"],
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +92,11 @@ def get_rule(name: str) -> Rule:
 
 
 @register_rule("exact")
-def exact(low: jax.Array, gates: jax.Array, scaling: jax.Array) -> jax.Array:
+def exact(
+  low: Float[Array | np.ndarray, "*B E R"],
+  gates: Float[Array | np.ndarray, "*#B E #R"],
+  scaling: Float[Array | np.ndarray, "E 1"],
+) -> Float[Array, "*B E R"]:
   """The weighted sum of the experts' outputs, with no cross terms.
 
   y = sum_e gates_e scaling_e B_e A_e x: one adapter of rank E*R, which PEFT
@@ -112,8 +120,10 @@ def exact(low: jax.Array, gates: jax.Array, scaling: jax.Array) -> jax.Array:
 
 @register_rule("peft_linear")
 def peft_linear(
-  low: jax.Array, gates: jax.Array, scaling: jax.Array
-) -> jax.Array:
+  low: Float[Array | np.ndarray, "*B E R"],
+  gates: Float[Array | np.ndarray, "*#B E #R"],
+  scaling: Float[Array | np.ndarray, "E 1"],
+) -> Float[Array, "*B E R"]:
   """PEFT's combination "linear" since 0.7.
 
   y = B A x, A = sum_e sign(w_e) sqrt|w_e| A_e, B = sum_e sqrt|w_e| B_e with
@@ -139,7 +149,11 @@ def peft_linear(
 
 
 @register_rule("peft040")
-def peft040(low: jax.Array, gates: jax.Array, scaling: jax.Array) -> jax.Array:
+def peft040(
+  low: Float[Array | np.ndarray, "*B E R"],
+  gates: Float[Array | np.ndarray, "*#B E #R"],
+  scaling: Float[Array | np.ndarray, "E 1"],
+) -> Float[Array, "*B E R"]:
   """PEFT 0.4.0's combination "linear": the paper's own code.
 
   y = B A x, A = sum_e gates_e scaling_e A_e, B = sum_e B_e: the gates weigh A
@@ -168,7 +182,10 @@ def peft040(low: jax.Array, gates: jax.Array, scaling: jax.Array) -> jax.Array:
 register_rule("probabilities", of_outputs=True)(exact)
 
 
-def mix_probabilities(log_probs: ArrayLike, gates: ArrayLike) -> jax.Array:
+def mix_probabilities(
+  log_probs: Float[Array | np.ndarray, "B E *N"],
+  gates: Float[Array | np.ndarray, "B E *#N"],
+) -> Float[Array, "B ..."]:
   """Mixes predictions: log sum_e w_e exp(log_probs_e), w = gates / sum gates.
 
   Args:

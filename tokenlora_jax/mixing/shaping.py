@@ -10,7 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 import numpy as np
 
 from tokenlora_jax.config import InputError, check
@@ -20,7 +20,9 @@ from tokenlora_jax.mixing.router import Router
 SHAPING = ("top_k", "temperature", "threshold", "smoothing")
 
 
-def keep_top(gates: jax.Array, k: ArrayLike) -> jax.Array:
+def keep_top(
+  gates: Float[Array | np.ndarray, "*B E"], k: int | Int[Array, ""]
+) -> Float[Array, "*B E"]:
   """Returns the k largest gates, scaled to the sum of all; the others are 0.
 
   Args:
@@ -61,12 +63,14 @@ class Shaping:
     top_k: int32[], how many gates stay; or None.
   """
 
-  temperature: jax.Array | None = None
-  threshold: jax.Array | None = None
-  smoothing: jax.Array | None = None
-  top_k: jax.Array | None = None
+  temperature: Float[Array, ""] | None = None
+  threshold: Float[Array, ""] | None = None
+  smoothing: Float[Array, ""] | None = None
+  top_k: Int[Array, ""] | None = None
 
-  def shape(self, gates: jax.Array) -> jax.Array:
+  def shape(
+    self, gates: Float[Array | np.ndarray, "*B E"]
+  ) -> Float[Array | np.ndarray, "*B E"]:
     """Returns gates float32[.., E], shaped."""
     total = gates.sum(axis=-1, keepdims=True)
     if self.temperature is not None:
@@ -83,7 +87,11 @@ class Shaping:
       gates = jnp.where(highest >= self.threshold, gates, 0.0)
     return gates
 
-  def smooth(self, before: ArrayLike, gates: ArrayLike) -> ArrayLike:
+  def smooth(
+    self,
+    before: Float[Array | np.ndarray, "*B E"],
+    gates: Float[Array | np.ndarray, "*B E"],
+  ) -> Float[Array | np.ndarray, "*B E"]:
     """Returns the gates of a refresh, given those before it."""
     if self.smoothing is None:
       return gates

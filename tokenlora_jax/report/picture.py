@@ -13,13 +13,16 @@ import io
 import itertools
 from pathlib import Path
 import textwrap
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 import unicodedata
 
 import numpy as np
 
 from tokenlora_jax.report import colours, heatmap
 from tokenlora_jax.report.heatmap import HeatMap
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
 
 # In points: page width, margin, cell width, line height, font size, height of
 # the stacked area.
@@ -134,7 +137,7 @@ class _Drawing:
     self._words: list[tuple] = []
     self.y = float(MARGIN)
 
-  def put_on(self, axes: Any) -> None:
+  def put_on(self, axes: Axes) -> None:
     """Draws all parts."""
     from matplotlib.collections import LineCollection, PolyCollection
 

@@ -6,9 +6,9 @@ Axis letters: N tokens, E experts.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tokenlora_jax.config import InputError
 
@@ -38,7 +38,7 @@ class GateTrace:
   leads: np.ndarray
 
   @classmethod
-  def of(cls, gates: Any) -> GateTrace:
+  def of(cls, gates: ArrayLike) -> GateTrace:
     """Returns the trace of a text's gates.
 
     Args:

@@ -18,6 +18,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 import numpy as np
 from rich.console import Console
 from rich.progress import (
@@ -111,7 +112,10 @@ class RunLog:
     self._progress.start()
 
   def step(
-    self, step: int, metrics: Mapping[str, np.ndarray], batch: Mapping
+    self,
+    step: int,
+    metrics: Mapping[str, Float[np.ndarray, " E"]],
+    batch: Mapping,
   ) -> None:
     """Reports one optimizer step.
 

@@ -18,12 +18,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Key, Num
+import numpy as np
 import optax
 
 from tokenlora_jax.config import Config, OptimConfig
@@ -51,7 +52,7 @@ BATCH_TYPES = {
   "segment_ids": jnp.int32,
   "loss_mask": jnp.float32,
 }
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Num[Array | np.ndarray, "*E B T"]]
 
 
 @jax.tree_util.register_dataclass
@@ -65,9 +66,9 @@ class TrainState:
     opt: the optimizer's state, a leading E everywhere.
   """
 
-  step: jax.Array
+  step: Int[Array, ""]
   loras: dict[str, Lora]
-  opt: Any
+  opt: optax.OptState
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
@@ -151,12 +152,12 @@ def expert_losses(
   base: Llama,
   loras: Mapping[str, Lora],
   batch: Batch,
-  keys: jax.Array | None = None,
+  keys: Key[Array, " B"] | None = None,
   dropout: float = 0.0,
   remat: str = "none",
   kernel: Kernel = XLA,
   gather: Gather | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
   """Returns the losses of one expert's rows under its own adapter.
 
   Args:
@@ -203,7 +204,7 @@ def expert_losses(
   return token_losses(base, hidden, targets) * mask, mask
 
 
-def target_mask(batch: Batch) -> jax.Array:
+def target_mask(batch: Batch) -> Float[Array, "*E B T"]:
   """Returns the mask of positions whose next token is a target.
 
   Args:
@@ -361,7 +362,7 @@ def make_step(config: Config, mesh: Mesh):
 
 def held_out_sums(
   loras: Mapping[str, Lora], base: Llama, batch: Batch
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, " E"], Float[Array, " E"]]:
   """Returns the sums of each expert's losses and of target tokens.
 
   Args:

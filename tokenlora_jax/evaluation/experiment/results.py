@@ -11,6 +11,7 @@ import functools
 from typing import Any
 import zlib
 
+from jaxtyping import Float
 import numpy as np
 
 from tokenlora_jax.evaluation.experiment.arms import Arm
@@ -127,7 +128,7 @@ def summarise(
   for row in rows:
     places = tasks.setdefault(row["task"], {})
     places.setdefault(row["row"], len(places))
-  samples: dict[tuple[Arm, str, str], np.ndarray] = {}
+  samples: dict[tuple[Arm, str, str], Float[np.ndarray, " _"]] = {}
   for task, places in tasks.items():
     mine = [row for row in rows if row["task"] == task]
     samples |= _samples(task, places, mine, resamples)
@@ -167,10 +168,11 @@ def _samples(
   places: Mapping[str, int],
   rows: Sequence[Mapping[str, Any]],
   resamples: int,
-) -> dict[tuple[Arm, str, str], np.ndarray]:
+) -> dict[tuple[Arm, str, str], Float[np.ndarray, " _"]]:
   """Returns float[1 + S] by (arm, metric, task), of one task's whole cells."""
   count = len(places)
-  found: dict[tuple[Arm, str], np.ndarray] = {}  # float[Q, (sum, weight)]
+  # [Q, (sum, weight)]
+  found: dict[tuple[Arm, str], Float[np.ndarray, "Q 2"]] = {}
   for row in rows:
     values = {LOSS: (row["loss"], row["tokens"])}
     if scores := row["scores"]:
@@ -197,7 +199,7 @@ def _samples(
 def _singles(
   arms: Sequence[Arm],
   metrics: Sequence[str],
-  samples: Mapping[tuple[Arm, str, str], np.ndarray],
+  samples: Mapping[tuple[Arm, str, str], Float[np.ndarray, " _"]],
 ) -> Iterator[tuple[str, Arm]]:
   """Yields the best single adapter on average of each metric that has one."""
   for metric in metrics:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import string
 from typing import Any
 
@@ -13,6 +12,7 @@ from tokenlora_jax.data.tasks.task import text as field
 from tokenlora_jax.data.tasks.task import texts
 from tokenlora_jax.evaluation.scoring.scorer import (
   ChoiceScorer,
+  LogLikelihoods,
   Request,
   TextScorer,
   check_log_likelihoods,
@@ -50,7 +50,7 @@ class ChoiceTexts(ChoiceScorer):
     ]
 
   def score(
-    self, log_likelihoods: Sequence[float], row: Any
+    self, log_likelihoods: LogLikelihoods, row: Any
   ) -> dict[str, float]:
     """Returns 1 where the likeliest text is the right choice's.
 
@@ -92,7 +92,7 @@ class ChoiceLetters(ChoiceScorer):
     return [Request(context, f" {label}") for label in _labels(row)]
 
   def score(
-    self, log_likelihoods: Sequence[float], row: Any
+    self, log_likelihoods: LogLikelihoods, row: Any
   ) -> dict[str, float]:
     """Returns 1 if the likeliest letter is the right choice's."""
     gold = _gold(row)

@@ -11,7 +11,11 @@ import abc
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
+from jaxtyping import Float
 import numpy as np
+
+# Of the continuations, in nats.
+LogLikelihoods = Sequence[float] | Float[np.ndarray, " choices"]
 
 
 class Request(NamedTuple):
@@ -72,7 +76,7 @@ class ChoiceScorer(abc.ABC):
 
   @abc.abstractmethod
   def score(
-    self, log_likelihoods: Sequence[float], row: Any
+    self, log_likelihoods: LogLikelihoods, row: Any
   ) -> dict[str, float]:
     """Returns one number for each of `metrics`.
 
@@ -106,7 +110,9 @@ def cut(text: str, stop: Sequence[str]) -> str:
   return text[: min(ends, default=len(text))]
 
 
-def check_log_likelihoods(values: Sequence[float], choices: int) -> np.ndarray:
+def check_log_likelihoods(
+  values: LogLikelihoods, choices: int
+) -> Float[np.ndarray, " {choices}"]:
   """Returns log-likelihoods as float64[choices].
 
   Raises:

@@ -6,6 +6,7 @@ from tokenlora_jax.mixing.routers.arrow import ArrowRouter, arrow_vectors
 from tokenlora_jax.mixing.routers.cbtm import CbtmRouter
 from tokenlora_jax.mixing.routers.centroid import (
   CentroidRouter,
+  Embeds,
   centroids,
   sharpened_softmax,
 )
@@ -50,6 +51,7 @@ __all__ = [
   "CentroidRouter",
   "ClassifierRouter",
   "ConstantRouter",
+  "Embeds",
   "HiloraRouter",
   "LogoRouter",
   "LoraFlowRouter",

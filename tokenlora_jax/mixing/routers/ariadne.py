@@ -13,7 +13,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tokenlora_jax.mixing.routers.clusters import fit_centroids
 from tokenlora_jax.mixing.routers.embedding import (
@@ -42,9 +44,7 @@ class AriadneRouter(EmbeddingRouter):
 
 
 @register_router("ariadne", top_k=1)
-def ariadne(
-  centroids: np.ndarray | jax.Array, encoder: Encoder
-) -> AriadneRouter:
+def ariadne(centroids: ArrayLike, encoder: Encoder) -> AriadneRouter:
   """ARIADNE (Cassano et al., 2026): top-1 cosine, decided at the prompt.
 
   We know the paper from its abstract and summaries: a set of centroids of the
@@ -75,8 +75,10 @@ def ariadne(
 
 
 def fit_ariadne(
-  embeddings_by_expert: Sequence[np.ndarray], clusters: int = 1, seed: int = 0
-) -> dict[str, np.ndarray]:
+  embeddings_by_expert: Sequence[Float[np.ndarray, "_ D_enc"]],
+  clusters: int = 1,
+  seed: int = 0,
+) -> dict[str, Float[np.ndarray, "E C D_enc"]]:
   """Fits the centroids of `ariadne`.
 
   Args:

@@ -12,6 +12,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 import numpy as np
 
 from tokenlora_jax.mixing.routers.position import (
@@ -23,7 +24,7 @@ from tokenlora_jax.mixing.routers.registry import register_router
 from tokenlora_jax.model.lora import Adapters, Lora
 
 
-def arrow_vectors(lora: Lora) -> np.ndarray:
+def arrow_vectors(lora: Lora) -> Float[np.ndarray, "E I"]:
   """Returns each adapter's direction of most effect on unit inputs.
 
   v_e is the first right singular vector of B_e A_e (Ostapenko et al., 2024,

@@ -13,7 +13,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from numpy.typing import ArrayLike
 
 from tokenlora_jax.mixing.routers.embedding import (
   EmbeddingRouter,
@@ -44,7 +44,7 @@ class CbtmRouter(EmbeddingRouter):
 
 
 @register_router("cbtm", temperature=0.1)
-def cbtm(centroids: np.ndarray | jax.Array, encoder: Encoder) -> CbtmRouter:
+def cbtm(centroids: ArrayLike, encoder: Encoder) -> CbtmRouter:
   """c-BTM (Gururangan et al., 2023): p_e = softmax(-|x - c_e|^2 / T), T .1.
 
   The paper's x are tf-idf vectors, its experts are whole models, and its p_e
@@ -62,6 +62,7 @@ def cbtm(centroids: np.ndarray | jax.Array, encoder: Encoder) -> CbtmRouter:
     InputError: a setting is not allowed, or widths differ.
 
   Example:
+    >>> import numpy as np
     >>> from tokenlora_jax.mixing.routers import make_router
     >>> router = make_router("cbtm", centroids=0.5 * np.eye(2), encoder="hidden")
     >>> print(np.asarray(router.gates(1, (), jnp.array([[3.0, 3.3]]))).round(3))

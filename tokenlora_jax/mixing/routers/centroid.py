@@ -16,11 +16,14 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tokenlora_jax.config import InputError
 from tokenlora_jax.mixing.routers.embedding import (
   EmbeddingRouter,
+  Encoder,
   check_encoder,
   check_table,
 )
@@ -28,8 +31,8 @@ from tokenlora_jax.mixing.routers.registry import register_router
 
 
 def sharpened_softmax(
-  similarities: jax.Array, sharpen: jax.Array | float
-) -> jax.Array:
+  similarities: Float[Array, "*B E"], sharpen: Float[Array, ""] | float
+) -> Float[Array, "*B E"]:
   """Softmax after the largest similarity is multiplied (Belofsky, 2023).
 
   gates = softmax(s'), s'_b = sharpen * s_b for b = argmax s, else s'_e = s_e
@@ -81,7 +84,7 @@ class CentroidRouter(EmbeddingRouter):
     sharpen: float32[], what the largest s is multiplied by.
   """
 
-  sharpen: jax.Array
+  sharpen: Float[Array, ""]
 
   def gates(self, batch, observation, seen):
     del batch
@@ -92,7 +95,7 @@ class CentroidRouter(EmbeddingRouter):
 
 @register_router("centroid")
 def centroid(
-  centroids: np.ndarray | jax.Array, encoder: object, sharpen: float = 4.0
+  centroids: ArrayLike, encoder: Encoder, sharpen: float = 4.0
 ) -> CentroidRouter:
   """The paper's router (Belofsky, 2023).
 
@@ -124,14 +127,16 @@ def centroid(
 
 @runtime_checkable
 class Embeds(Protocol):
-  """The encoder interface that averaging needs; `TextEncoder` has it."""
+  """Turns texts into vectors, as `TextEncoder` and `HiddenEncoder` do."""
 
-  def embed(self, texts: Sequence[str]) -> np.ndarray: ...
+  def embed(self, texts: Sequence[str]) -> Float[np.ndarray, "N D_enc"]:
+    """Returns float32[N, D_enc] of N texts."""
+    ...
 
 
 def centroids(
   encoder: Embeds, texts_by_expert: Sequence[Sequence[str]]
-) -> np.ndarray:
+) -> Float[np.ndarray, "E D_enc"]:
   """Averages each expert's training texts (Belofsky, 2023).
 
   c_e = mean over the expert's texts of embed(text), not made of length 1 again.

@@ -14,7 +14,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tokenlora_jax.config import InputError
 from tokenlora_jax.mixing.routers.embedding import (
@@ -39,7 +41,7 @@ class ClassifierRouter(EmbeddingRouter):
     bias: float32[E], b.
   """
 
-  bias: jax.Array
+  bias: Float[Array, " E"]
 
   def gates(self, batch, observation, seen):
     del batch
@@ -51,8 +53,8 @@ class ClassifierRouter(EmbeddingRouter):
 
 @register_router("classifier")
 def classifier(
-  weights: np.ndarray | jax.Array,
-  bias: np.ndarray | jax.Array,
+  weights: ArrayLike,
+  bias: ArrayLike,
   encoder: Encoder,
 ) -> ClassifierRouter:
   """A linear classifier of the running text: gates = softmax(W x + b).
@@ -88,8 +90,8 @@ def classifier(
 
 
 def fit_classifier(
-  embeddings_by_expert: Sequence[np.ndarray],
-) -> dict[str, np.ndarray]:
+  embeddings_by_expert: Sequence[Float[np.ndarray, "_ D_enc"]],
+) -> dict[str, Float[np.ndarray, "..."]]:
   """Fits W and b of `classifier` by multinomial logistic regression.
 
   W, b = argmin  sum_i -log softmax(W z_i + b)_e(i) + |W|^2 / 2

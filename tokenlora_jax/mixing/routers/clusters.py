@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 import warnings
 
+from jaxtyping import Array, Float
 import numpy as np
 
 from tokenlora_jax.config import InputError, check
 from tokenlora_jax.mixing.routers.embedding import check_embeddings
 
 
-def kmeans(embeddings: np.ndarray, clusters: int, seed: int = 0) -> np.ndarray:
+def kmeans(
+  embeddings: Array | np.ndarray, clusters: int, seed: int = 0
+) -> Float[np.ndarray, "{clusters} D_enc"]:
   """Returns the means of clusters of vectors.
 
   Lloyd's iterations (1982) from k-means++ starts (Arthur and Vassilvitskii,
@@ -64,8 +67,10 @@ def kmeans(embeddings: np.ndarray, clusters: int, seed: int = 0) -> np.ndarray:
 
 
 def fit_centroids(
-  embeddings_by_expert: Sequence[np.ndarray], clusters: int = 1, seed: int = 0
-) -> np.ndarray:
+  embeddings_by_expert: Sequence[Float[np.ndarray, "_ D_enc"]],
+  clusters: int = 1,
+  seed: int = 0,
+) -> Float[np.ndarray, "E {clusters} D_enc"]:
   """Returns several centroids an expert, for routers that take the nearest.
 
   Args:

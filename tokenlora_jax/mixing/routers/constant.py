@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 
 from tokenlora_jax.config import InputError, check_choice
@@ -31,7 +32,7 @@ class ConstantRouter(Router):
     values: float32[E].
   """
 
-  values: jax.Array
+  values: Float[Array, " E"]
 
   @property
   def experts(self) -> int:
@@ -58,7 +59,7 @@ class UnboundRouter(Router):
     values_for: the experts' names to float32[E].
   """
 
-  values_for: Callable[[Sequence[str]], np.ndarray]
+  values_for: Callable[[Sequence[str]], Float[np.ndarray, " E"]]
 
   @property
   def experts(self) -> int:
@@ -72,7 +73,7 @@ class UnboundRouter(Router):
 
 
 def _constant(
-  values_for: Callable[[Sequence[str]], np.ndarray],
+  values_for: Callable[[Sequence[str]], Float[np.ndarray, " E"]],
   experts: object,
   names: Sequence[str],
 ) -> Router:
@@ -157,7 +158,7 @@ def one_hot(
     [[0.0, 1.0]]
   """
 
-  def values_for(names: Sequence[str]) -> np.ndarray:
+  def values_for(names: Sequence[str]) -> Float[np.ndarray, " E"]:
     if isinstance(expert, str):
       check_choice("router.expert", expert, names)
       return np.eye(len(names))[list(names).index(expert)]

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 import dataclasses
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 
 from tokenlora_jax.config import InputError
 from tokenlora_jax.encoders.text import TextEncoder
 from tokenlora_jax.mixing.router import Router
 
-# What turns a text into a vector: an encoder, or the base itself.
-Encoder = TextEncoder | Literal["hidden"]
+# What turns a text into a vector: an encoder, or "hidden" for the base itself.
+Encoder = TextEncoder | str
 
 
-def unit(x: jax.Array) -> jax.Array:
+def unit(x: Float[Array | np.ndarray, "*B D_enc"]) -> Float[Array, "*B D_enc"]:
   """Normalises vectors to length 1; those of length 0 stay."""
   norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
   return x / jnp.maximum(norm, 1e-12)
@@ -37,7 +37,7 @@ class EmbeddingRouter(Router):
     encoder: gives x from the text; None: x is the base's mean hidden state.
   """
 
-  table: jax.Array
+  table: Float[Array, "E D_enc"] | Float[Array, "E C D_enc"]
   encoder: TextEncoder | None
 
   @property
@@ -51,7 +51,7 @@ class EmbeddingRouter(Router):
   def observe(self, texts):
     return () if self.encoder is None else self.encoder.prepare(texts)
 
-  def vector(self, observation, seen) -> jax.Array:
+  def vector(self, observation, seen) -> Float[Array, "B D_enc"]:
     """Returns x, float32[B, D_enc], of length 1, in the graph.
 
     Args:
@@ -67,7 +67,7 @@ class EmbeddingRouter(Router):
       )
     return unit(x.astype(jnp.float32))
 
-  def cosines(self, observation, seen) -> jax.Array:
+  def cosines(self, observation, seen) -> Float[Array, "B E"]:
     """Returns the largest cosine over an expert's centroids: float32[B, E]."""
     x = self.vector(observation, seen)
     table = self.table.reshape(self.experts, -1, x.shape[-1])
@@ -76,8 +76,8 @@ class EmbeddingRouter(Router):
 
 
 def check_table(
-  name: str, table: np.ndarray | jax.Array, several: bool = False
-) -> np.ndarray:
+  name: str, table: object, several: bool = False
+) -> Float[np.ndarray, "E D_enc"] | Float[np.ndarray, "E C D_enc"]:
   """Returns a router's table as float32.
 
   Args:
@@ -104,7 +104,7 @@ def check_table(
 
 
 def check_encoder(
-  encoder: object, name: str, table: np.ndarray
+  encoder: Encoder, name: str, table: Float[np.ndarray, "*N D_enc"]
 ) -> TextEncoder | None:
   """Returns an encoder as `EmbeddingRouter` wants it.
 
@@ -132,8 +132,8 @@ def check_encoder(
 
 
 def check_embeddings(
-  what: str, embeddings_by_expert: Sequence[np.ndarray]
-) -> list[np.ndarray]:
+  what: str, embeddings_by_expert: Sequence[Float[np.ndarray, "_ D_enc"]]
+) -> list[Float[np.ndarray, "_ D_enc"]]:
   """Returns the vectors of each expert's texts, as a fit wants them.
 
   Args:

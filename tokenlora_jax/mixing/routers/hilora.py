@@ -14,7 +14,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tokenlora_jax.config import InputError, check
 from tokenlora_jax.mixing.routers.embedding import (
@@ -48,8 +50,8 @@ class HiloraRouter(EmbeddingRouter):
       adapter stay.
   """
 
-  variances: jax.Array
-  kept: tuple[Mapping[str, jax.Array], ...]
+  variances: Float[Array, "E D_enc"]
+  kept: tuple[Mapping[str, Int[Array, " E"]], ...]
 
   @property
   def prototypes(self):
@@ -80,7 +82,7 @@ class HiloraRouter(EmbeddingRouter):
     return stays.astype(jnp.float32)
 
 
-def own_ranks(lora: Lora) -> np.ndarray:
+def own_ranks(lora: Lora) -> Int[np.ndarray, " E"]:
   """Returns the ranks that adapters had before they were padded to one R.
 
   Args:
@@ -101,8 +103,8 @@ def own_ranks(lora: Lora) -> np.ndarray:
 
 @register_router("hilora", top_k=3, temperature=0.1)
 def hilora(
-  means: np.ndarray | jax.Array,
-  variances: np.ndarray | jax.Array,
+  means: ArrayLike,
+  variances: ArrayLike,
   encoder: Encoder,
   adapters: Adapters,
   rank_share: float = 0.4,
@@ -160,8 +162,9 @@ def hilora(
 
 
 def fit_hilora(
-  embeddings_by_expert: Sequence[np.ndarray], shrinkage: float = 0.5
-) -> dict[str, np.ndarray]:
+  embeddings_by_expert: Sequence[Float[np.ndarray, "_ D_enc"]],
+  shrinkage: float = 0.5,
+) -> dict[str, Float[np.ndarray, "E D_enc"]]:
   """Fits `hilora`: a gaussian over each expert's texts.
 
   variance_ed = (1 - a) v_ed + a v, v_ed the variance among the expert's texts

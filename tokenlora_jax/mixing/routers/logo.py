@@ -14,6 +14,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from tokenlora_jax.config import PROJECTIONS, InputError, check_choice
 from tokenlora_jax.mixing.router import Router
@@ -76,7 +77,9 @@ class LogoRouter(Router):
     del batch, observation
     return seen / seen.sum(axis=-1, keepdims=True)
 
-  def _score(self, lora: Lora, low: jax.Array) -> jax.Array:
+  def _score(
+    self, lora: Lora, low: Float[Array, "B E R"]
+  ) -> Float[Array, "B E"]:
     """Returns s, float32[B, E], of rank activations [B, E, R]."""
     b = lora.b.astype(jnp.float32)
     out = jnp.einsum("ber,ero->beo", low, b, precision="highest")
@@ -98,9 +101,7 @@ def _asked(layers: Sequence[LayerLoras]) -> Lora:
 
 
 @register_router("logo", top_k=20)
-def logo(
-  adapters: Adapters, measure: Literal["norm", "entropy"] = "norm"
-) -> LogoRouter:
+def logo(adapters: Adapters, measure: str = "norm") -> LogoRouter:
   """LoGo (Lee et al., 2025): the adapters whose output is the largest.
 
   As the paper's code has it: one pass with all adapters attached, the query

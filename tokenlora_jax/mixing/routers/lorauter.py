@@ -13,7 +13,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tokenlora_jax.mixing.routers.clusters import fit_centroids
 from tokenlora_jax.mixing.routers.embedding import (
@@ -47,7 +49,7 @@ class LorauterRouter(EmbeddingRouter):
 
 
 @register_router("lorauter", top_k=3)
-def lorauter(tasks: np.ndarray | jax.Array, encoder: Encoder) -> LorauterRouter:
+def lorauter(tasks: ArrayLike, encoder: Encoder) -> LorauterRouter:
   """LoRAuter (Dhasade et al., 2026): similarities to tasks, the top 3.
 
   The paper finds the tasks nearest to the query, and then for each task the
@@ -75,8 +77,8 @@ def lorauter(tasks: np.ndarray | jax.Array, encoder: Encoder) -> LorauterRouter:
 
 
 def fit_lorauter(
-  embeddings_by_expert: Sequence[np.ndarray],
-) -> dict[str, np.ndarray]:
+  embeddings_by_expert: Sequence[Float[np.ndarray, "_ D_enc"]],
+) -> dict[str, Float[np.ndarray, "E D_enc"]]:
   """Fits `lorauter`: the mean vector of each task's texts.
 
   Args:

@@ -14,6 +14,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 
 from tokenlora_jax.mixing.routers.position import (
@@ -25,7 +26,7 @@ from tokenlora_jax.mixing.routers.registry import register_router
 from tokenlora_jax.model.lora import Adapters
 
 
-def standardize(x: jax.Array) -> jax.Array:
+def standardize(x: Float[Array | np.ndarray, "*B I"]) -> Float[Array, "*B I"]:
   """Returns vectors of mean 0 and variance 1, in float32; 0 stays 0.
 
   Args:

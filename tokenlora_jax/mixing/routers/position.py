@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 
 from tokenlora_jax.config import InputError
@@ -44,7 +45,9 @@ class PositionRouter(Router):
     return self.table
 
 
-def linear(x: jax.Array, weights: jax.Array) -> jax.Array:
+def linear(
+  x: Float[Array | np.ndarray, "B T I"], weights: Float[Array, "E I"]
+) -> Float[Array, "B T E"]:
   """Returns the products of positions with a vector an expert, in float32.
 
   Args:
@@ -86,7 +89,7 @@ def read_table(
   adapters: Adapters,
   arrays: Mapping[str, np.ndarray],
   shapes: Callable[[Lora], Shapes],
-) -> tuple[dict[str, dict[str, jax.Array]], ...]:
+) -> tuple[dict[str, dict[str, Float[Array, "..."]]], ...]:
   """Returns a prototype for each adapted map, from fitted arrays.
 
   Args:

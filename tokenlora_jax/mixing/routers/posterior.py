@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from tokenlora_jax.config import InputError, check, check_choice
 from tokenlora_jax.mixing.router import Router
@@ -41,7 +42,7 @@ class PosteriorRouter(Router):
   needs = "evidence"
 
   prior: Router = dataclasses.field()
-  share: jax.Array
+  share: Float[Array, ""]
   evidence: Literal["answer", "all"] = dataclasses.field(
     metadata={"static": True}
   )
@@ -69,7 +70,7 @@ class PosteriorRouter(Router):
 @register_router("posterior")
 def posterior(
   prior: str | Router = "uniform",
-  evidence: Literal["answer", "all"] = "answer",
+  evidence: str = "answer",
   share: float = 0.0,
 ) -> PosteriorRouter:
   """The posterior over experts, token by token.

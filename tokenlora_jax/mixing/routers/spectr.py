@@ -12,6 +12,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 import numpy as np
 
 from tokenlora_jax.mixing.routers.position import PositionRouter, make_table
@@ -19,7 +20,7 @@ from tokenlora_jax.mixing.routers.registry import register_router
 from tokenlora_jax.model.lora import Adapters, Lora
 
 
-def output_factors(lora: Lora) -> np.ndarray:
+def output_factors(lora: Lora) -> Float[np.ndarray, "E M R"]:
   """Returns T_e with |B_e z| = |T_e z| for all z [R].
 
   B_e = Q_e T_e, and Q_e keeps lengths. T_e' T_e is the Gram matrix B_e' B_e, but

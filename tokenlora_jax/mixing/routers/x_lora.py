@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any
 
 import jax
+from jaxtyping import Array, Float
 import numpy as np
 
 from tokenlora_jax.config import InputError
@@ -24,7 +24,10 @@ from tokenlora_jax.mixing.routers.registry import register_router
 from tokenlora_jax.model.lora import Adapters
 
 
-def classify(prototype: Mapping[str, Any], hidden: jax.Array) -> jax.Array:
+def classify(
+  prototype: Mapping[str, Float[Array, "..."]],
+  hidden: Float[Array | np.ndarray, "B T D"],
+) -> Float[Array, "B T E"]:
   """Returns the gates of one map: softmax(W h + b), in float32.
 
   Args:

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Key
 import numpy as np
 import optax
 from rich.progress import (
@@ -30,7 +30,7 @@ from rich.progress import (
 )
 
 from tokenlora_jax.config import Config
-from tokenlora_jax.mixing.mixture import Mixture
+from tokenlora_jax.mixing.mixture import Mixture, Routed
 from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers import flat_table
 from tokenlora_jax.mixing.rules import get_rule
@@ -47,7 +47,7 @@ from tokenlora_jax.training.step import (
 )
 
 # The fitted arrays: {projection: {field: float32[L, E, ...]}}.
-Params = dict[str, dict[str, jax.Array]]
+Params = dict[str, dict[str, Float[Array | np.ndarray, "L E ..."]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Step:
   base: Llama
   loras: Mapping[str, Lora]
   batch: Batch
-  targets: jax.Array
-  key: jax.Array
+  targets: Float[Array, " E"]
+  key: Key[Array, ""]
 
   @property
   def experts(self) -> int:
@@ -80,7 +80,9 @@ class Step:
     """The arrays as [E * B, T]; the rows of an expert are neighbours."""
     return {name: x.reshape(-1, x.shape[-1]) for name, x in self.batch.items()}
 
-  def mixture(self, router: Router, gates: jax.Array | None = None) -> Mixture:
+  def mixture(
+    self, router: Router, gates: Float[Array, "EB E"] | None = None
+  ) -> Mixture:
     """Returns the exact mixture under the router's gates times `gates`.
 
     Args:
@@ -93,10 +95,10 @@ class Step:
 
   def read(
     self,
-    loras: Mapping[str, Any] | None = None,
+    loras: Mapping[str, Lora | Routed] | None = None,
     adapt: Adapt | None = None,
-    keys: jax.Array | None = None,
-  ) -> jax.Array:
+    keys: Key[Array, " EB"] | None = None,
+  ) -> Float[Array, "EB T D"]:
     """Returns the last hidden states, [E * B, T, D], in the base's dtype.
 
     Args:
@@ -120,10 +122,10 @@ class Step:
 
   def losses(
     self,
-    loras: Mapping[str, Any],
+    loras: Mapping[str, Lora | Routed],
     adapt: Adapt,
-    keys: jax.Array | None = None,
-  ) -> jax.Array:
+    keys: Key[Array, " EB"] | None = None,
+  ) -> Float[Array, " E"]:
     """Returns float32[E], each expert's loss in nats a target token.
 
     The arguments are those of `read`.
@@ -135,7 +137,9 @@ class Step:
 
 
 # Returns the total loss to minimise, and each expert's loss, float32[E].
-Objective = Callable[[Params, Step], tuple[jax.Array, jax.Array]]
+Objective = Callable[
+  [Params, Step], tuple[Float[Array, ""], Float[Array, " E"]]
+]
 
 
 def zeros(
@@ -177,7 +181,9 @@ def zeros(
   }
 
 
-def flat(adapters: Adapters, params: Params) -> dict[str, np.ndarray]:
+def flat(
+  adapters: Adapters, params: Params
+) -> dict[str, Float[np.ndarray, "E ..."]]:
   """Returns the fitted arrays of the adapted projections, by flat name.
 
   Args:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from jaxtyping import Float
 import numpy as np
 
 from tokenlora_jax.config import Config
@@ -20,11 +21,12 @@ from tokenlora_jax.mixing.routers import (
 )
 from tokenlora_jax.training.routers.registry import Fit, Work, register_fit
 
-Vectors = Sequence[np.ndarray]
+Vectors = Sequence[Float[np.ndarray, "_ D_enc"]]
+Arrays = dict[str, Float[np.ndarray, "E ..."]]
 
 
 def fit_embeddings(
-  fit: Callable[[Vectors, Config], dict[str, np.ndarray]],
+  fit: Callable[[Vectors, Config], Arrays],
   texts: Callable[[Row], Sequence[str]] = lambda row: [row.text],
 ) -> Fit:
   """Returns a fit that embeds each expert's texts and passes them to `fit`.
@@ -51,12 +53,12 @@ def fit_embeddings(
   return run
 
 
-def _centroids(vectors: Vectors, config: Config) -> dict[str, np.ndarray]:
+def _centroids(vectors: Vectors, config: Config) -> Arrays:
   table = fit_centroids(vectors, config.router.clusters, config.seed)
   return {"centroids": table}
 
 
-def _ariadne(vectors: Vectors, config: Config) -> dict[str, np.ndarray]:
+def _ariadne(vectors: Vectors, config: Config) -> Arrays:
   return fit_ariadne(vectors, config.router.clusters, config.seed)
 
 

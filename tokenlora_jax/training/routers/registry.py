@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from jax.sharding import Mesh
+from jaxtyping import Shaped
 import numpy as np
 from rich.console import Console
 
 from tokenlora_jax.config import Config, check_choice
 from tokenlora_jax.data.rows import Row
+from tokenlora_jax.mixing.routers import Embeds
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
-
-
-@runtime_checkable
-class Embeds(Protocol):
-  """An encoder of texts into vectors."""
-
-  def embed(self, texts: Sequence[str]) -> np.ndarray:
-    """Returns the vectors of N texts, float32[N, D_enc]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +45,9 @@ class Work:
 
 
 # Returns the router settings that the arrays need, and the fitted arrays.
-Fit = Callable[[Work], tuple[dict[str, Any], dict[str, np.ndarray]]]
+Fit = Callable[
+  [Work], tuple[dict[str, Any], dict[str, Shaped[np.ndarray, "..."]]]
+]
 
 _FITS: dict[str, Fit] = {}
 

@@ -9,6 +9,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+import numpy as np
 
 from tokenlora_jax.mixing.mixture import routed
 from tokenlora_jax.mixing.routers import PositionRouter, linear
@@ -21,8 +23,10 @@ BALANCE = 0.01
 
 
 def balance_loss(
-  soft: jax.Array, kept: jax.Array, real: jax.Array
-) -> jax.Array:
+  soft: Float[Array | np.ndarray, "B T E"],
+  kept: Float[Array | np.ndarray, "B T E"],
+  real: Bool[Array | np.ndarray, "B T"],
+) -> Float[Array, ""]:
   """Returns the balance loss E sum_e f_e P_e (Fedus et al., 2022, eq. 4).
 
   f_e is the share of tokens (with top-k, of choices) that expert e gets, P_e
@@ -48,7 +52,9 @@ def balance_loss(
 
 
 @jax.custom_vjp
-def with_cost(gates: jax.Array, cost: jax.Array) -> jax.Array:
+def with_cost(
+  gates: Float[Array, "*N"], cost: Float[Array, ""]
+) -> Float[Array, "*N"]:
   """Returns the gates; in the backward pass, adds `cost` to the loss.
 
   Inside lax.scan we cannot return an extra loss term, so we inject its
@@ -86,8 +92,8 @@ class _Noisy(PositionRouter):
     balance: coefficient of the load-balancing loss.
   """
 
-  keys: jax.Array
-  real: jax.Array
+  keys: Key[Array, " B"]
+  real: Bool[Array, "B T"]
   top_k: int
   balance: float
 
