@@ -398,10 +398,6 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(one, monkeypatch):
   monkeypatch.setattr(training, "token_losses", lambda *a: jnp.zeros(()))
 
   def inputs(rows):
-    loras = jax.tree.map(lambda x: x[0], one.loras)
-    loras = {
-      name: jax.tree.map(lambda x: x[None], x) for name, x in loras.items()
-    }
     keys = row_keys(one, jax.random.key(0))
     expert_losses(make_base(), one.loras, rows, keys, 0.25)
     return seen["x"]

@@ -47,7 +47,8 @@ def ones(*shape, dtype=np.float32):
     (write_centroids, ("", {"hidden": [[1.0]]}, ["a"])),
     # Tokens of another batch.
     (balance_loss, (ones(1, 2, 3), ones(1, 2, 3), ones(2, 2, dtype=bool))),
-    (target_mask, ({"segment_ids": ones(2), "loss_mask": ones(2, 3)},)),
+    # One number, without an axis of tokens.
+    (target_mask, ({"segment_ids": ones(), "loss_mask": ones()},)),
     # Weights of fewer questions.
     (ratios, (ones(3, 2), ones(2, 2), [0])),
     (check_log_likelihoods, (ones(2, 2), 4)),

@@ -94,7 +94,15 @@ class Reading:
     return jnp.append(rows, gates[:, None], axis=1).reshape(-1, experts)
 
   def read(
-    self, base, loras, router, gates, tokens, places, mask, caches=(None, None)
+    self,
+    base: Llama,
+    loras: Sequence[LayerLoras] | None,
+    router: Router | None,
+    gates: Float[Array | np.ndarray, "B E"],
+    tokens: Int[Array, "BM T"],
+    places: Int[Array, "BM T"],
+    mask: Bool[Array, "BM T S"],
+    caches: tuple[Cache | None, Cache | None] = (None, None),
   ) -> Read:
     """Reads tokens [B * M, T] under gates [B, E]; see `mixing.mixture.read`."""
     return read(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tokenlora_jax.config import InputError
 from tokenlora_jax.mixing.router import Router
@@ -290,7 +291,7 @@ def read(
   if router is not None and router.looks_first:
     first, looked = base(tokens, positions, mask, looked)
     router = router.look(first)
-  seen: list[jax.Array] = []
+  seen: list[Float[Array, "B T E"]] = []
   mixture = Mixture(rule, gates, router, seen)
   hidden, cache = base(
     tokens, positions, mask, cache,
@@ -305,9 +306,9 @@ def read(
 
 def forward(
   base: Llama,
-  tokens,
+  tokens: ArrayLike,
   adapters: Adapters | None = None,
-  gates=None,
+  gates: ArrayLike | None = None,
   rule: str = "exact",
   router: Router | None = None,
 ) -> Float[Array, "B T V"]:
@@ -356,7 +357,7 @@ def forward(
 
 
 def check_gates(
-  gates, shape: tuple[int, int], experts: int
+  gates: ArrayLike | None, shape: tuple[int, int], experts: int
 ) -> Float[Array, "B {experts}"] | Float[Array, "B T {experts}"]:
   """Returns gates as float32[B, E] or [B, T, E], or raises `ValueError`."""
   if gates is None:

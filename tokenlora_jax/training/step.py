@@ -15,7 +15,7 @@ Axis letters: E experts, B rows an expert, T length, L layers, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 
@@ -204,7 +204,9 @@ def expert_losses(
   return token_losses(base, hidden, targets) * mask, mask
 
 
-def target_mask(batch: Batch) -> Float[Array, "*E B T"]:
+def target_mask(
+  batch: Mapping[str, Num[Array | np.ndarray, "*B T"]],
+) -> Float[Array, "*B T"]:
   """Returns the mask of positions whose next token is a target.
 
   Args:
@@ -317,7 +319,9 @@ def _gradients(config, mesh, loras, base, batch, keys):
   return run(loras, base, batch, keys)
 
 
-def make_step(config: Config, mesh: Mesh):
+def make_step(
+  config: Config, mesh: Mesh
+) -> Callable[..., tuple[TrainState, dict[str, Float[Array, " E"]]]]:
   """Returns the jitted training step.
 
   Args:
@@ -397,7 +401,7 @@ def _held_out_sums(mesh, loras, base, batch):
   return run(loras, base, batch, None)
 
 
-def put_batch(batch, mesh: Mesh) -> Batch:
+def put_batch(batch: Mapping, mesh: Mesh) -> Batch:
   """Puts a batch on the mesh.
 
   Args:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import Float
 import numpy as np
 
 from tokenlora_jax.evaluation.experiment.arms import Arm
@@ -204,8 +205,9 @@ def gates_by_router(
 
 
 def _table(
-  rows: Sequence[Mapping[str, Any]], of_row: Any
-) -> tuple[list[str], list[str], np.ndarray]:
+  rows: Sequence[Mapping[str, Any]],
+  of_row: Callable[[Mapping[str, Any], list[str]], list[float]],
+) -> tuple[list[str], list[str], Float[np.ndarray, "T E"]]:
   """Returns (tasks, experts, float[tasks, experts]), means of `of_row`."""
   experts = list(rows[0]["gates"])
   by_task: dict[str, list[list[float]]] = {}
@@ -217,7 +219,7 @@ def _table(
 
 def mean_gates(
   rows: Sequence[Mapping[str, Any]],
-) -> tuple[list[str], list[str], np.ndarray]:
+) -> tuple[list[str], list[str], Float[np.ndarray, "T E"]]:
   """Returns (tasks, experts, float[tasks, experts]), the mean gates.
 
   The mean is over a row's answer tokens, then over rows.
@@ -230,7 +232,7 @@ def mean_gates(
 
 def confusion(
   rows: Sequence[Mapping[str, Any]],
-) -> tuple[list[str], list[str], np.ndarray]:
+) -> tuple[list[str], list[str], Float[np.ndarray, "T E"]]:
   """Returns (tasks, experts, float[tasks, experts]), how often each one led.
 
   Who leads is who has the largest gate at the prompt; a task's shares sum to 1.
