@@ -164,6 +164,7 @@ from pathlib import Path
 sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
 import conftest
 import test_checkpoint
+from tokenlora_jax.training import checkpoint
 
 save = checkpoint.Checkpoints.save
 def dies(self, step, *args):
