@@ -21,7 +21,8 @@ def data_dir() -> Path:
 # Files that take longest, which two workers had better not leave to the end.
 FIRST = (
   "test_processes.py", "test_notebook.py", "test_durable.py",
-  "test_lm_eval_command.py", "test_infer.py", "test_lm_eval.py",
+  "test_plan.py", "test_quantize.py", "test_sharding.py", "test_infer.py",
+  "test_agreement.py", "test_train.py", "test_checkpoint.py", "test_load.py",
 )  # fmt: skip
 
 
