@@ -278,7 +278,6 @@ KILLS = f"""
 import os, pathlib, shutil, sys, warnings
 sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
 warnings.simplefilter("ignore")
-import conftest
 import numpy as np
 from tokenlora_jax.bank import arrays as bank_arrays
 from tokenlora_jax.bank import bank

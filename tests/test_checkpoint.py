@@ -162,7 +162,6 @@ KILLED = f"""
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
-import conftest
 import test_checkpoint
 from tokenlora_jax.training import checkpoint
 

@@ -229,7 +229,6 @@ def test_no_number_is_status_1_and_the_good_checkpoint_stays(
 LEFT = f"""
 import contextlib, gc, io, resource, sys, time
 sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
-import conftest
 import jax, jax.numpy as jnp
 from tokenlora_jax.commands import cli
 from tokenlora_jax.training.checkpoint import Checkpoints
@@ -271,7 +270,6 @@ FULL = f"""
 import resource, sys, time
 from pathlib import Path
 sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
-import conftest
 import test_checkpoint as t
 from tokenlora_jax.commands import cli
 from tokenlora_jax.files import writing
