@@ -200,7 +200,7 @@ class Decoder:
           ]
         )
       gates = graph.route(router, observation, seen, np.zeros(size))
-      if size < len(self._prompts):
+      if len(rows) < len(self._prompts):
         whole = np.array(before)
         whole[asked] = gates
         gates = jnp.asarray(whole)
