@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Set
 import contextlib
 import dataclasses
 from pathlib import Path
 
 from rich.console import Console
 
+from tokenlora_jax.bank.bank import Bank
 from tokenlora_jax.commands.evaluate_args import Evaluation
-from tokenlora_jax.config import RouterConfig
 from tokenlora_jax.data.rows import load_rows
 from tokenlora_jax.data.tokens import Tokenizer
 from tokenlora_jax.evaluation.evaluator import Evaluator
@@ -40,20 +40,16 @@ from tokenlora_jax.evaluation.experiment.tables import (
   write_tables,
 )
 from tokenlora_jax.files import writing
-from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.model.llama import Llama
-from tokenlora_jax.model.lora import Adapters
 
 
 def evaluate(
   args: Evaluation,
   base: Llama,
   tokenizer: Tokenizer,
-  adapters: Adapters,
-  experts: Mapping[str, str],
-  make_router: Callable[[RouterConfig, Set[str]], Router],
+  bank: Bank,
+  folder: Path,
   given: Set[str],
-  bank: Path,
   console: Console,
 ) -> None:
   """Compares ways to mix on held-out rows.
@@ -62,11 +58,9 @@ def evaluate(
     args: the flags.
     base: with its layers in a list.
     tokenizer: the base's.
-    adapters: the experts.
-    experts: by expert, the task it was trained on; "" if unknown.
-    make_router: makes a router for them, as `Bank.router`.
+    bank: the experts.
+    folder: the folder that the bank was read from.
     given: the settings of the router that the command line names.
-    bank: the folder that they come from.
     console: prints the tables.
 
   Raises:
@@ -78,11 +72,14 @@ def evaluate(
     tasks=args.tasks or args.data.tasks,
     eval_rows=args.rows or args.data.eval_rows,
   )
-  own = own_experts(data.tasks, experts) if "own" in args.variants else {}
+  adapters, own = bank.adapters, {}
+  if "own" in args.variants:
+    experts = {name: expert.task for name, expert in bank.experts.items()}
+    own = own_experts(data.tasks, experts)
   named = {}
   for name in args.routers or (args.router.name,):
     config, more = router_config(name, args.router)
-    named[name] = make_router(config, given | more)
+    named[name] = bank.router(config, given | more)
   routers = Routers(named, own)
   arms, skipped = make_arms(
     args.variants, routers, args.rules, args.caches, adapters
@@ -106,7 +103,7 @@ def evaluate(
       about = {
         "base": dataclasses.asdict(args.base),
         "router": dataclasses.asdict(args.router),
-        "bank": digest_bank(bank),
+        "bank": digest_bank(folder),
         "rows": {task: digest_questions(tests[task]) for task in tests},
       }
       if judge is not None:
@@ -118,21 +115,14 @@ def evaluate(
         del about["generate"]["batch"]  # Of infer.py's own prompts.
       log = stack.enter_context(open_rows(Path(args.output), about))
     run_cells(
-      arms,
-      tests,
-      routers,
-      evaluator,
-      adapters.names,
-      judge,
-      log,
-      console,
+      arms, tests, routers, evaluator, adapters.names, judge, log, console
     )
     results = summarise(log.rows)
     if args.output:
-      folder = Path(args.output)
-      with writing(folder, AGAIN):
-        write_tables(results, folder)
-        write_plots(log.rows, results, folder)
+      output = Path(args.output)
+      with writing(output, AGAIN):
+        write_tables(results, output)
+        write_plots(log.rows, results, output)
   for table in terminal_tables(results):
     console.print(table)
   console.print(NOTE, style="dim")

@@ -98,17 +98,8 @@ def _evaluate(args: Evaluation, argv: Sequence[str], console: Console) -> None:
     " --data.length"
   ):
     base, tokenizer, bank = load(args)
-    folder = bank_folder(args)
     evaluate(
-      args,
-      base,
-      tokenizer,
-      bank.adapters,
-      {name: expert.task for name, expert in bank.experts.items()},
-      bank.router,
-      named(argv),
-      folder,
-      console,
+      args, base, tokenizer, bank, bank_folder(args), named(argv), console
     )
 
 

@@ -33,10 +33,10 @@ class Arm(NamedTuple):
 
   Attributes:
     variant: `base`; `own`, the adapter of the row's own task (see
-      `own_experts`), which no router can know: the oracle; `adapter:NAME`, one adapter on all tasks; `top1`, the
-      router's best adapter alone, decided at the prompt; `uniform`; `sum`;
-      `prompt`, the router's gates at the prompt; `token:K`, decided anew every
-      K tokens.
+      `own_experts`), which no router can know: the oracle; `adapter:NAME`, one
+      adapter on all tasks; `top1`, the router's best adapter alone, decided at
+      the prompt; `uniform`; `sum`; `prompt`, the router's gates at the prompt;
+      `token:K`, decided anew every K tokens.
     router: its name; "" where none is asked.
     rule: how gates mix the adapters; "" without gates.
     cache: the policy for keys and values of older gates; "" where gates do
