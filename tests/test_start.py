@@ -243,6 +243,27 @@ def test_only_files_knows_how_files_are_locked():
     assert path.name == "files.py" or "import fcntl" not in path.read_text()
 
 
+def test_a_library_without_torch_is_not_heard(tmp_path):
+  # The tests have torch; a person need not.
+  code = """
+import importlib.util
+from tokenlora_jax.commands import cli
+
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *at: (
+  None if name == "torch" else find(name, *at)
+)
+
+def main(argv):
+  import transformers
+  print(transformers.utils.is_torch_available())
+
+cli.run(main)
+"""
+  done = python(code, cwd=tmp_path)
+  assert (done.stdout, done.stderr) == ("False\n", "")
+
+
 def test_a_plugin_without_its_accelerator_is_not_heard(tmp_path):
   # libtpu, which a test needs, prints where there is no TPU.
   code = """

@@ -408,8 +408,10 @@ def keep_programs(setting: str) -> None:
 
 def quiet() -> None:
   """Silences the libraries' messages; shows our own warnings in one line."""
-  for name in ("jax", "transformers", "huggingface_hub", "matplotlib"):
+  for name in ("jax", "huggingface_hub", "matplotlib"):
     logging.getLogger(name).setLevel(logging.ERROR)
+  # It sets its own logger's level when it is imported, as this says.
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   # Orbax also raises the errors that it logs.
   for name in ("absl", "orbax", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL)

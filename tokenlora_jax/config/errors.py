@@ -18,9 +18,9 @@ class InputError(ValueError):
 def nearest(value: str, allowed: Iterable[str]) -> str:
   """Returns " (did you mean 'x'?)" for the nearest name, or "".
 
-  A name is near if at most a third of its letters are mistyped, or if only the
-  part up to its last dot is missing. A folder that two paths share is not
-  compared. `value` itself is never proposed.
+  A name is near if at most a third of its letters, rounded up, are mistyped, or
+  if only the part up to its last dot is missing. A folder that two paths share
+  is not compared. `value` itself is never proposed.
 
   Args:
     value: the given name.
