@@ -8,18 +8,16 @@ import importlib.util
 import json
 import os
 from pathlib import Path
-import subprocess
 import sys
 import tomllib
 
+from child import ROOT, python
 import jax
 import pytest
 
 import tokenlora_jax
 from tokenlora_jax.commands import bank, cli, infer
 from tokenlora_jax.config import Config, InputError, RouterConfig, nearest
-
-ROOT = Path(__file__).parents[1]
 
 # What takes a tenth of a second and more to import.
 HEAVY = {
@@ -55,18 +53,6 @@ PUBLIC = [
   "save_bank",
   "save_fitted",
 ]
-
-
-def python(code, *argv, cwd=None, **environment):
-  """Runs code in a process that JAX was not imported in yet."""
-  return subprocess.run(
-    [sys.executable, "-c", code, *argv],
-    capture_output=True,
-    text=True,
-    check=False,
-    cwd=cwd,
-    env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-  )
 
 
 # -----------------------------------------------------------------------------
@@ -241,44 +227,6 @@ def test_only_files_knows_how_files_are_locked():
   # `fcntl` is not everywhere; the others ask `files.lock`.
   for path in ROOT.glob("tokenlora_jax/**/*.py"):
     assert path.name == "files.py" or "import fcntl" not in path.read_text()
-
-
-def test_a_library_without_torch_is_not_heard(tmp_path):
-  # The tests have torch; a person need not.
-  code = """
-import importlib.util
-from tokenlora_jax.commands import cli
-
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *at: (
-  None if name == "torch" else find(name, *at)
-)
-
-def main(argv):
-  import transformers
-  print(transformers.utils.is_torch_available())
-
-cli.run(main)
-"""
-  done = python(code, cwd=tmp_path)
-  assert (done.stdout, done.stderr) == ("False\n", "")
-
-
-def test_a_plugin_without_its_accelerator_is_not_heard(tmp_path):
-  # libtpu, which a test needs, prints where there is no TPU.
-  code = """
-import sys
-from tokenlora_jax.commands import cli
-
-def main(argv):
-  import jax
-  print(jax.devices()[0].platform)
-
-cli.run(main)
-"""
-  done = python(code, cwd=tmp_path, JAX_PLATFORMS="")
-  assert done.stderr == ""
-  assert done.stdout.strip() in ("cpu", "gpu", "tpu")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 from importlib import metadata
 import importlib.util
-import inspect
 import io
 import itertools
 import logging
@@ -17,14 +16,13 @@ import pkgutil
 import re
 import runpy
 import sys
-import traceback
 import types
 from typing import Any, TypeVar
-import warnings
 
 from rich.console import Console
 import tyro
 
+from tokenlora_jax.commands.quiet import quiet
 from tokenlora_jax.config import Config, InputError, first_line, nearest
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -404,44 +402,6 @@ def keep_programs(setting: str) -> None:
     " none)",
     style="dim", markup=False, soft_wrap=True,
   )  # fmt: skip
-
-
-def quiet() -> None:
-  """Silences the libraries' messages; shows our own warnings in one line."""
-  for name in ("jax", "huggingface_hub", "matplotlib"):
-    logging.getLogger(name).setLevel(logging.ERROR)
-  # It sets its own logger's level when it is imported, as this says.
-  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-  # Orbax also raises the errors that it logs.
-  for name in ("absl", "orbax", "asyncio"):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
-  sys.unraisablehook = _unraisable
-  warnings.filterwarnings("ignore", "coroutine .* was never awaited")
-  logging.basicConfig(
-    format="%(levelname)s: %(message)s",
-    stream=sys.stderr,
-    force=True,  # A library may have configured logging during its import.
-  )
-
-
-def _unraisable(error: Any) -> None:
-  """Ignores the errors that a failed save of Orbax leaves to the collector.
-
-  Orbax writes arrays together and closes the event loop once one fails. Its
-  threads then find the loop closed, and Python collects unawaited coroutines at
-  any time, even at exit. Orbax gives its caller neither loop nor tasks.
-  """
-  last = [frame for frame, _ in traceback.walk_tb(error.exc_traceback)][-1:]
-  for frame in last:
-    where = frame.f_globals.get("__name__"), frame.f_code.co_name
-    if where == ("asyncio.base_events", "_check_closed"):
-      return
-  module = str(getattr(error.object, "__module__", None) or "")
-  if not (
-    inspect.iscoroutine(error.object)
-    or module.partition(".")[0] in ("asyncio", "orbax")
-  ):
-    sys.__unraisablehook__(error)
 
 
 def console(stderr: bool = False) -> Console:

@@ -1,0 +1,61 @@
+"""Libraries are not heard, and Ctrl-C always is."""
+
+from child import python
+
+
+def test_ctrl_c_is_not_lost_where_python_cannot_raise_it(tmp_path):
+  # As in JAX's callback of the garbage collector.
+  code = """
+import time
+from tokenlora_jax.commands import cli
+
+class Interrupted:
+  def __del__(self):
+    raise KeyboardInterrupt
+
+def main(argv):
+  Interrupted()
+  time.sleep(20)
+
+cli.run(main)
+"""
+  done = python(code, cwd=tmp_path)
+  assert (done.returncode, done.stderr) == (130, "\nstopped\n")
+
+
+def test_a_library_without_torch_is_not_heard(tmp_path):
+  # The tests have torch; a person need not.
+  code = """
+import importlib.util
+from tokenlora_jax.commands import cli
+
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *at: (
+  None if name == "torch" else find(name, *at)
+)
+
+def main(argv):
+  import transformers
+  print(transformers.utils.is_torch_available())
+
+cli.run(main)
+"""
+  done = python(code, cwd=tmp_path)
+  assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+def test_a_plugin_without_its_accelerator_is_not_heard(tmp_path):
+  # libtpu, which a test needs, prints where there is no TPU.
+  code = """
+import sys
+from tokenlora_jax.commands import cli
+
+def main(argv):
+  import jax
+  print(jax.devices()[0].platform)
+
+cli.run(main)
+"""
+  done = python(code, cwd=tmp_path, JAX_PLATFORMS="")
+  assert done.stderr == ""
+  assert done.stdout.strip() in ("cpu", "gpu", "tpu")
