@@ -37,13 +37,16 @@ DECODING = (
 )  # fmt: skip
 HEAD = """# Plans
 
-Four adapters of rank 64 on q and v, 1,024 tokens a sequence (in decoding, a prompt of
-as many and 256 new ones) where a row does not say otherwise, compiled ahead of time
-for hardware that was not there, and not run. Made by `python -m benchmarks.plans`;
-each row is one command, such as `python train.py --config configs/llama2_7b.py
---plan v5e:2x4`. Bytes are of one chip; what a chip receives is counted in the
-compiled program; N are the parameters a token is multiplied with; the least time is
-that of the roofline (compute, memory or network at the makers' peak rates).
+Each row is the plan that one command prints, for example:
+
+    python train.py --config configs/llama2_7b.py --plan v5e:2x4
+
+The programs were compiled ahead of time for hardware that was not there, and not run.
+Unless a row says otherwise: four adapters of rank 64 on q and v, and 1,024 tokens a
+sequence; in decoding a prompt of 1,024 tokens and 256 new ones. Bytes are per chip, and
+the bytes that a chip receives are counted in the compiled program. N is the number of
+parameters that a token is multiplied with. The least step time is the roofline's: compute,
+memory or network at the makers' peak rates. `python -m benchmarks.plans` writes this page.
 """
 
 

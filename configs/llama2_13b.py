@@ -1,10 +1,10 @@
 """The paper's experiment on Llama-2-13b instead of 7b.
 
-What: as llama2_7b.py, with more rows a step: one a chip and expert.
+What: as llama2_7b.py, but with one row per chip and expert in each step.
 Data: the four data sets from the hub.
-Hardware: a TPU v5e of 16 chips, over which weights and rows are split; see
+Hardware: 16 chips of a TPU v5e; weights and rows are sharded over them. See
 docs/plans.md.
-Expect: planned, not run by us; no result is claimed.
+Expect: we planned this run but did not run it, so we claim no result.
   python train.py --config configs/llama2_13b.py --plan v5e:4x4
   python train.py --config configs/llama2_13b.py --base PATH_TO_LLAMA_2_13B
 """

@@ -1,11 +1,11 @@
 """The paper's experiment: four adapters of Llama-2-7b (Belofsky, 2023).
 
-What: R 64, alpha 16, dropout 0.1 on q and v; prompt and answer are both
-targets. The original keeps the base in 4 bits; here it is bfloat16.
+What: R 64, alpha 16, dropout 0.1 on q and v. The loss is on prompt and answer.
+The paper keeps the base in 4 bits; here it is bfloat16.
 Data: the four data sets from the hub.
-Hardware: a TPU v5e of 8 chips, over which weights and rows are split; what else
-it fits on is in docs/plans.md.
-Expect: planned, not run by us; no result is claimed.
+Hardware: 8 chips of a TPU v5e; weights and rows are sharded over them.
+docs/plans.md lists other hardware that it fits on.
+Expect: we planned this run but did not run it, so we claim no result.
   python train.py --config configs/llama2_7b.py --plan v5e:2x4
   python train.py --config configs/llama2_7b.py --base PATH_TO_LLAMA_2_7B
 """

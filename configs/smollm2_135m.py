@@ -1,11 +1,11 @@
 """`make reproduce`: the paper's experiment in small, on SmolLM2-135M-Instruct.
 
-What: R 16, alpha 16 on q and v, 100 steps of 3 rows of 256 tokens that hold
-several short ones each, AdamW at 5e-4 after 10 warm-up steps, clipped at 1, loss
-on the answers.
-Data: `make reproduce DATA=FOLDER` takes gsm8k/, arc_challenge/, codealpaca/ and
-squad/ there in their original formats (see the README); without, the built-in
-tasks. Or --data.source hub.
+What: R 16, alpha 16 on q and v; 100 steps of 3 rows of 256 tokens, into which
+short rows are packed; AdamW at 5e-4 after 10 warm-up steps, gradients clipped
+at 1; the loss is on the answers.
+Data: `make reproduce DATA=FOLDER` reads gsm8k/, arc_challenge/, codealpaca/ and
+squad/ in FOLDER, in their original formats (see the README). Without DATA it
+uses the built-in tasks; --data.source hub downloads the data sets.
 Hardware: 2 CPU cores, 8 GB. Time: an hour, half of it for the table.
 Expect: the README's table.
   make reproduce DATA=FOLDER

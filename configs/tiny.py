@@ -1,10 +1,11 @@
-"""The whole path on a random tiny base: for tests and a first look.
+"""Trains and mixes on a tiny random base, for tests and a first look.
 
-What: four adapters on a Llama of 2 layers and random weights, built-in tasks, a
-byte tokenizer, the router on the base's hidden states (no second model).
+What: four adapters on a Llama of 2 layers and random weights, with built-in
+tasks and a byte tokenizer. The router reads the base's hidden states, so there
+is no second model.
 Hardware: any laptop. Time: under a minute.
-Expect: the losses fall from 5.6 (= ln 260) as the adapters learn which bytes
-answers are made of; the texts mean nothing.
+Expect: the losses fall from 5.6 (= ln 260), as the adapters learn which bytes
+occur in answers. The texts mean nothing.
   python train.py --config configs/tiny.py
   python infer.py --config configs/tiny.py --examples 1
 """
