@@ -156,7 +156,7 @@ def test_a_step_on_a_tpu_copies_no_kernel_and_no_cache(rule):
     decode=DecodeConfig(max_new_tokens=64, rule=rule),
   )
   topology = get_topology("v5e:1x1")
-  [_, (plan, _)] = plan_decoding(config, shape, topology)
+  [(plan, _)] = plan_decoding(config, shape, topology, ["decode"])
   rows = 4 if rule == "probabilities" else 1
   cache = rows * 2 * shape.layers * 512 * 4096 * 2
   read = plan.weights_bytes - 2 * 512 * 4096 + plan.adapters_bytes + cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import functools
 from typing import Any
 
@@ -23,7 +24,10 @@ from tokenlora_jax.plan.training import Plan, describe_base, plan_program
 
 
 def plan_decoding(
-  config: Config, shape: LlamaConfig, topology: Topology
+  config: Config,
+  shape: LlamaConfig,
+  topology: Topology,
+  phases: Sequence[str] = ("prefill", "decode"),
 ) -> list[tuple[Plan, Program]]:
   """Plans one text: a prompt of `data.length` tokens and `max_new_tokens` more.
 
@@ -31,9 +35,10 @@ def plan_decoding(
     config: of the bank and the decoding.
     shape: of the base.
     topology: from `get_topology`.
+    phases: what to plan, each compiled on its own.
 
   Returns:
-    [(plan, program)] of the prefill and of one decode step.
+    [(plan, program)] by phase: of the prefill, and of one decode step.
 
   Raises:
     InputError: the settings do not fit the base.
@@ -91,27 +96,22 @@ def plan_decoding(
   alike = dict(
     parts=parts, shape=shape, mesh=mesh, topology=topology, config=config
   )
-  return [
-    plan_program(
-      "prefill",
-      lambda: graph.prefill.lower(
-        base, loras, None, gates, tokens, pad,
-        reading=reading, slots=length + new,
-      ),
-      tokens=length,
-      **alike,
+  programs = {
+    "prefill": lambda: graph.prefill.lower(
+      base, loras, None, gates, tokens, pad,
+      reading=reading, slots=length + new,
     ),
     # A buffer of one token makes the loop run once.
-    plan_program(
-      "decode",
-      lambda: graph.decode.lower(
-        base, loras, None, state, prompt, None, number, ends,
-        reading=reading, sampler=Sampler(), chunk=1,
-      ),
-      tokens=1,
-      **alike,
+    "decode": lambda: graph.decode.lower(
+      base, loras, None, state, prompt, None, number, ends,
+      reading=reading, sampler=Sampler(), chunk=1,
     ),
-  ]  # fmt: skip
+  }  # fmt: skip
+  made = {"prefill": length, "decode": 1}
+  return [
+    plan_program(phase, programs[phase], tokens=made[phase], **alike)
+    for phase in phases
+  ]
 
 
 def _adapters(config: Config, shape: LlamaConfig):
