@@ -1,4 +1,6 @@
-"""The adapters' part of a forward pass: gates and a rule at each adapted map.
+"""Computes what the adapters add in a forward pass, by gates and a rule.
+
+  z_e = A_e x,  m = mix(z, gates),  y = W x + sum_e B_e m_e
 
 Axis letters: B batch, T length, N query heads, K kv heads, G = N/K, H head
 width, E experts, R rank, M rows that read one sequence.
@@ -29,11 +31,11 @@ from tokenlora_jax.model.lora import Adapters, LayerLoras, Lora
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routed:
-  """The adapters of one linear map, and the router's prototype for it.
+  """The adapters of one projection, and an in-layer router's prototype of it.
 
   Attributes:
     lora: the adapters.
-    prototype: arrays that the router compares the map's input with.
+    prototype: arrays that the router compares the projection's input with.
   """
 
   lora: Lora
@@ -43,11 +45,16 @@ class Routed:
 def route_layers(
   layers: Sequence[LayerLoras] | LayerLoras, router: Router | None
 ) -> Sequence[Mapping[str, Lora | Routed]] | LayerLoras:
-  """Returns adapters with the prototypes of an in-layer router.
+  """Joins each layer's adapters with an in-layer router's prototypes.
 
   Args:
-    layers: a mapping a layer.
+    layers: one mapping per layer.
     router: any router; one without prototypes changes nothing.
+
+  Example:
+    >>> lora = Lora(jnp.ones((2, 1, 4)), jnp.ones((2, 1, 4)), jnp.ones(2))
+    >>> route_layers([{"q": lora}], None)[0]["q"] is lora
+    True
   """
   if router is None or not router.prototypes:
     return layers
@@ -60,26 +67,37 @@ def route_layers(
 def routed(
   loras: LayerLoras, prototypes: Mapping[str, Any]
 ) -> dict[str, Routed]:
-  """Returns a layer's adapters with the prototype of each map.
+  """Joins one layer's adapters with the prototypes of their projections.
 
   Args:
-    loras: of one layer, or of stacked ones.
-    prototypes: of each of its maps.
+    loras: the adapters of one layer, or of stacked ones.
+    prototypes: the prototype of each projection.
+
+  Example:
+    >>> lora = Lora(jnp.ones((2, 1, 4)), jnp.ones((2, 1, 4)), jnp.ones(2))
+    >>> routed({"q": lora}, {"q": jnp.zeros((2, 4))})["q"].prototype.shape
+    (2, 4)
   """
   return {name: Routed(lora, prototypes[name]) for name, lora in loras.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """Computes the adapters' output at a map: y = sum_e B_e mix(A_e x, gates).
+  """Computes what adapters add to a projection: sum_e B_e mix(A_e x, gates).
 
   Attributes:
     rule: how the gates mix the adapters.
     gates: float32[B, E] or [B, T, E].
-    router: decides gates in the layers too, which multiply `gates`; or none.
-    seen: a list that gets what it decided, float32[B, T, E] a map, in the order
-      they run; or None. Only for layers in a list: what is decided in a scan
-      cannot be told outside.
+    router: an in-layer router, whose gates multiply `gates`; or None.
+    seen: a list that collects the in-layer gates, float32[B, T, E] per
+      projection, in the order in which they run; or None. Only for layers in a
+      list: a scan would keep them inside.
+
+  Example:
+    >>> lora = Lora(jnp.ones((2, 1, 4)), jnp.ones((2, 1, 4)), jnp.ones(2))
+    >>> half = Mixture(get_rule("exact"), jnp.array([[0.5, 0.0]]))
+    >>> half(lora, jnp.ones((1, 1, 4))).tolist()
+    [[[2.0, 2.0, 2.0, 2.0]]]
   """
 
   rule: Rule
@@ -121,15 +139,15 @@ class Mixture:
   def up(
     self, lora: Lora, low: Float[Array, "B T N ER"], kv_heads: int
   ) -> Float[Array, "B T N H"]:
-    """Returns the adapters' output for mixed rank activations of values.
+    """Returns what the adapters of v add, after attention instead of before.
 
-    Attention sums values over positions, and a value's adapters are linear in
-    its rank activations: so z may be summed in the values' place, under the
-    same weights, and today's gates may be used after.
+    The values' adapters are linear in their rank activations z, and attention
+    is a weighted sum over positions. So attention may sum z with the same
+    weights, and the current gates may multiply that sum.
 
     Args:
       lora: the adapters of v.
-      low: [B, T, N, E*R], z summed with the weights of each query head.
+      low: [B, T, N, E*R], z summed with each query head's weights.
       kv_heads: K.
 
     Returns:
@@ -157,14 +175,19 @@ def _joined(low: Float[Array, "B T E R"]) -> Float[Array, "B T ER"]:
 def expert_rows(
   x: Shaped[Array | np.ndarray, "B ..."], copies: int
 ) -> Shaped[Array, "BM ..."]:
-  """Returns [B, ..] as [B * copies, ..], the copies of a row together."""
+  """Repeats each row of [B, ..]: [B * copies, ..], copies side by side.
+
+  Example:
+    >>> expert_rows(jnp.array([1, 2]), 2).tolist()
+    [1, 1, 2, 2]
+  """
   return jnp.repeat(x, copies, axis=0)
 
 
 def one_hot_rows(
   batch: int, experts: int
 ) -> Float[Array, "{batch*experts} {experts}"]:
-  """Returns the gates [B * E, E] under which each expert reads each row alone.
+  """Returns gates [B * E, E] with which each expert reads each row alone.
 
   Example:
     >>> one_hot_rows(1, 2).tolist()
@@ -176,10 +199,10 @@ def one_hot_rows(
 def resolve(
   rule: str, cache: str, router: Router, adapters: Adapters
 ) -> tuple[Rule, Router]:
-  """Returns the rule of a name, and the router bound to the experts.
+  """Looks up a rule, binds the router to the experts, and checks both.
 
-  All that reads tokens under gates begins here, so that a rule, a cache policy
-  and a router that do not fit together are refused in one way.
+  Decoding and evaluation both call it, so they refuse the same combinations of
+  rule, cache policy and router.
 
   Args:
     rule: the name of the rule that mixes the adapters.
@@ -188,7 +211,7 @@ def resolve(
     adapters: the experts.
 
   Raises:
-    InputError: there is no such rule, or they do not fit together.
+    InputError: there is no such rule, or the three do not fit together.
 
   Example:
     >>> from tokenlora_jax import load_base, make_router, random_adapters
@@ -242,9 +265,9 @@ class Read(NamedTuple):
   Attributes:
     hidden: [B, T, D], the last hidden states.
     cache: keys and values, as `Llama` returns them.
-    looked: the cache of the base alone, for a router that looks first; or None.
-    gates: float32[B, T, E] of a router that decides in the layers, the mean
-      over the adapted maps; otherwise the gates that were given.
+    looked: the base's own cache, for a router with `looks_first`; or None.
+    gates: of an in-layer router float32[B, T, E], the mean over the adapted
+      projections; otherwise the given gates.
   """
 
   hidden: Float[Array, "B T D"]
@@ -268,21 +291,21 @@ def read(
   remix: bool = False,
   caches: tuple[Cache | None, Cache | None] = (None, None),
 ) -> Read:
-  """Reads tokens under gates, after what was read before; pure.
+  """Runs the base over tokens with its adapters mixed by gates; pure.
 
-  Decoding, evaluation and `forward` all read here.
+  Decoding, evaluation and `forward` all call it.
 
   Args:
     base: the Llama.
     tokens: int32[B, T].
     positions: int32[B, T].
-    mask: bool[B, T, S], what each token attends to.
+    mask: bool[B, T, S], true where a token may look.
     rule: how gates mix the adapters; None is the base alone.
     loras: the adapters of each layer.
     gates: float32[B, E] or [B, T, E].
-    router: one that decides inside the layers too; its gates multiply `gates`.
-    remix: whether values are read under today's gates.
-    caches: the cache, and that of the base alone.
+    router: an in-layer router, whose gates multiply `gates`; others do nothing.
+    remix: whether the current gates apply to the cached values.
+    caches: the cache, and the base's own, of the tokens before.
   """
   cache, looked = caches
   if rule is None:
@@ -321,14 +344,14 @@ def forward(
     gates: float[B, E], or [B, T, E] for gates of each token; needed with
       adapters, unless a router decides inside the layers.
     rule: how the gates mix the adapters.
-    router: one that decides inside the layers, such as `arrow`; its gates
-      multiply `gates`.
+    router: an in-layer router, such as `arrow`; its gates multiply `gates`.
 
   Returns:
     float32[B, T, V]; under the rule `probabilities` log-probabilities.
 
   Raises:
-    InputError: adapters that do not fit the base, gates of a wrong shape.
+    InputError: the adapters do not fit the base, or the router is not in-layer.
+    ValueError: the gates are missing or have another shape.
 
   Example:
     >>> from tokenlora_jax import load_base
@@ -359,7 +382,20 @@ def forward(
 def check_gates(
   gates: ArrayLike | None, shape: tuple[int, int], experts: int
 ) -> Float[Array, "B {experts}"] | Float[Array, "B T {experts}"]:
-  """Returns gates as float32[B, E] or [B, T, E], or raises `ValueError`."""
+  """Returns gates as float32[B, E] or [B, T, E].
+
+  Args:
+    gates: numbers of one of these shapes.
+    shape: (B, T).
+    experts: E.
+
+  Raises:
+    ValueError: there are no gates, or their shape is another.
+
+  Example:
+    >>> check_gates([[1, 0]], (1, 3), 2).tolist()
+    [[1.0, 0.0]]
+  """
   if gates is None:
     raise ValueError(f"adapters need gates: [B, E] = [{shape[0]}, {experts}]")
   gates = jnp.asarray(gates, jnp.float32)

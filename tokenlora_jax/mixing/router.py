@@ -1,4 +1,4 @@
-"""The interface of a router.
+"""The interface of routers, which compute the gates.
 
 Axis letters: B batch, T length, D width of the base, E experts, R rank.
 """
@@ -19,61 +19,72 @@ from tokenlora_jax.model.lora import Lora
 
 
 class Router(abc.ABC):
-  """Decides the gates of a batch of sequences, anew at each refresh.
+  """Computes the gates of a batch of sequences, at each refresh.
 
   A router is a frozen dataclass registered as a JAX pytree. Its arrays are
-  leaves and what is not an array is static, so two routers of one shape share
-  one trace. The decoder calls `observe` on the host and `gates` in the graph.
+  leaves and its other fields are static, so two routers of one shape share one
+  trace. The decoder calls `observe` on the host and `gates` in the graph.
 
-  A router that decides for each position inside the layers has `prototypes`,
-  and the decoder calls `position_gates` at each adapted map; its `gates`, 1
-  unless it says otherwise, multiply what it decides there. One that looks at
-  something too (`needs`) decides for whole sequences first.
+  An in-layer router has `prototypes`, and the decoder calls its
+  `position_gates` at each adapted projection. The result is multiplied by
+  `gates`, which are 1 by default. An in-layer router whose `needs` is not
+  `nothing` computes gates of whole sequences too.
 
   Attributes:
-    needs: what `gates` looks at: `nothing`; the mean of the base's last
-      `hidden` states over the running text; the `text` itself; the `prompt`,
-      read once by a pass of its own (`read_prompt`); or `evidence`, how well
-      each expert alone predicted the tokens so far.
-    looks_first: whether the base reads each token alone before, for `look`.
-    at_prompt_only: whether it decides once, from the prompt, whatever
-      `refresh_every` says.
+    needs: the input of `gates`: `nothing`; `hidden`, the mean of the base's
+      last hidden states over the running text; `text`, the running text;
+      `prompt`, the result of `read_prompt`; or `evidence`, how well each expert
+      alone predicted the tokens so far.
+    looks_first: whether the base reads each token first, alone, for `look`.
+    at_prompt_only: whether it computes gates once, from the prompt, whatever
+      `refresh_every` is.
+
+  Example:
+    >>> import dataclasses, jax
+    >>> @jax.tree_util.register_dataclass
+    ... @dataclasses.dataclass(frozen=True)
+    ... class First(Router):
+    ...   experts = 2
+    ...   def gates(self, batch, observation, seen):
+    ...     return jnp.tile(jnp.array([1.0, 0.0]), (batch, 1))
+    >>> First().gates(1, (), None).tolist()
+    [[1.0, 0.0]]
   """
 
   needs: Literal["nothing", "hidden", "text", "prompt", "evidence"] = "nothing"
   looks_first: bool = False
   at_prompt_only: bool = False
-  # Of a router that weighs evidence: who decides before there is any, and
-  # whether the prompt's tokens are some.
+  # Of a router of `evidence`: the router of the first gates, and whether the
+  # prompt's tokens are evidence too.
   prior: Router | None = None
   counts_prompt: bool = False
-  # Whether all gates of a sequence may be 0: the base alone.
+  # Whether all gates of a sequence may be 0, which is the base alone.
   may_be_zero: bool = False
-  # Whether a gate may be below 0, so that powers and shares mean nothing.
+  # Whether a gate may be below 0: then powers and shares are undefined.
   may_be_negative: bool = False
 
   @property
   @abc.abstractmethod
   def experts(self) -> int:
-    """E."""
+    """The number of experts, E."""
 
   @property
   def prototypes(self) -> Sequence[Mapping[str, Any]]:
-    """The arrays of each layer that `position_gates` reads at each adapted map.
+    """The arrays that `position_gates` reads at each adapted projection.
 
-    A mapping a layer, from the projection's name to a pytree of arrays. Empty:
-    the router decides for whole sequences.
+    One mapping per layer, from the projection's name to a pytree of arrays.
+    Empty for a router of whole sequences.
     """
     return ()
 
   def bind(self, names: Sequence[str]) -> Router:
-    """Returns this router for a bank of these experts.
+    """Returns this router, checked against a bank's experts.
 
     Args:
       names: the experts' names, in the bank's order.
 
     Raises:
-      InputError: the router is for another number of experts.
+      InputError: the router was made for another number of experts.
     """
     if len(names) != self.experts:
       raise InputError(
@@ -83,7 +94,7 @@ class Router(abc.ABC):
     return self
 
   def observe(self, texts: Sequence[str]) -> Any:
-    """Turns texts into arrays for `gates`, on the host.
+    """Converts texts to arrays for `gates`, on the host.
 
     Args:
       texts: the B running texts, prompts included.
@@ -97,15 +108,16 @@ class Router(abc.ABC):
   def gates(
     self, batch: int, observation: Any, seen: Any
   ) -> Float[Array, "{batch} E"]:
-    """Decides the gates of whole sequences; pure, for use under `jax.jit`.
+    """Computes the gates of whole sequences; pure, for use under `jax.jit`.
 
     Args:
       batch: B.
       observation: the result of `observe`.
-      seen: by `needs`: `hidden`, float32[B, D], the mean over the running text
-        of the base's last hidden states (after the final norm); `prompt`, what
-        `read_prompt` gave; `evidence`, float32[B, E], the log of the belief
-        that each expert is the best (see `Posterior`); otherwise None.
+      seen: the input that `needs` names. `hidden`: float32[B, D], the mean over
+        the running text of the base's last hidden states (after the final
+        norm). `prompt`: the result of `read_prompt`. `evidence`: float32[B, E],
+        the log of the belief in each expert (see `PosteriorRouter`). Otherwise
+        None.
 
     Returns:
       float32[B, E].
@@ -120,14 +132,14 @@ class Router(abc.ABC):
     x: Float[Array | np.ndarray, "B T I"],
     low: Float[Array, "B T E R"],
   ) -> Float[Array, "B T E"] | Float[Array, "B T E R"]:
-    """Decides the gates of positions at one adapted map; pure.
+    """Computes the gates of positions at one adapted projection; pure.
 
-    All are 1 unless a router says otherwise.
+    All are 1 by default.
 
     Args:
-      prototype: of this map, from `prototypes`.
-      lora: the map's adapters.
-      x: [B, T, in], the map's input.
+      prototype: the projection's, from `prototypes`.
+      lora: the projection's adapters.
+      x: [B, T, in], the projection's input.
       low: float32[B, T, E, R], the rank activations A_e x.
 
     Returns:
@@ -143,13 +155,15 @@ class Router(abc.ABC):
     tokens: Int[Array | np.ndarray, "B P"],
     pad: Int[Array | np.ndarray, " B"],
   ) -> Any:
-    """Reads prompts for `gates`, once; pure. For `needs` of `prompt`.
+    """Runs a pass over the prompts for `gates`, once; pure.
+
+    The decoder calls it if `needs` is `prompt`.
 
     Args:
-      base: the Llama, its layers in a list.
-      layers: the adapters, a mapping a layer from projection to `Lora`.
-      tokens: int32[B, P], padded in front.
-      pad: int32[B], how much.
+      base: the Llama, in the list layout.
+      layers: the adapters, one {projection: Lora} per layer.
+      tokens: int32[B, P], padded on the left.
+      pad: int32[B], the padding of each row.
     """
     del base, layers, tokens, pad
     return None
@@ -159,16 +173,16 @@ class Router(abc.ABC):
     belief: Float[Array | np.ndarray, "B E"],
     log_probs: Float[Array | np.ndarray, "B E"],
   ) -> Float[Array, "B E"]:
-    """Returns the belief after a token: float32[B, E], logarithms.
+    """Returns the log-belief after a token: float32[B, E].
 
     Args:
-      belief: float32[B, E], before it.
-      log_probs: float32[B, E], of the token, by each expert alone.
+      belief: float32[B, E], the log-belief before the token.
+      log_probs: float32[B, E], the token's log-probability by each expert.
     """
     return belief + log_probs
 
   def look(self, hidden: Float[Array, "B T D"]) -> Router:
-    """Returns the router with the base's own hidden states of the tokens.
+    """Returns the router with gates computed from the base's hidden states.
 
     Args:
       hidden: [B, T, D], the base's last hidden states.
@@ -181,6 +195,6 @@ class Router(abc.ABC):
     before: Float[Array | np.ndarray, "*B E"],
     gates: Float[Array | np.ndarray, "*B E"],
   ) -> Float[Array | np.ndarray, "*B E"]:
-    """Returns the gates of a refresh, given those before it: float32[B, E]."""
+    """Returns new gates smoothed with the old ones: float32[.., E]."""
     del before
     return gates

@@ -1,11 +1,11 @@
-"""Rules: combine several adapters into one map, by gates.
+"""Mixing rules: how gates combine several adapters.
 
-For x [.., in] each adapter e has rank activations z_e = A_e x [R]. A rule turns
-z and gates g into m = mix(z, g); the layer adds sum_e B_e m_e. A rule acts only
-between A and B, so A and B of all experts are read as one matrix each, whatever
-the gates, and gates may differ between rows and tokens of one batch.
+  z_e = A_e x  [.., E, R],   m = mix(z, gates, scaling),   y = sum_e B_e m_e
 
-A rule may also leave the experts apart and mix what they predict.
+A rule acts only between A and B. So the A of all experts are read as one
+matrix, and so are the B, and gates may differ between rows and tokens.
+
+The rule `probabilities` lets each expert predict alone, and mixes predictions.
 
 Axis letters: B batch, T length, E experts, R rank, V vocabulary.
 """
@@ -32,13 +32,17 @@ Mix = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """A rule of mixing.
+  """A mixing rule.
 
   Attributes:
-    name: in configs.
+    name: its name in settings.
     mix: mixes the experts' rank activations; see `register_rule`.
-    of_outputs: whether each expert reads the text alone, as if the gates were
-      one-hot, and the gates mix the probabilities that they predict.
+    of_outputs: whether each expert reads the text alone, under one-hot gates,
+      and the gates mix the experts' predicted probabilities.
+
+  Example:
+    >>> get_rule("probabilities").of_outputs, get_rule("exact").of_outputs
+    (True, False)
   """
 
   name: str
@@ -50,15 +54,15 @@ _RULES: dict[str, Rule] = {}
 
 
 def register_rule(name: str, of_outputs: bool = False) -> Callable[[Mix], Mix]:
-  """Makes a function that mixes rank activations a rule known by name.
+  """Registers a function as a mixing rule under a name.
 
-  It is called with the rank activations float32[.., E, R], the gates
-  float32[.., E, 1] (of each rank [.., E, R] from routers that gate ranks) and
-  the scaling float32[E, 1], and returns [.., E, R]. The latest to take a name
-  wins, so a notebook cell may run twice.
+  The function takes rank activations float32[.., E, R], gates float32[.., E, 1]
+  (or [.., E, R] from routers that gate single ranks) and scaling float32[E, 1],
+  and returns [.., E, R]. A second registration of a name replaces the first, so
+  a notebook cell may run twice.
 
   Args:
-    name: in configs.
+    name: its name in settings.
     of_outputs: whether the gates mix predictions; see `Rule`.
 
   Example:
@@ -78,7 +82,7 @@ def register_rule(name: str, of_outputs: bool = False) -> Callable[[Mix], Mix]:
 
 
 def get_rule(name: str) -> Rule:
-  """Returns the rule of a name.
+  """Returns the rule with a name.
 
   Raises:
     InputError: there is no such rule.
@@ -154,10 +158,10 @@ def peft040(
   gates: Float[Array | np.ndarray, "*#B E #R"],
   scaling: Float[Array | np.ndarray, "E 1"],
 ) -> Float[Array, "*B E R"]:
-  """PEFT 0.4.0's combination "linear": the paper's own code.
+  """PEFT 0.4.0's combination "linear", which the paper's code uses.
 
-  y = B A x, A = sum_e gates_e scaling_e A_e, B = sum_e B_e: the gates weigh A
-  alone, so that even one-hot gates do not give an adapter back.
+  y = B A x, A = sum_e gates_e scaling_e A_e, B = sum_e B_e: gates multiply only
+  A, so even one-hot gates do not reproduce an adapter.
 
   Args:
     low: float32[.., E, R].
@@ -189,7 +193,7 @@ def mix_probabilities(
   """Mixes predictions: log sum_e w_e exp(log_probs_e), w = gates / sum gates.
 
   Args:
-    log_probs: float32[B, E, ..], of each expert.
+    log_probs: float32[B, E, ..], the experts' log-probabilities.
     gates: float32[B, E, ..], at least 0 and not all 0; a trailing axis may be
       1.
 

@@ -1,4 +1,4 @@
-"""Routers compute the gates; looked up by name, one file a family."""
+"""Routers, which compute the gates: by name, one file per family."""
 
 from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.mixing.routers.ariadne import AriadneRouter, fit_ariadne

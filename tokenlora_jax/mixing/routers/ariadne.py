@@ -1,4 +1,4 @@
-"""ARIADNE: routes to the one expert whose centroid is nearest to the prompt.
+"""ARIADNE: picks the expert whose centroid is nearest to the prompt.
 
 Cassano et al., "ARIADNE: Agnostic Routing for Inference-time Adapter DyNamic
 sElection" (2026, arXiv 2606.19079).
@@ -30,9 +30,9 @@ from tokenlora_jax.mixing.routers.registry import register_router
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AriadneRouter(EmbeddingRouter):
-  """gates = softmax(s), s_e = max over c of cos(x, c_ec), of which one stays.
+  """gates = top-1 of softmax(s), s_e = max over c of cos(x, c_ec).
 
-  x is the prompt's vector.
+  x is the prompt's vector and c_ec the C centroids of expert e.
   """
 
   at_prompt_only = True
@@ -45,16 +45,15 @@ class AriadneRouter(EmbeddingRouter):
 
 @register_router("ariadne", top_k=1)
 def ariadne(centroids: ArrayLike, encoder: Encoder) -> AriadneRouter:
-  """ARIADNE (Cassano et al., 2026): top-1 cosine, decided at the prompt.
+  """Makes ARIADNE's router (Cassano et al., 2026): top-1 cosine at the prompt.
 
-  We know the paper from its abstract and summaries: a set of centroids of the
-  embeddings of each adapter's training texts, and the adapter of the nearest.
-  That they are found by k-means is ours, and so is the softmax, which matters
-  where `top_k` is not 1.
+  The paper embeds each adapter's training texts, computes centroids, and picks
+  the adapter of the nearest one. We know it from its abstract and summaries.
+  The k-means is ours, and so is the softmax, which matters if `top_k` is not 1.
 
   Args:
     centroids: float32[E, C, D_enc] (see `fit_ariadne`), or [E, D_enc].
-    encoder: an encoder of the prompt, or `hidden` for the base's own
+    encoder: a text encoder for the prompt, or `hidden` for the base's own
       mean last hidden state.
 
   Raises:

@@ -1,4 +1,4 @@
-"""Arrow: routes each input to the adapter that would stretch it most.
+"""Arrow: weighs adapters by how strongly each one's main direction responds.
 
 Ostapenko et al., "Towards Modular LLMs by Building and Reusing a Library of
 LoRAs" (2024).
@@ -25,15 +25,15 @@ from tokenlora_jax.model.lora import Adapters, Lora
 
 
 def arrow_vectors(lora: Lora) -> Float[np.ndarray, "E I"]:
-  """Returns each adapter's direction of most effect on unit inputs.
+  """Computes the unit input that each adapter amplifies most.
 
   v_e is the first right singular vector of B_e A_e (Ostapenko et al., 2024,
-  section 4.1), up to its sign. With A_e' = Q_a T_a and B_e = Q_b T_b it is Q_a
-  times that of T_b T_a' [R, R], so [out, in] never exists. Where an adapter is 0,
-  v_e is 0.
+  section 4.1), up to its sign. With the QR factors A_e' = Q_a T_a and
+  B_e = Q_b T_b it is Q_a times the first right singular vector of T_b T_a'
+  [R, R], so no [out, in] array is built. If an adapter is 0, v_e is 0.
 
   Args:
-    lora: the adapters of one map, numpy arrays.
+    lora: the adapters of one projection, numpy arrays.
 
   Returns:
     float32[E, in].
@@ -55,7 +55,10 @@ def arrow_vectors(lora: Lora) -> Float[np.ndarray, "E I"]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ArrowRouter(PositionRouter):
-  """gates = softmax(|v_e . h|); prototypes are float32[E, in], the v_e."""
+  """gates = softmax(|v_e . h|), with h a projection's input.
+
+  Prototypes are float32[E, in], the v_e of `arrow_vectors`.
+  """
 
   def position_gates(self, prototype, lora, x, low):
     return jax.nn.softmax(jnp.abs(linear(x, prototype)), axis=-1)
@@ -63,7 +66,7 @@ class ArrowRouter(PositionRouter):
 
 @register_router("arrow", top_k=3)
 def arrow(adapters: Adapters) -> ArrowRouter:
-  """Arrow routing (Ostapenko et al., 2024): nothing is trained.
+  """Makes Arrow's router (Ostapenko et al., 2024), which needs no training.
 
   Args:
     adapters: the experts.

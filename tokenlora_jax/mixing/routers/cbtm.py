@@ -1,4 +1,4 @@
-"""c-BTM's router: weighs experts by the distance of text to cluster.
+"""c-BTM's router: weighs experts by the distance from text to centroid.
 
 Gururangan et al., "Scaling Expert Language Models with Unsupervised Domain
 Discovery" (2023, arXiv 2303.14177).
@@ -29,9 +29,9 @@ from tokenlora_jax.mixing.routers.registry import register_router
 class CbtmRouter(EmbeddingRouter):
   """gates = softmax(-d), d_e = min over c of |x - c_ec|^2.
 
-  x is the running text's vector, of length 1. The paper divides d by its
-  temperature and keeps the k largest gates after, scaled to sum to 1: which is
-  what the shaping of any router's gates does.
+  x is the running text's vector, of length 1. The paper divides d by a
+  temperature, then keeps the k largest gates, scaled to sum to 1. `Shaping`
+  does both, for any router.
   """
 
   def gates(self, batch, observation, seen):
@@ -45,18 +45,18 @@ class CbtmRouter(EmbeddingRouter):
 
 @register_router("cbtm", temperature=0.1)
 def cbtm(centroids: ArrayLike, encoder: Encoder) -> CbtmRouter:
-  """c-BTM (Gururangan et al., 2023): p_e = softmax(-|x - c_e|^2 / T), T .1.
+  """Makes c-BTM's router: softmax(-|x - c_e|^2 / T), T = .1.
 
-  The paper's x are tf-idf vectors, its experts are whole models, and its p_e
-  mix their predictions (the rule `probabilities`); an encoder's vectors of
-  length 1, adapters, and several centroids an expert, of which the nearest
-  counts, are ours.
+  In the paper (Gururangan et al., 2023) x is a tf-idf vector, experts are whole
+  models, and the softmax mixes their predictions, as the rule `probabilities`
+  does. Ours are: an encoder's vectors of length 1, adapters as experts, and
+  several centroids per expert, of which the nearest counts.
 
   Args:
     centroids: float32[E, D_enc] or [E, C, D_enc], from the same encoder; see
       `fit_centroids`.
-    encoder: an encoder of the running text, or `hidden` for the
-      base's own mean last hidden state.
+    encoder: a text encoder for the running text, or `hidden` for the base's
+      own mean last hidden state.
 
   Raises:
     InputError: a setting is not allowed, or widths differ.

@@ -1,4 +1,4 @@
-"""The paper's router: weighs experts by similarity to their training texts.
+"""The paper's router: weighs experts by the similarity of their texts.
 
 Belofsky, "Token-Level Adaptation of LoRA Adapters for Downstream Task
 Generalization" (2023).
@@ -37,15 +37,15 @@ def sharpened_softmax(
 
   gates = softmax(s'), s'_b = sharpen * s_b for b = argmax s, else s'_e = s_e
 
-  Of equal similarities only the first is multiplied. A largest similarity below
-  0 moves away from 0 like any other, so its gate becomes the smallest: that is
-  the paper's rule, kept as it is. With E experts and similarities of at most 1,
-  no gate exceeds e^sharpen / (e^sharpen + E - 1) unless the others are negative
-  (0.948 for sharpen 4, E 4).
+  Of equal similarities only the first is multiplied. If the largest similarity
+  is negative, multiplying makes it smaller, so its gate may fall behind others;
+  that is the paper's rule, kept as it is. With E experts and similarities of at
+  most 1, no gate exceeds e^sharpen / (e^sharpen + E - 1) unless the others are
+  negative (0.948 for sharpen 4, E 4).
 
   Args:
     similarities: float32[..., E], cosines.
-    sharpen: the factor of the largest; 1 is a plain softmax.
+    sharpen: factor of the largest one; 1 is a plain softmax.
 
   Returns:
     float32[..., E], summing to 1.
@@ -78,10 +78,10 @@ def sharpened_softmax(
 class CentroidRouter(EmbeddingRouter):
   """gates = sharpened_softmax(s), s_e = max over c of cos(x, c_ec).
 
-  x is the running text's vector.
+  x is the running text's vector and c_ec the C centroids of expert e.
 
   Attributes:
-    sharpen: float32[], what the largest s is multiplied by.
+    sharpen: float32[], factor of the largest s.
   """
 
   sharpen: Float[Array, ""]
@@ -97,16 +97,16 @@ class CentroidRouter(EmbeddingRouter):
 def centroid(
   centroids: ArrayLike, encoder: Encoder, sharpen: float = 4.0
 ) -> CentroidRouter:
-  """The paper's router (Belofsky, 2023).
+  """Makes the paper's router (Belofsky, 2023).
 
-  Several centroids an expert, of which the nearest counts, are ours.
+  The paper has one centroid per expert. With several, the nearest counts.
 
   Args:
     centroids: float32[E, D_enc], from the same encoder (see `centroids`), or
       [E, C, D_enc] for several an expert (see `fit_centroids`).
-    encoder: an encoder of the running text, or `hidden` for the
-      base's own mean last hidden state.
-    sharpen: the factor of the largest cosine; 4 in the paper.
+    encoder: a text encoder for the running text, or `hidden` for the base's
+      own mean last hidden state.
+    sharpen: factor of the largest cosine; 4 in the paper.
 
   Raises:
     InputError: a setting is not allowed, or widths differ.
@@ -127,10 +127,10 @@ def centroid(
 
 @runtime_checkable
 class Embeds(Protocol):
-  """Turns texts into vectors, as `TextEncoder` and `HiddenEncoder` do."""
+  """A text encoder, such as `TextEncoder` and `HiddenEncoder`."""
 
   def embed(self, texts: Sequence[str]) -> Float[np.ndarray, "N D_enc"]:
-    """Returns float32[N, D_enc] of N texts."""
+    """Embeds N texts: float32[N, D_enc]."""
     ...
 
 
@@ -139,7 +139,7 @@ def centroids(
 ) -> Float[np.ndarray, "E D_enc"]:
   """Averages each expert's training texts (Belofsky, 2023).
 
-  c_e = mean over the expert's texts of embed(text), not made of length 1 again.
+  c_e = mean over the expert's texts of embed(text), not normalised again.
 
   Args:
     encoder: embeds N texts as float32[N, D_enc].
@@ -150,6 +150,13 @@ def centroids(
 
   Raises:
     InputError: an expert has no texts.
+
+  Example:
+    >>> class Lengths:
+    ...   def embed(self, texts):
+    ...     return np.array([[len(text), 1] for text in texts], np.float32)
+    >>> centroids(Lengths(), [["a", "abc"], ["ab"]]).tolist()
+    [[2.0, 1.0], [2.0, 1.0]]
   """
   for index, texts in enumerate(texts_by_expert):
     if not texts:

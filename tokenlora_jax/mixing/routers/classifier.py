@@ -28,14 +28,14 @@ from tokenlora_jax.mixing.routers.embedding import (
 )
 from tokenlora_jax.mixing.routers.registry import register_router
 
-# The least spread of a feature, where all vectors have the same.
+# The least spread of a feature, in case all vectors share one value.
 _LEAST = 1e-6
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClassifierRouter(EmbeddingRouter):
-  """gates = softmax(W x + b); x is the running text's vector, `table` is W.
+  """gates = softmax(W x + b); `table` is W, x the running text's vector.
 
   Attributes:
     bias: float32[E], b.
@@ -57,16 +57,16 @@ def classifier(
   bias: ArrayLike,
   encoder: Encoder,
 ) -> ClassifierRouter:
-  """A linear classifier of the running text: gates = softmax(W x + b).
+  """Makes a linear classifier of the running text: softmax(W x + b).
 
-  Its gates are probabilities that the text is of an expert's task: near one-hot
-  where that is plain, a mixture where it is not.
+  A gate is the probability that the text belongs to an expert's task. Gates are
+  nearly one-hot for a clear text, and a mixture for an ambiguous one.
 
   Args:
-    weights: float32[E, D_enc], see `fit_classifier`.
-    bias: float32[E].
-    encoder: an encoder of the running text, or `hidden` for the
-      base's own mean last hidden state.
+    weights: W, float32[E, D_enc]; see `fit_classifier`.
+    bias: b, float32[E].
+    encoder: a text encoder for the running text, or `hidden` for the base's
+      own mean last hidden state.
 
   Raises:
     InputError: a setting is not allowed, or widths differ.
@@ -96,10 +96,9 @@ def fit_classifier(
 
   W, b = argmin  sum_i -log softmax(W z_i + b)_e(i) + |W|^2 / 2
 
-  z_i is vector i with each feature shifted and scaled to mean 0 and variance 1;
-  e(i) is its expert. That is the most probable classifier where weights are
-  drawn from a standard normal distribution. What is returned takes the vectors
-  as they are.
+  z_i is vector i, each feature shifted and scaled to mean 0 and variance 1;
+  e(i) is its expert. The penalty is a standard normal prior on the weights. The
+  returned W and b apply to vectors that are not shifted and scaled.
 
   Args:
     embeddings_by_expert: E arrays float32[N_e, D_enc], of texts of each
@@ -116,7 +115,7 @@ def fit_classifier(
     [[ 0.74 -0.74]
      [-0.74  0.74]]
   """
-  # Take a while, and only fitting needs them.
+  # Imported here: they load slowly, and only fitting needs them.
   import scipy.optimize
   import scipy.special
 
@@ -125,7 +124,7 @@ def fit_classifier(
   owners = np.eye(len(sizes)).repeat(sizes, axis=0)
   x = np.concatenate(vectors)
   mean, spread = x.mean(axis=0), np.maximum(x.std(axis=0), _LEAST)
-  # The last weight is that of a feature which is always 1: the bias.
+  # The last weight belongs to a feature that is always 1: the bias.
   z = np.column_stack([(x - mean) / spread, np.ones(len(x))])
   shape = len(sizes), z.shape[1]
   penalty = np.ones(z.shape[1])

@@ -1,4 +1,4 @@
-"""Several centroids an expert: k-means over the vectors of its texts.
+"""Several centroids per expert: k-means over the vectors of its texts.
 
 Axis letters: E experts, C centroids an expert, D_enc width of an embedding.
 """
@@ -18,17 +18,17 @@ from tokenlora_jax.mixing.routers.embedding import check_embeddings
 def kmeans(
   embeddings: Array | np.ndarray, clusters: int, seed: int = 0
 ) -> Float[np.ndarray, "{clusters} D_enc"]:
-  """Returns the means of clusters of vectors.
+  """Clusters vectors by k-means, and returns the clusters' means.
 
   Lloyd's iterations (1982) from k-means++ starts (Arthur and Vassilvitskii,
-  2007), a minimum of sum_i min_c |x_i - m_c|^2 near them. Equal inputs give
-  equal means. Means are not brought to length 1; one cluster's is the mean.
+  2007) find a local minimum of sum_i min_c |x_i - m_c|^2. Equal inputs give
+  equal means. Means are not normalised; with one cluster it is the mean of all.
 
   Args:
     embeddings: float[N, D_enc].
-    clusters: C. Where no more than C vectors differ, they are the means,
-      repeated as often as it takes.
-    seed: of the starts.
+    clusters: C. If at most C vectors differ, they are the means, repeated as
+      often as needed.
+    seed: seeds the starts.
 
   Returns:
     float32[C, D_enc].
@@ -41,7 +41,7 @@ def kmeans(
     >>> sorted(means[:, 0].tolist())
     [0.5, 8.5]
   """
-  # Takes a third of a second, and only fitting needs it.
+  # Imported here: it takes a third of a second, and only fitting needs it.
   from scipy.cluster.vq import kmeans2
 
   check(clusters >= 1, "router.clusters", clusters, "at least 1")
@@ -58,7 +58,7 @@ def kmeans(
     places = np.arange(clusters) % len(distinct)
     return distinct[places].astype(np.float32)
   with warnings.catch_warnings():
-    # A cluster that loses all its vectors keeps the last mean it had.
+    # A cluster that loses all its vectors keeps its last mean.
     warnings.filterwarnings("ignore", "One of the clusters is empty")
     means, _ = kmeans2(
       vectors, clusters, iter=50, minit="++", rng=np.random.default_rng(seed)
@@ -71,12 +71,12 @@ def fit_centroids(
   clusters: int = 1,
   seed: int = 0,
 ) -> Float[np.ndarray, "E {clusters} D_enc"]:
-  """Returns several centroids an expert, for routers that take the nearest.
+  """Computes several centroids per expert, for routers that use the nearest.
 
   Args:
     embeddings_by_expert: E arrays float32[N_e, D_enc], of its training texts.
-    clusters: C; 1 is the mean, as the paper's router has it.
-    seed: of the k-means.
+    clusters: C; 1 is the mean, as in the paper's router.
+    seed: seeds the k-means.
 
   Returns:
     float32[E, C, D_enc].

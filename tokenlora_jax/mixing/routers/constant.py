@@ -1,4 +1,6 @@
-"""Routers with constant gates: the same for every text.
+"""Routers with constant gates, the same for every text.
+
+  base 0 0   sum 1 1   uniform .5 .5   one-hot 0 1   fixed .25 .75
 
 `one-hot` on the expert of the prompt's own task is the oracle. What the paper's
 code calls uniform is `sum`; `uniform` here is the mean.
@@ -29,7 +31,11 @@ class ConstantRouter(Router):
   """The same gates for every sequence.
 
   Attributes:
-    values: float32[E].
+    values: float32[E], the gates.
+
+  Example:
+    >>> ConstantRouter(jnp.array([1.0, 0.0])).gates(2, (), None).tolist()
+    [[1.0, 0.0], [1.0, 0.0]]
   """
 
   values: Float[Array, " E"]
@@ -53,10 +59,10 @@ class ConstantRouter(Router):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class UnboundRouter(Router):
-  """A constant router not yet bound to a bank.
+  """A constant router that is not bound to a bank yet.
 
   Attributes:
-    values_for: the experts' names to float32[E].
+    values_for: maps the experts' names to their gates, float32[E].
   """
 
   values_for: Callable[[Sequence[str]], Float[np.ndarray, " E"]]
@@ -97,7 +103,7 @@ def base(experts: int | None = None, names: Sequence[str] = ()) -> Router:
   """Gates of 0: the base model alone.
 
   Args:
-    experts: E; left out, the bank decides.
+    experts: E; if left out, a bank's `bind` sets it.
     names: the experts' names, instead of `experts`.
 
   Example:
@@ -112,7 +118,7 @@ def all_summed(experts: int | None = None, names: Sequence[str] = ()) -> Router:
   """Gates of 1: every adapter at full strength.
 
   Args:
-    experts: E; left out, the bank decides.
+    experts: E; if left out, a bank's `bind` sets it.
     names: the experts' names, instead of `experts`.
 
   Example:
@@ -127,7 +133,7 @@ def uniform(experts: object = None, names: Sequence[str] = ()) -> Router:
   """Gates of 1/E: the mean of the adapters.
 
   Args:
-    experts: E; left out, the bank decides.
+    experts: E; if left out, a bank's `bind` sets it.
     names: the experts' names, instead of `experts`.
 
   Example:
@@ -146,8 +152,8 @@ def one_hot(
   """A gate of 1 for one expert: that adapter alone.
 
   Args:
-    expert: its name, or its place in the bank, from 0.
-    experts: E; left out, the bank decides.
+    expert: its name, or its index in the bank, from 0.
+    experts: E; if left out, a bank's `bind` sets it.
     names: the experts' names, instead of `experts`.
 
   Raises:
@@ -174,10 +180,10 @@ def one_hot(
 
 @register_router("fixed")
 def fixed(gates: object) -> Router:
-  """The gates you say; they need not sum to 1.
+  """The given gates, which need not sum to 1.
 
   Args:
-    gates: one number an expert.
+    gates: one number per expert.
 
   Raises:
     InputError: `gates` is not a list of finite numbers.

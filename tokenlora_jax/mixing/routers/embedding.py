@@ -1,4 +1,4 @@
-"""Shared parts of routers that compare a text's vector with the experts'.
+"""Shared parts of routers that compare a text's vector with those of experts.
 
 Axis letters: B batch, E experts, C centroids an expert, D_enc width of an
 embedding.
@@ -18,23 +18,31 @@ from tokenlora_jax.config import InputError
 from tokenlora_jax.encoders.text import TextEncoder
 from tokenlora_jax.mixing.router import Router
 
-# What turns a text into a vector: an encoder, or "hidden" for the base itself.
+# A text encoder, or "hidden" for the base's own mean hidden state.
 Encoder = TextEncoder | str
 
 
 def unit(x: Float[Array | np.ndarray, "*B D_enc"]) -> Float[Array, "*B D_enc"]:
-  """Normalises vectors to length 1; those of length 0 stay."""
+  """Normalises vectors to length 1; vectors of length 0 stay.
+
+  Args:
+    x: [.., D_enc].
+
+  Example:
+    >>> unit(jnp.array([3.0, 4.0])).round(3).tolist()
+    [0.6, 0.8]
+  """
   norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
   return x / jnp.maximum(norm, 1e-12)
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingRouter(Router):
-  """A router that looks at x, the running text's vector.
+  """A router that compares x, the running text's vector, with a table.
 
   Attributes:
-    table: float32[E, D_enc] or [E, C, D_enc], what x is compared with.
-    encoder: gives x from the text; None: x is the base's mean hidden state.
+    table: float32[E, D_enc] or [E, C, D_enc], the experts' vectors.
+    encoder: embeds the text as x; if None, x is the base's mean hidden state.
   """
 
   table: Float[Array, "E D_enc"] | Float[Array, "E C D_enc"]
@@ -52,11 +60,14 @@ class EmbeddingRouter(Router):
     return () if self.encoder is None else self.encoder.prepare(texts)
 
   def vector(self, observation, seen) -> Float[Array, "B D_enc"]:
-    """Returns x, float32[B, D_enc], of length 1, in the graph.
+    """Computes x, float32[B, D_enc], normalised to length 1, in the graph.
 
     Args:
       observation: the result of `observe`.
-      seen: the base's mean hidden states, where there is no encoder.
+      seen: the base's mean hidden states, [B, D], if there is no encoder.
+
+    Raises:
+      InputError: x has another width than the table.
     """
     x = seen if self.encoder is None else self.encoder.module(*observation)
     width = self.table.shape[-1]
@@ -68,7 +79,12 @@ class EmbeddingRouter(Router):
     return unit(x.astype(jnp.float32))
 
   def cosines(self, observation, seen) -> Float[Array, "B E"]:
-    """Returns the largest cosine over an expert's centroids: float32[B, E]."""
+    """Computes the largest cosine over each expert's vectors: float32[B, E].
+
+    Args:
+      observation: see `vector`.
+      seen: see `vector`.
+    """
     x = self.vector(observation, seen)
     table = self.table.reshape(self.experts, -1, x.shape[-1])
     cosines = jnp.einsum("bd,ecd->bec", x, unit(table), precision="highest")
@@ -78,15 +94,15 @@ class EmbeddingRouter(Router):
 def check_table(
   name: str, table: object, several: bool = False
 ) -> Float[np.ndarray, "E D_enc"] | Float[np.ndarray, "E C D_enc"]:
-  """Returns a router's table as float32.
+  """Returns a router's table as float32, or raises `InputError`.
 
   Args:
-    name: of the setting.
+    name: the setting's name, for errors.
     table: [E, D_enc].
-    several: whether it may be [E, C, D_enc] too.
+    several: whether [E, C, D_enc] is allowed too.
 
   Raises:
-    InputError: it is of another shape, or holds what is no finite number.
+    InputError: the table has another shape, or a number that is not finite.
 
   Example:
     >>> check_table("centroids", [[1, 0], [0, 1]]).dtype
@@ -106,15 +122,19 @@ def check_table(
 def check_encoder(
   encoder: Encoder, name: str, table: Float[np.ndarray, "*N D_enc"]
 ) -> TextEncoder | None:
-  """Returns an encoder as `EmbeddingRouter` wants it.
+  """Returns an encoder for `EmbeddingRouter`: None stands for "hidden".
 
   Args:
-    encoder: what was given.
-    name: of the table it is to fit.
+    encoder: the given encoder.
+    name: the table's setting, for errors.
     table: [.., D_enc].
 
   Raises:
-    InputError: it is none, or gives vectors of another width.
+    InputError: it is no encoder, or its vectors have another width.
+
+  Example:
+    >>> check_encoder("hidden", "centroids", np.eye(2)) is None
+    True
   """
   if isinstance(encoder, str) and encoder == "hidden":
     return None
@@ -134,10 +154,10 @@ def check_encoder(
 def check_embeddings(
   what: str, embeddings_by_expert: Sequence[Float[np.ndarray, "_ D_enc"]]
 ) -> list[Float[np.ndarray, "_ D_enc"]]:
-  """Returns the vectors of each expert's texts, as a fit wants them.
+  """Returns the vectors of each expert's texts in float64, for a fit.
 
   Args:
-    what: is fitted.
+    what: the fitted arrays, for errors.
     embeddings_by_expert: E arrays [N_e, D_enc].
 
   Returns:

@@ -1,4 +1,4 @@
-"""HiLoRA: a gaussian per expert, and each adapter's most active rank parts.
+"""HiLoRA: a gaussian per expert, and the most active ranks of each adapter.
 
 Han et al., "HiLoRA: Adaptive Hierarchical LoRA Routing for Training-Free Domain
 Generalization" (2025, arXiv 2510.12266).
@@ -29,7 +29,7 @@ from tokenlora_jax.mixing.routers.embedding import (
 from tokenlora_jax.mixing.routers.registry import register_router
 from tokenlora_jax.model.lora import Adapters, Lora
 
-# The least variance, where all texts have one vector. The numbers of a vector
+# The least variance, in case all texts have one vector. The numbers of a vector
 # of length 1 have a mean square of 1 / D_enc.
 _LEAST = 1e-6
 
@@ -39,15 +39,15 @@ _LEAST = 1e-6
 class HiloraRouter(EmbeddingRouter):
   """gates = softmax(mean over d of log N(x_d; mean_ed, variance_ed)).
 
-  x is the running text's vector. In the layers the rank-one parts b_j a_j of
-  each adapter with the largest |a_j . h| stay, h the map's input, and the
-  others get gates of 0.
+  x is the running text's vector. An adapter is a sum of rank-one components
+  b_j a_j. At each position of a projection with input h, the components with
+  the largest |a_j . h| have a gate of 1, and the others have 0.
 
   Attributes:
     table: float32[E, D_enc], the means.
     variances: float32[E, D_enc].
-    kept: of each layer {projection: int32[E]}, how many rank-one parts of each
-      adapter stay.
+    kept: per layer {projection: int32[E]}, the number of rank-one components of
+      each adapter that are used.
   """
 
   variances: Float[Array, "E D_enc"]
@@ -68,8 +68,8 @@ class HiloraRouter(EmbeddingRouter):
   def position_gates(self, prototype, lora, x, low):
     del lora, x
     size = jnp.abs(low)
-    # The least answer that stays, of one sort; where several parts answer just
-    # so, the first of them stay.
+    # One sort finds the smallest activation that is kept. Of several components
+    # with exactly that activation, the first are kept.
     last = jnp.maximum(prototype, 1)[:, None] - 1
     least = jnp.take_along_axis(
       -jnp.sort(-size, axis=-1),
@@ -83,13 +83,13 @@ class HiloraRouter(EmbeddingRouter):
 
 
 def own_ranks(lora: Lora) -> Int[np.ndarray, " E"]:
-  """Returns the ranks that adapters had before they were padded to one R.
+  """Returns the adapters' ranks before they were padded to one R.
 
   Args:
-    lora: the adapters of one map.
+    lora: the adapters of one projection.
 
   Returns:
-    int[E]: the last part that is not 0 in both A and B.
+    int[E], the number of rows up to the last that is not 0 in A or B.
 
   Example:
     >>> a = np.array([[[1.0], [2.0]], [[3.0], [0.0]]])
@@ -109,23 +109,26 @@ def hilora(
   adapters: Adapters,
   rank_share: float = 0.4,
 ) -> HiloraRouter:
-  """HiLoRA (Han et al., 2025): gaussians choose adapters, |a_j . h| their parts.
+  """Makes HiLoRA's router (Han et al., 2025).
 
-  From the paper: the gaussian likelihood of the sequence's vector chooses
-  adapters, 3 of them; at each token only the rank-one parts stay that answer
-  most. We know it from its abstract and reviews, so these are ours: a diagonal
-  covariance; the mean over dimensions at a temperature of .1 in place of their
-  sum, whose softmax would be one-hot (it is that of the temperature 1 / D_enc);
-  gates by likelihood, and the same share of parts for each adapter, where the
-  paper draws for each adapter how many parts it has.
+  From the paper: the gaussian likelihood of the sequence's vector picks 3
+  adapters, and each token uses only the rank-one components that respond most.
+  We know the paper from its abstract and reviews, so these choices are ours:
+
+  - a diagonal covariance;
+  - the mean over dimensions, at a temperature of .1. The paper's sum is that
+    mean at a temperature of 1 / D_enc, whose softmax would be one-hot;
+  - gates that follow the likelihood;
+  - one share of components for all adapters, where the paper draws each
+    adapter's number of components.
 
   Args:
     means: float32[E, D_enc]; see `fit_hilora`.
     variances: float32[E, D_enc].
-    encoder: an encoder of the running text, or `hidden` for the
-      base's own mean last hidden state.
+    encoder: a text encoder for the running text, or `hidden` for the base's
+      own mean last hidden state.
     adapters: the experts.
-    rank_share: share of an adapter's own rank-one parts that stays at a token.
+    rank_share: share of an adapter's rank-one components that a token uses.
 
   Raises:
     InputError: a setting is not allowed, or widths differ.
@@ -165,15 +168,17 @@ def fit_hilora(
   embeddings_by_expert: Sequence[Float[np.ndarray, "_ D_enc"]],
   shrinkage: float = 0.5,
 ) -> dict[str, Float[np.ndarray, "E D_enc"]]:
-  """Fits `hilora`: a gaussian over each expert's texts.
+  """Fits the gaussians of `hilora`, one per expert.
 
-  variance_ed = (1 - a) v_ed + a v, v_ed the variance among the expert's texts
-  and v the mean of all v_ed: a few texts say little about D_enc variances.
+  variance_ed = (1 - a) v_ed + a v
+
+  v_ed is the variance among the expert's texts and v the mean of all v_ed,
+  since a few texts cannot determine D_enc variances.
 
   Args:
     embeddings_by_expert: E arrays float32[N_e, D_enc], of training texts; the
       paper takes 20 of each.
-    shrinkage: a.
+    shrinkage: a, from 0 to 1.
 
   Returns:
     {"means": float32[E, D_enc], "variances": float32[E, D_enc]}.

@@ -1,4 +1,4 @@
-"""LoGo: weighs adapters by the strength of their output at the prompt.
+"""LoGo: weighs adapters by the size of their output at the prompt.
 
 Lee et al., "LoRA on the Go: Instance-level Dynamic LoRA Selection and Merging"
 (2025, arXiv 2511.07129).
@@ -23,22 +23,22 @@ from tokenlora_jax.mixing.rules import get_rule
 from tokenlora_jax.model.attention import causal_mask
 from tokenlora_jax.model.lora import Adapters, LayerLoras, Lora
 
-# So that adapters that add nothing at all, new ones, count alike.
+# So that untrained adapters, whose outputs are all 0, get equal gates.
 _LEAST = 1e-6
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class LogoRouter(Router):
-  """gates_e = s_e / sum of s, s_e of o_e = scaling_e B_e A_e h.
+  """gates_e = s_e / sum of s, with s_e the score of o_e = scaling_e B_e A_e h.
 
-  s_e = |o_e|, or the inverse of the entropy of softmax(o_e). h is the input of
-  the last layer's query projection at the prompt's last token, in a pass of the
-  prompt with all adapters added at full strength.
+  s_e = |o_e|, or 1 / the entropy of softmax(o_e). h is the input of the last
+  layer's query projection at the prompt's last token, in a pass over the prompt
+  under gates of 1.
 
   Attributes:
     count: E.
-    measure: the size of o_e: `norm` or `entropy`.
+    measure: the score: `norm` or `entropy`.
   """
 
   needs = "prompt"
@@ -52,7 +52,7 @@ class LogoRouter(Router):
     return self.count
 
   def read_prompt(self, base, layers, tokens, pad):
-    # It imports the routers.
+    # Imported here, since that module imports the routers.
     from tokenlora_jax.mixing.mixture import Mixture
 
     asked = _asked(layers)
@@ -80,7 +80,7 @@ class LogoRouter(Router):
   def _score(
     self, lora: Lora, low: Float[Array, "B E R"]
   ) -> Float[Array, "B E"]:
-    """Returns s, float32[B, E], of rank activations [B, E, R]."""
+    """Computes s, float32[B, E], from rank activations [B, E, R]."""
     b = lora.b.astype(jnp.float32)
     out = jnp.einsum("ber,ero->beo", low, b, precision="highest")
     out = out * lora.scaling[:, None]
@@ -92,9 +92,9 @@ class LogoRouter(Router):
 
 
 def _asked(layers: Sequence[LayerLoras]) -> Lora:
-  """Returns the map whose output counts: q of the last layer that is adapted.
+  """Returns the projection that is scored: q of the last adapted layer.
 
-  Where no adapter touches q, it is the first map of that layer.
+  If no adapter adapts q, it is the first projection of that layer.
   """
   last = next(layer for layer in reversed(layers) if layer)
   return last[next(p for p in PROJECTIONS if p in last)]
@@ -102,17 +102,17 @@ def _asked(layers: Sequence[LayerLoras]) -> Lora:
 
 @register_router("logo", top_k=20)
 def logo(adapters: Adapters, measure: str = "norm") -> LogoRouter:
-  """LoGo (Lee et al., 2025): the adapters whose output is the largest.
+  """Makes LoGo's router (Lee et al., 2025): larger outputs, larger gates.
 
-  As the paper's code has it: one pass with all adapters attached, the query
-  projection of the last layer, the prompt's last token, the 20 best adapters,
-  scaled to sum to 1. That code applies A_e to the layer's input before its norm,
-  which the projection never sees; h after it is ours.
+  As in the paper's code: one pass with all adapters attached, the last layer's
+  query projection, the prompt's last token, and the 20 largest gates, scaled to
+  sum to 1. That code applies A_e to the layer's input before its norm, which is
+  not the projection's input; ours applies it after the norm.
 
   Args:
     adapters: the experts.
-    measure: what of an adapter's output counts, its `norm` or the inverse of
-      its `entropy`.
+    measure: score of an adapter's output: its `norm`, or the inverse of its
+      `entropy`.
 
   Raises:
     InputError: a setting is not allowed, or nothing is adapted.

@@ -1,4 +1,4 @@
-"""LoRA-Flow: gates learned from few examples, the adapters frozen.
+"""LoRA-Flow: linear gates in the layers, trained with frozen adapters.
 
 Wang et al., "LoRA-Flow: Dynamic LoRA Fusion for Large Language Models in
 Generative Tasks" (2024).
@@ -28,9 +28,9 @@ from tokenlora_jax.model.lora import Adapters
 class LoraFlowRouter(PositionRouter):
   """gates = softmax(W h) + b (Wang et al., 2024, eq. 4).
 
-  The paper has one W and b a layer, that reads the layer's input; here each
-  adapted map has its own, that reads the map's input. Since b is free, gates
-  need be neither positive nor sum to 1.
+  h is the input of a projection. Each adapted projection has its own W and b;
+  the paper has one pair per layer, which reads the layer's input. Because of b
+  a gate may be negative, and gates need not sum to 1.
 
   Prototypes are {weights: float32[E, in], bias: float32[E]}.
   """
@@ -46,7 +46,7 @@ class LoraFlowRouter(PositionRouter):
 def lora_flow(
   adapters: Adapters, arrays: Mapping[str, np.ndarray]
 ) -> LoraFlowRouter:
-  """Dynamic fusion (Wang et al., 2024).
+  """Makes LoRA-Flow's router (Wang et al., 2024).
 
   Args:
     adapters: the experts.

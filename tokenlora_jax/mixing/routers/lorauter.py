@@ -1,4 +1,4 @@
-"""LoRAuter: weighs experts by the prompt's similarity to their tasks' texts.
+"""LoRAuter: weighs experts by the prompt's similarity to their tasks.
 
 Dhasade et al., "Effective LoRA Adapter Routing using Task Representations"
 (2026, arXiv 2601.21795).
@@ -26,8 +26,8 @@ from tokenlora_jax.mixing.routers.embedding import (
 )
 from tokenlora_jax.mixing.routers.registry import register_router
 
-# What a similarity of 0 or less counts as: next to nothing, but where all are
-# such, all experts count alike.
+# Replaces similarities of 0 and less: nearly 0, but if all are such, the gates
+# are equal.
 _LEAST = 1e-6
 
 
@@ -36,7 +36,7 @@ _LEAST = 1e-6
 class LorauterRouter(EmbeddingRouter):
   """gates_e = s_e / sum of s, s_e = max(cos(x, t_e), 1e-6).
 
-  x is the prompt's vector and t_e that of the expert's task.
+  x is the prompt's vector and t_e the vector of the expert's task.
   """
 
   at_prompt_only = True
@@ -50,16 +50,16 @@ class LorauterRouter(EmbeddingRouter):
 
 @register_router("lorauter", top_k=3)
 def lorauter(tasks: ArrayLike, encoder: Encoder) -> LorauterRouter:
-  """LoRAuter (Dhasade et al., 2026): similarities to tasks, the top 3.
+  """Makes LoRAuter's router (Dhasade et al., 2026): the 3 nearest tasks.
 
-  The paper finds the tasks nearest to the query, and then for each task the
-  adapter that serves it best; here each expert has the task that it was trained
-  on. We know the paper from its abstract and summaries; that a similarity is a
-  cosine, and counts for next to nothing below 0, is ours.
+  The paper finds the tasks nearest to the query, then the best adapter for each
+  task. Here an expert's task is the one it was trained on. We know the paper
+  from its abstract and summaries. The cosine is ours, and so is the bound below
+  which a similarity counts as nearly 0.
 
   Args:
-    tasks: float32[E, D_enc], see `fit_lorauter`.
-    encoder: an encoder of the prompt, or `hidden` for the base's own
+    tasks: float32[E, D_enc]; see `fit_lorauter`.
+    encoder: a text encoder for the prompt, or `hidden` for the base's own
       mean last hidden state.
 
   Raises:
@@ -79,7 +79,7 @@ def lorauter(tasks: ArrayLike, encoder: Encoder) -> LorauterRouter:
 def fit_lorauter(
   embeddings_by_expert: Sequence[Float[np.ndarray, "_ D_enc"]],
 ) -> dict[str, Float[np.ndarray, "E D_enc"]]:
-  """Fits `lorauter`: the mean vector of each task's texts.
+  """Fits the task vectors of `lorauter`: the mean over each task's texts.
 
   Args:
     embeddings_by_expert: E arrays float32[N_e, D_enc], of some texts of each

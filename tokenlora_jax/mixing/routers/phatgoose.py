@@ -1,4 +1,4 @@
-"""PHATGOOSE: compares gates that were trained one expert at a time.
+"""PHATGOOSE: compares gate vectors, each trained with its expert alone.
 
 Muqeeth et al., "Learning to Route Among Specialized Experts for Zero-Shot
 Generalization" (2024).
@@ -27,7 +27,7 @@ from tokenlora_jax.model.lora import Adapters
 
 
 def standardize(x: Float[Array | np.ndarray, "*B I"]) -> Float[Array, "*B I"]:
-  """Returns vectors of mean 0 and variance 1, in float32; 0 stays 0.
+  """Standardises vectors to mean 0 and variance 1, in float32; 0 stays 0.
 
   Args:
     x: [.., in].
@@ -39,7 +39,7 @@ def standardize(x: Float[Array | np.ndarray, "*B I"]) -> Float[Array, "*B I"]:
   x = x.astype(jnp.float32)
   x = x - x.mean(axis=-1, keepdims=True)
   variance = jnp.mean(x * x, axis=-1, keepdims=True)
-  # A gate's vector may be trained but little, so what is added is tiny.
+  # The added constant is tiny, since a gate vector may be small after training.
   return x * jax.lax.rsqrt(variance + 1e-12)
 
 
@@ -48,7 +48,8 @@ def standardize(x: Float[Array | np.ndarray, "*B I"]) -> Float[Array, "*B I"]:
 class PhatgooseRouter(PositionRouter):
   """gates = softmax(norm(h) . norm(v_e) / sqrt(in)) (Muqeeth et al., 2024).
 
-  norm is `standardize`; prototypes are {vectors: float32[E, in]}, the v_e.
+  h is a projection's input, v_e the expert's trained vector, norm
+  `standardize`. Prototypes are {vectors: float32[E, in]}, the v_e.
   """
 
   def position_gates(self, prototype, lora, x, low):
@@ -60,7 +61,7 @@ class PhatgooseRouter(PositionRouter):
 def phatgoose(
   adapters: Adapters, arrays: Mapping[str, np.ndarray]
 ) -> PhatgooseRouter:
-  """Post-hoc gating (Muqeeth et al., 2024).
+  """Makes PHATGOOSE's router (Muqeeth et al., 2024).
 
   Args:
     adapters: the experts.

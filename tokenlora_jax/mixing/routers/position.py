@@ -1,7 +1,9 @@
 """Shared parts of in-layer routers, which compute gates per position.
 
-Such a router keeps a prototype an adapted map: a mapping from field to array.
-Outside, in banks, these are flat: `layers.3.q.weights`.
+Such a router keeps one prototype per adapted projection, {field: array}. Banks
+store it under flat names:
+
+  {"q": {"weights": array}} in layer 3  ->  layers.3.q.weights
 
 Axis letters: B batch, T length, E experts.
 """
@@ -27,11 +29,11 @@ Shapes = Mapping[str, tuple[int | None, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class PositionRouter(Router):
-  """A router that keeps a prototype for each adapted map.
+  """A router that keeps a prototype for each adapted projection.
 
   Attributes:
-    table: of each layer {projection: prototype}, a pytree of arrays with a
-      leading E.
+    table: per layer {projection: prototype}, a pytree of arrays with a leading
+      E.
   """
 
   table: tuple[Mapping[str, Any], ...]
@@ -48,7 +50,7 @@ class PositionRouter(Router):
 def linear(
   x: Float[Array | np.ndarray, "B T I"], weights: Float[Array, "E I"]
 ) -> Float[Array, "B T E"]:
-  """Returns the products of positions with a vector an expert, in float32.
+  """Multiplies each position with one vector per expert, in float32.
 
   Args:
     x: [B, T, in].
@@ -69,11 +71,20 @@ def linear(
 def make_table(
   adapters: Adapters, prototype: Callable[[Lora], Any]
 ) -> tuple[dict[str, Any], ...]:
-  """Returns a prototype for each adapted map, calculated from its adapters.
+  """Computes the prototype of each adapted projection from its adapters.
 
   Args:
     adapters: the experts.
-    prototype: makes it of the map's adapters, on the host.
+    prototype: computes one from a projection's adapters, on the host.
+
+  Returns:
+    Per layer {projection: prototype}, with JAX arrays.
+
+  Example:
+    >>> lora = Lora(np.ones((2, 1, 4)), np.ones((2, 1, 4)), np.ones(2))
+    >>> adapters = Adapters(("a", "b"), ({"q": lora},))
+    >>> make_table(adapters, lambda lora: lora.scaling)[0]["q"].tolist()
+    [1.0, 1.0]
   """
   return tuple(
     {
@@ -90,17 +101,28 @@ def read_table(
   arrays: Mapping[str, np.ndarray],
   shapes: Callable[[Lora], Shapes],
 ) -> tuple[dict[str, dict[str, Float[Array, "..."]]], ...]:
-  """Returns a prototype for each adapted map, from fitted arrays.
+  """Returns the prototype of each adapted projection, from fitted arrays.
 
   Args:
-    router: its name, for errors.
+    router: the router's name, for errors.
     adapters: the experts.
-    arrays: by flat name.
-    shapes: of the fields of a map's prototype.
+    arrays: the fitted arrays by flat name; inverts `flat_table`.
+    shapes: returns the fields' shapes of a projection's prototype.
+
+  Returns:
+    Per layer {projection: {field: float32 array}}.
 
   Raises:
-    InputError: an array is missing, of another shape, no finite numbers, or for
-      a map that no expert adapts.
+    InputError: an array is missing, has another shape, is not finite, or
+      belongs to a projection that no expert adapts.
+
+  Example:
+    >>> lora = Lora(np.ones((2, 1, 4)), np.ones((2, 1, 4)), np.ones(2))
+    >>> adapters = Adapters(("a", "b"), ({"q": lora},))
+    >>> arrays = {"layers.0.q.bias": np.zeros(2)}
+    >>> table = read_table("mine", adapters, arrays, lambda _: {"bias": (2,)})
+    >>> table[0]["q"]["bias"].tolist()
+    [0.0, 0.0]
   """
   left = dict(arrays)
 
@@ -139,10 +161,10 @@ def read_table(
 def flat_table(
   table: Sequence[Mapping[str, Mapping[str, Any]]],
 ) -> dict[str, np.ndarray]:
-  """Returns prototypes as `read_table` takes them.
+  """Returns prototypes under flat names, which `read_table` inverts.
 
   Args:
-    table: of each layer {projection: {field: array}}.
+    table: per layer {projection: {field: array}}.
 
   Example:
     >>> flat_table([{"q": {"bias": np.zeros(2)}}])

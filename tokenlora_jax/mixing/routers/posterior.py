@@ -1,4 +1,4 @@
-"""Bayes: weighs experts by the likelihood that each gives the text so far.
+"""Bayes: weighs experts by the likelihood that each assigns to the text.
 
 Axis letters: B batch, E experts.
 """
@@ -23,20 +23,19 @@ class PosteriorRouter(Router):
   """gates_e = prior_e prod_t p_e(x_t | x_<t) / sum over experts of the same.
 
   The posterior over experts (DEMix, Gururangan et al., 2022, eq. 4;
-  Branch-Train-Merge, Li et al., 2022). Each expert reads the text alone, a row
-  of the batch each. With the rule `probabilities` and a refresh at every token
-  the mixture's loss of a whole text exceeds the best expert's by no more than
-  log(1 / prior_e) nats, log E from a uniform prior, whatever the text: for
-  P(x) = sum_e prior_e p_e(x).
+  Branch-Train-Merge, Li et al., 2022). Each expert reads the text alone, as a
+  row of the batch. With the rule `probabilities` and a refresh at every token,
+  P(x) = sum_e prior_e p_e(x). So for any text the mixture's loss exceeds that
+  of expert e by at most log(1 / prior_e) nats: log E under a uniform prior.
 
   With `share` a > 0 the lead can change: after each token the belief becomes
   (1 - a) w_e + a / E (Herbster and Warmuth, 1998, fixed share).
 
   Attributes:
     prior: the router whose gates at the prompt are the first belief.
-    share: float32[].
-    evidence: whether the prompt's tokens count, `all`, or only those made
-      after it, `answer`.
+    share: float32[], a.
+    evidence: the tokens that update the belief: `all`, the prompt's included,
+      or `answer`, only those after it.
   """
 
   needs = "evidence"
@@ -73,14 +72,15 @@ def posterior(
   evidence: str = "answer",
   share: float = 0.0,
 ) -> PosteriorRouter:
-  """The posterior over experts, token by token.
+  """Makes the router of the posterior over experts.
 
   Args:
-    prior: the router whose gates at the prompt it starts from.
-    evidence: `answer`: tokens made after the prompt (for adapters trained on
-      answers, which make the prompt's likelihood no evidence); `all`: the
-      prompt's too.
-    share: the share of the belief that is spread evenly after each token.
+    prior: the router whose gates at the prompt are the first belief, or its
+      name.
+    evidence: the tokens that update the belief: `answer`, those after the
+      prompt; or `all`, the prompt's too. Use `answer` for adapters trained on
+      answers alone, which do not model prompts.
+    share: share of the belief that is spread evenly after each token.
 
   Raises:
     InputError: a setting is not allowed.
@@ -103,7 +103,7 @@ def posterior(
 
 
 def _weighs(prior: Router) -> Router:
-  """Returns a prior whose gates are shares, or raises `InputError`."""
+  """Returns a prior whose gates are at least 0, or raises `InputError`."""
   if prior.may_be_zero or prior.may_be_negative:
     raise InputError(
       "router.prior: is not allowed where all gates may be 0 or one negative"

@@ -1,4 +1,4 @@
-"""Routers by name."""
+"""The registry of routers, by name."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from tokenlora_jax.mixing.shaping import SHAPING, shape_gates
 
 MakeRouter = TypeVar("MakeRouter", bound=Callable[..., Router])
 
-# The maker of each router, and how its paper shapes the gates.
+# The function that makes each router, and its paper's shaping of the gates.
 _MAKERS: dict[str, tuple[Callable[..., Router], dict[str, float]]] = {}
 
 
 def register_router(
   name: str, **shaping: float
 ) -> Callable[[MakeRouter], MakeRouter]:
-  """Makes a function (or a class) that builds a router known by name.
+  """Registers a function (or a class) that makes a router under a name.
 
-  Its parameters become the router's settings. The latest to take a name wins,
-  so a notebook cell may run twice.
+  Its parameters become the router's settings. A second registration of a name
+  replaces the first, so a notebook cell may run twice.
 
   Args:
-    name: for `make_router`.
-    **shaping: how its gates are shaped where `make_router` is not told
-      otherwise: `top_k` (all, where there are no more experts),
-      `temperature`, `threshold`, `smoothing`.
+    name: the name for `make_router`.
+    **shaping: the router's own defaults of `top_k` (capped at the number of
+      experts), `temperature`, `threshold` and `smoothing`.
 
   Example:
     >>> import jax
@@ -48,7 +47,10 @@ def register_router(
 
 
 def router_settings(name: str) -> tuple[str, ...]:
-  """Returns the names of a router's own settings, without the shaping.
+  """Returns the names of a router's own settings, without shaping.
+
+  Args:
+    name: the router's name.
 
   Raises:
     InputError: there is no such router.
@@ -65,10 +67,10 @@ def router_defaults(name: str) -> dict[str, Any]:
   """Returns the defaults of a router's settings.
 
   Args:
-    name: the router's.
+    name: the router's name.
 
   Returns:
-    By setting; those without a default are not in it.
+    {setting: default}, without the settings that have no default.
 
   Raises:
     InputError: there is no such router.
@@ -87,16 +89,17 @@ def make_router(name: str, **settings: Any) -> Router:
 
   Args:
     name: such as `uniform` or `centroid`; `RouterConfig` lists all of ours.
-    **settings: what that router takes, and what shapes the gates of any:
-      `top_k`, `temperature`, `threshold` and `smoothing` (see `shape_gates`);
-      left out or None, they are the router's own. Where a router takes one
-      of these names itself, it means what it means there.
+    **settings: the router's own settings, and those that shape any router's
+      gates: `top_k`, `temperature`, `threshold` and `smoothing` (see
+      `shape_gates`). One that is left out or None has the router's default. If
+      a router has a setting of one of these names, that one is set.
 
   Returns:
     The router.
 
   Raises:
-    InputError: no such router or setting, a setting left out, or a bad value.
+    InputError: there is no such router or setting, a required setting is left
+      out, or a value is not allowed.
 
   Example:
     >>> make_router("fixed", gates=[0.75, 0.25]).gates(1, (), None).tolist()
@@ -111,7 +114,7 @@ def make_router(name: str, **settings: Any) -> Router:
         f"{', '.join(every)}{nearest(setting, every)}"
       )
   make, shaping = _MAKERS[name]
-  # A router's own setting may have the name of one that shapes gates.
+  # A router's own setting may share its name with one that shapes gates.
   shapes = [k for k in SHAPING if k not in allowed]
   told = {k: settings.pop(k) for k in shapes if k in settings}
   shaping = shaping | {k: v for k, v in told.items() if v is not None}
@@ -124,6 +127,6 @@ def make_router(name: str, **settings: Any) -> Router:
     raise InputError(f"router {name}: needs {', '.join(missing)}")
   router = make(**settings)
   if told.get("top_k") is None and "top_k" in shaping:
-    # A paper's k is for as many experts as it had, or more.
+    # A paper's k was chosen for its number of experts, which may be larger.
     shaping = shaping | {"top_k": min(shaping["top_k"], router.experts)}
   return shape_gates(router, **shaping)

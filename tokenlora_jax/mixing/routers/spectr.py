@@ -1,4 +1,4 @@
-"""SpectR: routes each input by how far each adapter stretches it.
+"""SpectR: weighs adapters by the length of their output for each input.
 
 Fleshman and Van Durme, "SpectR: Dynamically Composing LM Experts with Spectral
 Routing" (2025).
@@ -21,16 +21,21 @@ from tokenlora_jax.model.lora import Adapters, Lora
 
 
 def output_factors(lora: Lora) -> Float[np.ndarray, "E M R"]:
-  """Returns T_e with |B_e z| = |T_e z| for all z [R].
+  """Computes T_e with |B_e z| = |T_e z| for all z [R].
 
-  B_e = Q_e T_e, and Q_e keeps lengths. T_e' T_e is the Gram matrix B_e' B_e, but
-  a length from T_e loses no digits to squares.
+  B_e = Q_e T_e by QR, and Q_e preserves lengths. The Gram matrix B_e' B_e would
+  give the same lengths, but would lose digits to squaring.
 
   Args:
-    lora: the adapters of one map, numpy arrays.
+    lora: the adapters of one projection, numpy arrays.
 
   Returns:
     float32[E, min(R, out), R].
+
+  Example:
+    >>> b = np.array([[[3.0, 4.0]]])
+    >>> abs(output_factors(Lora(np.ones((1, 1, 2)), b, np.ones(1)))).tolist()
+    [[[5.0]]]
   """
   return np.linalg.qr(np.swapaxes(lora.b, 1, 2))[1].astype(np.float32)
 
@@ -40,8 +45,9 @@ def output_factors(lora: Lora) -> Float[np.ndarray, "E M R"]:
 class SpectrRouter(PositionRouter):
   """gates = softmax(|S_e V_e' h|), U_e S_e V_e' = B_e A_e.
 
-  U_e keeps lengths, so the score is |B_e A_e h|, the length of what the adapter
-  would add, before its scaling. A_e h is known; prototypes are `output_factors`.
+  U_e preserves lengths, so the score is |B_e A_e h|, the length of the
+  adapter's output before scaling. A_e h is computed anyway. Prototypes are
+  `output_factors`.
   """
 
   def position_gates(self, prototype, lora, x, low):
@@ -51,7 +57,7 @@ class SpectrRouter(PositionRouter):
 
 @register_router("spectr", top_k=4)
 def spectr(adapters: Adapters) -> SpectrRouter:
-  """Spectral routing (Fleshman and Van Durme, 2025): nothing is trained.
+  """Makes SpectR's router (Fleshman, Van Durme, 2025), which needs no training.
 
   Args:
     adapters: the experts.

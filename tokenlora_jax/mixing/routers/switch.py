@@ -1,4 +1,4 @@
-"""The sparse gate of mixtures of experts, over frozen adapters.
+"""The trained top-k gate of sparse mixtures of experts, over frozen adapters.
 
 Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated
 Mixture-of-Experts Layer" (2017); Fedus et al., "Switch Transformers" (2022).
@@ -26,11 +26,11 @@ from tokenlora_jax.model.lora import Adapters
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SwitchRouter(PositionRouter):
-  """gates = softmax(W h), of which top-k stay (Shazeer et al., 2017, eq. 3).
+  """gates = top-k of softmax(W h) (Shazeer et al., 2017, eq. 3).
 
-  The k gates are normalised to sum to 1, as in Shazeer et al., so that with
-  k = 1 an adapter acts as strongly as it was trained; Fedus et al. (2022, eq. 2)
-  keep that one's share of the whole softmax.
+  h is a projection's input. The k gates are scaled to sum to 1, as in Shazeer
+  et al., so with k = 1 an adapter acts as strongly as in training. Fedus et al.
+  (2022, eq. 2) keep the gate of the whole softmax instead.
 
   Prototypes are {weights: float32[E, in]}.
   """
@@ -43,7 +43,7 @@ class SwitchRouter(PositionRouter):
 def switch(
   adapters: Adapters, arrays: Mapping[str, np.ndarray]
 ) -> SwitchRouter:
-  """A trained linear gate (Shazeer et al., 2017; Fedus et al., 2022).
+  """Makes a trained linear gate (Shazeer et al., 2017; Fedus et al., 2022).
 
   Args:
     adapters: the experts.

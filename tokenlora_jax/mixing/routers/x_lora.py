@@ -1,4 +1,4 @@
-"""X-LoRA: the base reads each token alone first, and gates all layers at once.
+"""X-LoRA: a first pass of the base alone computes the gates of all layers.
 
 Buehler and Buehler, "X-LoRA: Mixture of Low-Rank Adapter Experts" (2024).
 
@@ -28,14 +28,21 @@ def classify(
   prototype: Mapping[str, Float[Array, "..."]],
   hidden: Float[Array | np.ndarray, "B T D"],
 ) -> Float[Array, "B T E"]:
-  """Returns the gates of one map: softmax(W h + b), in float32.
+  """Computes the gates of one projection: softmax(W h + b), in float32.
 
   Args:
-    prototype: weights float32[E, D], bias float32[E].
-    hidden: [B, T, D].
+    prototype: {weights: float32[E, D], bias: float32[E]}.
+    hidden: h, [B, T, D].
 
   Returns:
     float32[B, T, E].
+
+  Example:
+    >>> from jax import numpy as jnp
+    >>> bias = jnp.log(jnp.array([0.25, 0.75]))
+    >>> prototype = {"weights": jnp.zeros((2, 3)), "bias": bias}
+    >>> classify(prototype, np.ones((1, 1, 3))).round(3).tolist()
+    [[[0.25, 0.75]]]
   """
   logits = linear(hidden, prototype["weights"]) + prototype["bias"]
   return jax.nn.softmax(logits, axis=-1)
@@ -44,7 +51,7 @@ def classify(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class XLoraGates(PositionRouter):
-  """Gates that are known before the layers run: prototypes are [B, T, E]."""
+  """Gates known before the layers run; prototypes are the gates [B, T, E]."""
 
   @property
   def experts(self):
@@ -59,9 +66,9 @@ class XLoraGates(PositionRouter):
 class XLoraRouter(PositionRouter):
   """gates = softmax(W h + b), h the base's last hidden state (Buehler, 2024).
 
-  The base reads every token twice, first with adapters off, for h: twice the
-  work, and a second cache. W and b are a classifier of one layer with a part
-  for each adapted map.
+  The base reads every token twice, the first time without adapters to compute
+  h: twice the work, and a second cache. Each adapted projection has its own W
+  and b.
 
   Prototypes are {weights: float32[E, D], bias: float32[E]}.
   """
@@ -86,7 +93,7 @@ class XLoraRouter(PositionRouter):
 
 @register_router("x-lora")
 def x_lora(adapters: Adapters, arrays: Mapping[str, np.ndarray]) -> XLoraRouter:
-  """Gates from a first pass (Buehler and Buehler, 2024).
+  """Makes X-LoRA's router (Buehler and Buehler, 2024).
 
   Args:
     adapters: the experts.
