@@ -10,20 +10,20 @@ import math
 
 
 def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-  """Groups prompts for decoding, those of like length together.
+  """Groups prompts of similar length into batches for decoding.
 
   A batch is padded to the bucket of its longest prompt, so prompts are sorted
-  by length, then cut into as few batches as there must be, as even as may be:
-  all but some have the same B, and few programs are compiled. The batch with
-  the earliest prompt comes first, so that texts come in order as soon as they
-  can.
+  by length first. Then they are cut into as few batches as possible, of nearly
+  equal
+  size: few values of B, so few programs are compiled. Batches are ordered by
+  their earliest prompt, so that texts come out in order as early as possible.
 
   Args:
     lengths: tokens of each prompt.
-    size: the most prompts a batch.
+    size: the most prompts per batch.
 
   Returns:
-    The places of the prompts of each batch, each place once.
+    The indices of each batch's prompts; each index occurs once.
 
   Example:
     >>> make_batches([5, 300, 7, 9, 280], size=2)
@@ -40,13 +40,14 @@ def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 def filled_batches(
   prompts: Sequence[Sequence[int]], size: int
 ) -> Iterator[tuple[list[int], list[Sequence[int]]]]:
-  """Yields the places of each batch's prompts, and the prompts of its rows.
+  """Yields (indices of a batch's prompts, the prompts of its rows).
 
-  A batch that is short is filled up, so that it needs no program of its own.
+  A short batch is filled up with copies of its last prompt, so that it needs no
+  program of its own.
 
   Args:
-    prompts: the tokens of each.
-    size: the most prompts a batch.
+    prompts: the tokens of each prompt.
+    size: the most prompts per batch.
 
   Example:
     >>> list(filled_batches([[1], [2], [3]], size=2))

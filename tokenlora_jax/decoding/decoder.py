@@ -1,21 +1,23 @@
 """Decodes with a base and a mixture of adapters; a router refreshes the gates.
 
-Token n of a text (n = 0, 1, ...) is made under the gates of its chunk,
-floor(n / refresh_every), which the router decided from the prompt and the
-tokens before that chunk (one that looks at hidden states: all but the newest of
-them, which is not read yet). Prompts are padded on the left to a bucket, and all
-but their last token are read in one pass (prefill) under the first gates; then
-each step reads one token and makes the next, so that a chunk is one router call
-and one inner `lax.scan`, for the first chunk as for all others.
+  refresh_every 2:   router  token 0  token 1  router  token 2  token 3  ...
 
-What was read under older gates is kept (`reuse`, each position lives under the
-gates of its own time), read anew at each refresh (`recompute`), or kept with the
-adapters' part of values apart, which then follows today's gates (`remix`).
+Token n of a text (n = 0, 1, ...) is decoded under the gates of its chunk,
+floor(n / refresh_every). The router computes them from the prompt and the
+tokens before that chunk; a router of hidden states lacks the newest of these,
+which is not read yet. Prompts are padded on the left to a bucket. The prefill
+reads all but their last token in one pass, under the first gates. Then each
+step reads one token and predicts the next, so every chunk, the first too, is
+one router call and one inner `lax.scan`.
 
-Routers that look inside the graph run whole texts in one compiled call; a
-router that reads text returns to the host once a chunk, for its tokenizer. Where
-experts read alone (the rule `probabilities`, the router `posterior`) each is a
-row of the batch with a cache of its own.
+A cache policy says what a refresh does to keys and values of older gates:
+`reuse` keeps them, `recompute` reads the whole text again, `remix` applies the
+current gates to the values' adapters.
+
+If the router runs in the graph, one compiled call decodes whole texts. A router
+that reads text needs the host's tokenizer, so the loop returns after each
+chunk. Under the rule `probabilities` and the router `posterior` each expert
+reads alone, as a row of the batch with its own cache.
 
 Axis letters: B batch, P prompt bucket, N new tokens, E experts, D width,
 V vocabulary.
@@ -46,14 +48,17 @@ from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
 
-# Steps of a chunk where the gates are decided once, at the prompt.
+# Steps of a chunk if the gates are computed once, at the prompt.
 UNREFRESHED_CHUNK = 16
 
 
 def bucket(length: int) -> int:
-  """Returns the padded length of a prompt, so that few shapes compile.
+  """Returns the padded length of a prompt; few lengths mean few programs.
 
   Powers of two from 32 to 256, then multiples of 256.
+
+  Args:
+    length: tokens of the prompt.
 
   Example:
     >>> [bucket(n) for n in (1, 33, 256, 257)]
@@ -65,21 +70,29 @@ def bucket(length: int) -> int:
 
 
 class Decoder:
-  """One batch of texts being made; iterate over it for chunks as they come.
+  """Decodes one batch of texts; iterating yields the texts so far.
 
   Args:
-    base: with its layers in a list.
+    base: the Llama, in the list layout.
     prompts: texts, or lists of token ids.
-    adapters: the experts; none is the base alone.
+    adapters: the experts; None is the base alone.
     router: computes the gates; needed with adapters.
-    config: how.
+    config: settings of decoding.
     tokenizer: needed for text in, text out, the end token and text routers.
-    chunked: come back to the host after each chunk, to show it.
-    forced: int32[B, N], N at least `config.max_new_tokens`: tokens that are
-      taken instead of picking some, for their `log_probs`.
+    chunked: return to the host after each chunk, to show the texts so far.
+    forced: int32[B, N], N at least `config.max_new_tokens`: given tokens, which
+      are decoded in place of sampled ones, for their `log_probs`.
 
   Raises:
-    InputError: something of these does not fit together.
+    InputError: two of the arguments do not fit together.
+
+  Example:
+    >>> from tokenlora_jax import load_base, make_router, random_adapters
+    >>> base = load_base("random:tiny")
+    >>> adapters = random_adapters(base, experts=2, rank=4)
+    >>> decoder = Decoder(base, [[1, 2]], adapters, make_router("uniform"))
+    >>> decoder.prompt_gates().tolist()
+    [[0.5, 0.5]]
   """
 
   def __init__(
@@ -102,13 +115,13 @@ class Decoder:
       if router is None:
         raise InputError("router: adapters need one, such as 'uniform'")
       rule, router = resolve(config.rule, config.cache, router, adapters)
-      # Once, not in every step.
+      # Cast once, not in every step.
       self._loras = adapters.astype(base.dtype).layers
     elif router is not None:
       raise InputError("router: there are no adapters to route among")
     self._router = router
     devices = base.embedding[...].sharding.device_set
-    # Where the state goes; several devices decide that between themselves.
+    # The state's device; None if there are several, since XLA then shards it.
     self._place = next(iter(devices)) if len(devices) == 1 else None
     new = config.max_new_tokens
     refreshes = 0 < config.refresh_every < new
@@ -116,7 +129,7 @@ class Decoder:
     chunk = config.refresh_every if refreshes else UNREFRESHED_CHUNK
     self._chunk = min(chunk, new)
     chunks = math.ceil(new / self._chunk)
-    # Room for the tokens made: whole chunks, or more, so that forced texts of
+    # Slots for new tokens: whole chunks, or more, so that forced texts of
     # several lengths share a shape.
     self._room = chunks * self._chunk
     self._forced = None
@@ -136,18 +149,18 @@ class Decoder:
     )
     if reads_text and tokenizer is None:
       raise InputError("router: one that reads text needs a tokenizer")
-    # A router that reads text runs on the host's side, between chunks.
+    # A router that reads text runs on the host, between chunks.
     self._host_router = router if needs == "text" and refreshes else None
     decides = refreshes and needs in ("text", "hidden", "evidence")
     self._reading = graph.Reading(
       rule,
-      # Where gates never move, nothing is older than they are.
+      # If gates never change, no cached value is older than they are.
       config.cache if decides else "reuse",
       evidence=refreshes and needs == "evidence",
       refresh=refreshes and needs in ("hidden", "evidence"),
       split=len(devices) > 1,
     )
-    # What the compiled loop needs of the router, if anything.
+    # The compiled loop gets the router only if it calls it.
     inside = self._reading.refresh or (router is not None and router.prototypes)
     self._graph_router = router if inside else None
     stops = self._host_router is not None or bool(self._stop) or chunked
@@ -159,7 +172,7 @@ class Decoder:
       raise InputError("prompts: want a list of texts, not one text")
     if len(prompts) == 0:
       raise InputError("prompts: there are none")
-    # Forced texts were cut to length before; their padding may reach beyond.
+    # Forced texts are cut to length already; their padding may be longer.
     new = self.config.max_new_tokens if self._forced is None else 0
     encoded = []
     for i, prompt in enumerate(prompts):
@@ -172,20 +185,20 @@ class Decoder:
     return encoded
 
   def _ask(self, router: Router, made=None, seen=None, before=None, rows=None):
-    """Asks a router about the texts so far: float32[B, E].
+    """Calls a router on the texts so far; returns float32[B, E].
 
     Args:
-      router: whom.
-      made: the tokens made of each text, for one that reads text.
-      seen: what else it looks at.
+      router: the router.
+      made: each text's new tokens, for a router that reads text.
+      seen: the router's other input; see `Router.gates`.
       before: the gates until now; None at the prompt.
-      rows: the texts that one that reads text is asked about; the others keep
-        their gates. None is all of them.
+      rows: indices of the texts for a router that reads text; the others keep
+        their gates. None is all texts.
     """
     observation = ()
     if rows is None:
       rows = np.arange(len(self._prompts))
-    # Powers of two, so that few shapes compile as texts end.
+    # Rounded up to a power of two, so that few shapes compile as texts end.
     size = min(1 << (len(rows) - 1).bit_length(), len(self._prompts))
     asked = np.resize(rows, size)
     with self._pace.timing("router"):
@@ -210,12 +223,12 @@ class Decoder:
     return gates
 
   def _ask_at_prompt(self, router: Router) -> tuple[Float[Array, "B E"], Any]:
-    """Returns the first gates, and what the router saw of the prompts."""
+    """Computes the first gates; returns them and the router's other input."""
     whole = bucket(max(map(len, self._prompts)))
     tokens, pad = _left_pad(self._prompts, whole)
     seen = None
     if router.needs == "hidden":
-      # What the base alone makes of the whole prompt, its last token included.
+      # The base alone reads the whole prompt, its last token included.
       seen = graph.prompt_hidden(self._base, tokens, pad)
     elif router.needs == "prompt":
       seen = graph.read_prompt(router, self._base, self._loras, tokens, pad)
@@ -230,16 +243,20 @@ class Decoder:
     return self._ask(router, seen=seen), seen
 
   def at_prompt(self) -> tuple[Float[Array, "B E"], Any]:
-    """Returns the gates [B, E] decided at the prompts, and what they are from:
-    of a router that weighs evidence its belief, float32[B, E], logarithms."""
+    """Computes the gates [B, E] at the prompts.
+
+    Returns:
+      (float32[B, E], the router's other input: of a router of `evidence` its
+      log-belief float32[B, E]; see `Router.gates`).
+    """
     return self._ask_at_prompt(self._router)
 
   def prompt_gates(self) -> Float[np.ndarray, "B E"]:
-    """Returns the gates that are decided at the prompts, float32[B, E]."""
+    """Computes the gates at the prompts, float32[B, E]."""
     return np.asarray(self.at_prompt()[0])
 
   def _start(self) -> graph.DecodeState:
-    """Decides the first gates and reads the prompts."""
+    """Computes the first gates and runs the prefill."""
     self._streams = (
       [
         TextStream(self.tokenizer, prompt, self._stop, self._ends)
@@ -270,9 +287,9 @@ class Decoder:
       )  # fmt: skip
       jax.block_until_ready(cache)
     room = batch, self._room
-    # Arrays of NumPy, since JAX compiles a program for each way to fill one;
-    # and placed like the state that a call returns, or the next call would be
-    # another program.
+    # NumPy arrays, since JAX compiles a program for each way to fill one. They
+    # are placed like the state that a call returns: otherwise the second call
+    # would compile again.
     return self._placed(
       graph.DecodeState(
         cache=cache,
@@ -299,7 +316,7 @@ class Decoder:
     return jax.device_put(tree, self._place)
 
   def __iter__(self) -> Iterator[Generation]:
-    """Makes the texts; yields all that is made so far, again and again."""
+    """Decodes; yields the texts so far after each call of the loop."""
     state = self._start()
     while True:
       with self._pace.timing("decode"):
@@ -327,8 +344,8 @@ class Decoder:
   def _read_out(
     self, state: graph.DecodeState, made: int
   ) -> tuple[Generation, Bool[np.ndarray, " B"]]:
-    """Returns what is made so far, and bool[B], which texts have ended."""
-    # Copies, since the state's buffers are given to the next call.
+    """Returns the texts so far, and bool[B], true for texts that have ended."""
+    # Copies, since the next call reuses the state's buffers.
     tokens, log_probs, gates = (
       np.asarray(array)[:, :made].copy()
       for array in (state.tokens, state.log_probs, state.trace)
@@ -360,7 +377,7 @@ class Decoder:
 def _left_pad(
   prompts: Sequence[Sequence[int]], length: int
 ) -> tuple[Int[np.ndarray, "B {length}"], Int[np.ndarray, " B"]]:
-  """Returns (int32[B, length] with zeros in front, int32[B] how many)."""
+  """Pads on the left: (int32[B, length], int32[B] zeros of each row)."""
   tokens = np.zeros((len(prompts), length), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
     row[length - len(prompt) :] = prompt
@@ -378,18 +395,17 @@ def generate(
 ) -> Generation:
   """Generates texts with a mixture of adapters.
 
-  Token n is made under gates that the router decided from the prompt and the
-  first floor(n / refresh_every) * refresh_every tokens made (Belofsky, 2023,
+  The router computes the gates of token n from the prompt and the first
+  floor(n / refresh_every) * refresh_every new tokens (Belofsky, 2023,
   "Token-Level Adaptation of LoRA Adapters"); with refresh_every 0, from the
   prompt alone.
 
   Args:
     base: from `load_base`.
     prompts: B texts, or B lists of token ids, of any lengths.
-    adapters: from `load_adapters`; none is the base alone.
-    router: from `make_router`; needed with adapters.
-    config: how many tokens, how often gates are refreshed, what they mean, what
-      becomes of the cache, how tokens are picked.
+    adapters: from `load_adapters` or a bank; None is the base alone.
+    router: from `make_router` or a bank; needed with adapters.
+    config: new tokens, refresh, rule, cache policy and sampling.
     tokenizer: from `load_tokenizer`; needed for text in, text out, the end
       token and routers that read text.
 
@@ -397,7 +413,8 @@ def generate(
     A `Generation`: tokens [B, N], gates [B, N, E], texts, stats.
 
   Raises:
-    InputError: something of these does not fit together.
+    InputError: two of the arguments do not fit together.
+    FloatingPointError: gates or logits are not finite; names row and token.
 
   Example:
     >>> from tokenlora_jax import load_base, make_router, random_adapters

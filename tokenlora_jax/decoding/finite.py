@@ -17,13 +17,13 @@ def check_finite(
   lengths: Sequence[int] | Int[np.ndarray, " B"],
   names: Sequence[int] | None = None,
 ) -> None:
-  """Raises `FloatingPointError` where gates or logits are not finite.
+  """Raises `FloatingPointError` if a gate or a logit is not finite.
 
   Args:
     log_probs: float32[N] of each row.
-    gates: float32[N, E] of each row; no E is the base alone.
-    lengths: how many tokens of each row count.
-    names: the rows' numbers; left out, their places.
+    gates: float32[N, E] of each row; E = 0 is the base alone.
+    lengths: the number of tokens to check of each row.
+    names: the rows' numbers, for errors; by default their indices.
 
   Raises:
     FloatingPointError: names the row and the token.

@@ -13,19 +13,19 @@ import jax
 from jaxtyping import Float, Int
 import numpy as np
 
-# JAX reports it for each program, whether compiled or read from the cache.
+# The event that JAX reports for each program, compiled or read from the cache.
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
-# Stats that count the tokens of all rows of a batch.
+# Stats that count tokens of all rows of a batch.
 _OF_ROWS = ("new_tokens", "timed_tokens", "tokens_per_second")
 
 
 class MadeText(NamedTuple):
-  """One text of a batch, without what stands after its end.
+  """One text of a batch, cut at its end.
 
   Attributes:
-    text: what its tokens say.
-    pieces: what each of its N tokens adds.
+    text: the decoded tokens.
+    pieces: the string that each of the N tokens adds to it.
     tokens: int32[N].
     gates: float32[N, E].
   """
@@ -74,17 +74,17 @@ class Generation:
   pieces: list[list[str]] | None = None
 
   def row(self, i: int) -> MadeText:
-    """Returns the text of row `i`; it was made with a tokenizer."""
+    """Returns the text of row `i`, which needs a tokenizer at decoding."""
     n = self.lengths[i]
     return MadeText(
       self.texts[i], self.pieces[i], self.tokens[i, :n], self.gates[i, :n]
     )
 
   def pace(self, rows: int) -> dict[str, float]:
-    """Returns the stats, of which the tokens of the first rows alone count.
+    """Returns the stats, counting only the tokens of the first rows.
 
     Args:
-      rows: how many; the others only fill up the batch.
+      rows: the number of these rows; the others only fill up the batch.
     """
     share = float(sum(self.lengths[:rows]) / sum(self.lengths))
     return {
@@ -94,10 +94,10 @@ class Generation:
 
 
 def joined_pace(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
-  """Returns how many tokens several batches made, and how fast.
+  """Returns the number and the rate of tokens over several batches.
 
   Args:
-    told: the stats of each.
+    told: each batch's `Generation.stats`.
 
   Example:
     >>> slow = {"new_tokens": 8, "timed_tokens": 0, "tokens_per_second": 1.0}
@@ -107,7 +107,7 @@ def joined_pace(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
   """
   key = "timed_tokens"
   if not any(stats[key] for stats in told):
-    key = "new_tokens"  # All of them compiled.
+    key = "new_tokens"  # Every batch compiled.
   made = sum(stats[key] for stats in told)
   seconds = sum(stats[key] / stats["tokens_per_second"] for stats in told)
   return {
@@ -118,13 +118,21 @@ def joined_pace(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 class Pace:
-  """Adds up the seconds of calls, and computes the rate of the warm ones."""
+  """Adds up the seconds of calls; computes the rate of those without compiling.
+
+  Example:
+    >>> pace = Pace()
+    >>> with pace.timing("decode"):
+    ...   pass
+    >>> pace.count(4)["new_tokens"]
+    4
+  """
 
   def __init__(self):
     self._seconds = dict.fromkeys(("prefill", "router", "decode"), 0.0)
     self._tokens = self._timed_tokens = 0
     self._timed_seconds = 0.0
-    # Since tokens were counted last.
+    # Seconds since the last `count`.
     self._since = 0.0
     self._is_warm = True
 
@@ -141,10 +149,10 @@ class Pace:
       self._is_warm &= len(programs) == before
 
   def count(self, tokens: int) -> dict[str, float]:
-    """Returns the stats after a call.
+    """Returns the stats after a call of the loop.
 
     Args:
-      tokens: the number generated so far.
+      tokens: the number of tokens generated so far.
     """
     if self._is_warm:
       self._timed_tokens += tokens - self._tokens
@@ -164,7 +172,7 @@ class Pace:
 
 @functools.cache
 def _programs() -> list[float]:
-  """A list that grows by one whenever JAX makes a program ready to run."""
+  """Returns a list that grows by one for each program that JAX loads."""
   programs = []
 
   def listen(event: str, seconds: float, **_) -> None:

@@ -1,4 +1,4 @@
-"""The compiled parts of decoding: read prompts, ask the router, make chunks.
+"""The compiled parts of decoding: prefill, router calls, and the loop.
 
 Axis letters: B batch, P prompt bucket, N new tokens, S cache slots, E experts,
 D width, V vocabulary, M rows that read one sequence.
@@ -31,13 +31,13 @@ from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import LayerLoras
 from tokenlora_jax.model.loss import token_losses
 
-# Room for the tokens that end a text: few bases have so many, so that one
-# program serves all.
+# The end tokens are padded to this number, so that one program serves nearly
+# all bases.
 ENDS = 8
 
 
 def pad_ends(ends: Sequence[int]) -> Int[np.ndarray, " K"]:
-  """Returns the tokens that end a text as int32[K], -1 behind the last.
+  """Pads the tokens that end a text with -1: int32[K], K a multiple of 8.
 
   Example:
     >>> pad_ends([2, 5]).tolist()
@@ -54,9 +54,9 @@ class Reading:
   Attributes:
     rule: how gates mix the adapters; None is the base alone.
     cache: the policy for keys and values of older gates.
-    evidence: whether each expert reads too, alone, beside a mixture.
-    refresh: whether the router decides anew in the graph, at each chunk.
-    split: whether the base is on several devices.
+    evidence: whether each expert also reads alone, for the posterior.
+    refresh: whether the router runs in the graph, at each chunk.
+    split: whether the base is sharded over several devices.
   """
 
   rule: Rule | None = None
@@ -72,18 +72,21 @@ class Reading:
 
   @property
   def of_prompt(self) -> Reading:
-    """This, but for what happens at refreshes: so few prefills compile."""
+    """The settings that a prefill needs, so that few prefills compile."""
     cache = "remix" if self.cache == "remix" else "reuse"
     return dataclasses.replace(self, cache=cache, refresh=False)
 
   def copies(self, experts: int) -> int:
-    """M: a row, or one an expert, and one of the mixture where it has none."""
+    """M, the rows that read one sequence.
+
+    1; or E, one per expert; or E + 1, if the mixture is a row too.
+    """
     return experts + (not self.rule.of_outputs) if self.apart else 1
 
   def row_gates(
     self, gates: Float[Array | np.ndarray, "B E"]
   ) -> Float[Array | np.ndarray, "BM E"]:
-    """Returns the gates float32[B * M, E] of the rows of gates [B, E]."""
+    """Returns the rows' gates, float32[B * M, E], for gates [B, E]."""
     if not self.apart:
       return gates
     batch, experts = gates.shape
@@ -116,7 +119,7 @@ class Reading:
     )  # fmt: skip
 
   def _each(self, experts: int) -> Rule:
-    """Returns the rule of all rows: an expert that reads alone is itself."""
+    """Returns a rule for all rows: `exact` for experts that read alone."""
     alone = get_rule("exact").mix
     if not self.apart or self.rule.of_outputs or self.rule.mix is alone:
       return self.rule
@@ -142,7 +145,7 @@ class Reading:
   ) -> tuple[
     Float[Array, "B V"], Float[Array, "B D"], Float[Array, "B E V"] | None
   ]:
-    """Combines the predictions of the rows of each sequence.
+    """Combines the predictions of each sequence's rows.
 
     Args:
       gates: float32[B, E].
@@ -151,7 +154,7 @@ class Reading:
 
     Returns:
       (logits [B, V]; hidden [B, D]; log-probabilities by each expert alone,
-      [B, E, V], where there are such).
+      [B, E, V], or None if none reads alone).
     """
     if not self.apart:
       return logits, hidden, None
@@ -169,25 +172,25 @@ class Reading:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-  """Everything that changes while a batch of texts is made.
+  """The carry of the decoding loop.
 
   Attributes:
-    cache: keys and values of all tokens read, of B * M rows.
-    looked: the same of the base alone, for routers that look first; or None.
+    cache: keys and values of all tokens read, B * M rows.
+    looked: the base's own cache, for routers with `looks_first`; or None.
     token: int32[B], the last token of each text, not read yet.
-    gates: float32[B, E], of the running chunk.
-    belief: float32[B, E], log of the belief in each expert, for routers that
-      weigh evidence.
+    gates: float32[B, E], the current chunk's gates.
+    belief: float32[B, E], the log-belief in each expert, for routers of
+      `evidence`; otherwise [B, 0].
     hidden: float32[B, D], the sum of the last hidden states of the tokens
-      read, for routers that look at their mean.
+      read, for routers of `hidden`.
     lengths: int32[B], tokens of each prompt.
-    made: int32 scalar, tokens made of each text.
+    made: int32 scalar, new tokens of each text so far.
     done: bool[B], texts that have ended.
-    tokens: int32[B, N], the tokens made; filler after the end.
+    tokens: int32[B, N], the new tokens; filler after the end.
     log_probs: float32[B, N], their log-probabilities; 0 after the end.
-    trace: float32[B, N, E], the gates of each token made; of routers that
-      decide in the layers their mean over the adapted maps.
-    key: of the sampling.
+    trace: float32[B, N, E], the gates of each new token; of in-layer routers
+      the mean over the adapted projections.
+    key: the PRNG key of sampling.
   """
 
   cache: Cache
@@ -205,17 +208,19 @@ class DecodeState:
   key: Key[Array, ""]
 
   def seen(self, needs: str) -> Float[Array, "B _"]:
-    """Returns the inputs of a router that decides in the graph."""
+    """Returns the input of a router that runs in the graph."""
     if needs == "evidence":
       return self.belief
-    # Over the prompt and the tokens made that were read.
+    # The mean over the prompt and the new tokens that were read.
     read = self.lengths + jnp.maximum(self.made - 1, 0)
     return self.hidden / read[:, None]
 
 
 def _read_whole(reading, base, loras, router, gates, tokens, pad):
-  """Reads padded texts [B, P]; returns (hidden [B * M, P, D], a `KV` a layer
-  of the rows, the same of the base alone)."""
+  """Reads padded texts [B, P] from their start.
+
+  Returns (hidden [B * M, P, D]; one `KV` per layer; the base's own, or None).
+  """
   copies = reading.copies(gates.shape[-1])
   tokens, pad = expert_rows(tokens, copies), expert_rows(pad, copies)
   places = jnp.arange(tokens.shape[1]) - pad[:, None]
@@ -239,7 +244,7 @@ def prefill(
   reading: Reading,
   slots: int,
 ) -> tuple[Cache, Cache | None]:
-  """Reads padded prompts [B, P]: (cache, what the base alone read or None)."""
+  """Reads padded prompts [B, P]; returns (cache, the base's own or None)."""
   with jax.named_scope("prefill"):
     _, layers, looked = _read_whole(
       reading, base, loras, router, gates, tokens, pad
@@ -255,7 +260,7 @@ def prefill(
 def prompt_hidden(
   base: Llama, tokens: Int[Array, "B P"], pad: Int[Array, " B"]
 ) -> Float[Array, "B D"]:
-  """Mean of the base's last hidden states over padded prompts: [B, D]."""
+  """Computes the base's mean last hidden state over padded prompts: [B, D]."""
   real = jnp.arange(tokens.shape[1]) >= pad[:, None]
   gates = jnp.zeros((len(tokens), 0))
   hidden, _, _ = _read_whole(Reading(), base, None, None, gates, tokens, pad)
@@ -271,9 +276,10 @@ def prompt_evidence(
   pad: Int[Array, " B"],
   gates: Float[Array, "B E"],
 ) -> Float[Array, "B E"]:
-  """Log-probability of padded prompts by each expert alone: [B, E].
+  """Computes each prompt's log-probability by each expert alone: [B, E].
 
-  Of `gates` [B, E] only the shape matters. The first token is given.
+  Prompts are padded. Of `gates` [B, E] only the shape counts. The first token
+  is given, so it has no probability.
   """
   batch, experts = gates.shape
   rows = expert_rows(tokens, experts), expert_rows(pad, experts)
@@ -302,7 +308,7 @@ def read_prompt(
 def route(
   router: Router, observation: Any, seen: Any, batch: Float[Array, " B"]
 ) -> Float[Array, "B E"]:
-  """Asks a router: float32[B, E]. Only the length of `batch` [B] matters."""
+  """Calls a router: float32[B, E]. Of `batch` [B] only the length counts."""
   with jax.named_scope("router"):
     return router.gates(batch.shape[0], observation, seen)
 
@@ -311,7 +317,7 @@ def route(
 def smooth(
   router: Router, before: Float[Array, "B E"], gates: Float[Array, "B E"]
 ) -> Float[Array, "B E"]:
-  """Smooths a router's new gates with those until now: float32[B, E]."""
+  """Smooths a router's new gates with the old ones: float32[B, E]."""
   return router.smooth(before, gates)
 
 
@@ -334,12 +340,13 @@ def decode(
   sampler: Sampler,
   chunk: int,
 ) -> DecodeState:
-  """Makes up to `limit` chunks of tokens, until all texts have ended.
+  """Decodes up to `limit` chunks of tokens, until all texts have ended.
 
-  `prompt` int32[B, P + 1] are the prompts with the padding in front, and
-  `forced` is None where tokens are to be picked: otherwise they are int32[B, N],
-  given. `ends` int32[K] are the tokens that end a text, -1 where there are no
-  more; the first fills what is left of it.
+  Args:
+    prompt: int32[B, P + 1], padded on the left.
+    forced: int32[B, N], given tokens; None samples them.
+    ends: int32[K], the tokens that end a text, padded with -1; the first one
+      fills a text after its end.
   """
   copies = reading.copies(state.gates.shape[-1])
 
@@ -369,7 +376,7 @@ def decode(
     if reading.evidence:
       told = jnp.take_along_axis(alone, token[:, None, None], axis=2)[..., 0]
       belief = router.learn(belief, told)
-    # The first token read is the prompt's last, which is in the sum already.
+    # The first step reads the prompt's last token, which the sum holds already.
     fresh = jnp.where(state.made > 0, hidden, 0).astype(jnp.float32)
     at = (0, state.made)
     return DecodeState(
@@ -391,7 +398,7 @@ def decode(
   def reread(state):
     """Recomputes the KV cache of all tokens read, under the current gates."""
     slots = state.cache.layers[0].k.shape[2]
-    # The token of each slot; what stands behind the newest is masked or comes.
+    # The token of each slot. Slots after the newest are masked until written.
     texts = jnp.concatenate([prompt, state.tokens], axis=1)[:, :slots]
     pad = prompt.shape[1] - state.lengths
     with jax.named_scope("reread"):
@@ -420,7 +427,7 @@ def decode(
         gates = jnp.where(first, gates, router.smooth(state.gates, gates))
       state = dataclasses.replace(state, gates=gates)
     if reading.cache == "recompute":
-      # The prefill was under the first chunk's gates.
+      # The prefill ran under the first chunk's gates.
       state = jax.lax.cond(first, lambda state: state, reread, state)
     state, _ = jax.lax.scan(step, state, length=chunk)
     return state, count + 1
@@ -428,7 +435,7 @@ def decode(
   def more(carry):
     state, count = carry
     left = state.made < state.tokens.shape[1]
-    # Gates or logits that are not finite make no token's log-probability so.
+    # If gates or logits are not finite, no log-probability is finite either.
     sound = jnp.all(jnp.isfinite(state.log_probs))
     return (count < limit) & left & sound & ~jnp.all(state.done)
 

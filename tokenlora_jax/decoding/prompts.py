@@ -1,4 +1,4 @@
-"""Tokenises prompts and checks the tokens against the base."""
+"""Tokenises prompts, and checks their tokens against the base."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def encode_checked(
   new: int = 0,
   letters: bool = False,
 ) -> list[int]:
-  """Returns a prompt's tokens, which the base can read.
+  """Returns a prompt's tokens, checked against the base.
 
   Args:
     prompt: a text, or its tokens.
-    tokenizer: of the base; needed for a text.
-    shape: of the base.
-    new: the tokens to make after it, at most.
-    letters: read the names of special tokens as letters; see `encode_prompt`.
+    tokenizer: the base's tokenizer; needed for a text.
+    shape: the base's shape.
+    new: the most tokens to decode after it.
+    letters: encode names of special tokens as letters; see `encode_prompt`.
 
   Raises:
-    InputError: it is empty, has a token that the base does not know, or is too
-      long with what is to be made.
+    InputError: the prompt is empty, has a token beyond the base's vocabulary,
+      or is too long together with the new tokens.
 
   Example:
     >>> from tokenlora_jax.model.config import PRESETS

@@ -12,12 +12,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """Picks the next token.
+  """Samples the next token.
 
-  With temperature t > 0, of softmax(z / t) restricted to the `top_k` most
-  likely tokens and to the most likely ones whose probabilities reach `top_p`
-  (nucleus sampling, Holtzman et al., 2020, eq. 2-3); with t = 0, or too small
-  for float32, argmax z.
+  With temperature t = 0, or one too small for float32, it is argmax z.
+  Otherwise it is drawn from softmax(z / t), restricted to the `top_k` most
+  likely tokens and to the most likely tokens whose probabilities reach `top_p`
+  (nucleus sampling, Holtzman et al., 2020, eq. 2-3).
 
   Args:
     logits: float32[B, V].
@@ -38,10 +38,10 @@ class Sampler:
   def __call__(
     self, logits: Float[Array, "B V"], key: Key[Array, ""]
   ) -> Int[Array, " B"]:
-    # What float32 takes for 0: nothing can be divided by it.
+    # float32 rounds this to 0, by which nothing can be divided.
     if self.temperature < np.finfo(np.float32).tiny:
       return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # The largest is 0, so that none overflows.
+    # The largest logit is 0, so that none overflows.
     logits = logits - logits.max(axis=-1, keepdims=True)
     logits = logits / self.temperature
     if 0 < self.top_k < logits.shape[-1]:
@@ -50,7 +50,7 @@ class Sampler:
     if self.top_p < 1:
       ordered = jnp.sort(logits, axis=-1, descending=True)
       shares = jax.nn.softmax(ordered, axis=-1)
-      # A token stays if those before it do not reach top_p yet.
+      # Keeps a token if the more likely ones do not reach top_p yet.
       stays = jnp.cumsum(shares, axis=-1) - shares < self.top_p
       least = jnp.min(
         jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True

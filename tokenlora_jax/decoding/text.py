@@ -10,25 +10,27 @@ import numpy as np
 from tokenlora_jax.config import DecodeConfig, InputError
 from tokenlora_jax.data.tokens import Tokenizer, end_tokens, special_token
 
-# So many of a prompt's last tokens are decoded before the first made one.
+# The number of a prompt's last tokens that are decoded before the first new
+# one.
 _CONTEXT = 8
-# What the bytes of an unfinished character are shown as.
+# Stands for the bytes of an unfinished character.
 _UNFINISHED = "\ufffd"
 
 
 def text_ends(
   config: DecodeConfig, tokenizer: Tokenizer | None
 ) -> tuple[list[int], list[str]]:
-  """Returns the tokens and the strings that end a text.
+  """Returns (the tokens, the strings) that end a text.
 
-  A special token among the stop strings is that token, since no text shows it.
+  A stop string that names a special token becomes that token, since a decoded
+  text does not show it.
 
   Args:
     config: whether end tokens count, and the stop strings.
-    tokenizer: of the base; needed for stop strings.
+    tokenizer: the base's tokenizer; needed for stop strings.
 
   Raises:
-    InputError: there are stop strings, and no tokenizer.
+    InputError: there are stop strings, but no tokenizer.
 
   Example:
     >>> from tokenlora_jax import load_tokenizer
@@ -49,21 +51,22 @@ def text_ends(
 class TextStream:
   """Detokenises a stream of tokens.
 
-  Tokens are decoded after the prompt: alone, a SentencePiece tokenizer would
-  drop the first space. Each token is decoded with the few before it that
-  its character may need, so that the work is linear in the tokens.
+  Tokens are decoded after the prompt: without it, a SentencePiece tokenizer
+  would drop the first space. Each token is decoded with only the few before it
+  that its character may need, so the work is linear in the number of tokens.
 
   Args:
-    tokenizer: of the base.
-    prompt: the tokens before.
+    tokenizer: the base's tokenizer.
+    prompt: the prompt's tokens.
     stop: strings that end the text and are cut from it.
-    ends: tokens that end it, and say nothing.
+    ends: tokens that end the text and add nothing to it.
 
   Attributes:
-    pieces: what each token adds to the text. A character that several tokens
-      spell is given to the last of them, so that pieces stay as they are.
-    stopped: whether a stop string was found; later tokens are not taken.
-    ended: the same of an end token, which is the last one taken.
+    pieces: the string that each token adds to the text. A character that
+      several tokens spell belongs to the last of them, so pieces never change
+      later.
+    stopped: whether a stop string was found; later tokens are ignored.
+    ended: whether an end token was found; it is the last token taken.
 
   Example:
     >>> from tokenlora_jax import load_tokenizer
@@ -86,11 +89,12 @@ class TextStream:
     self.stopped = self.ended = False
     self._ends = frozenset(ends)
     self._text = ""
-    # Tokens before the newest ones, what both say, and what was told of that.
+    # The context before the newest tokens (`_fresh`), the text of both, and the
+    # part of that text that pieces hold already.
     size = _CONTEXT
     self._window = list(prompt[-size:])
     self._said = self._decode(self._window)
-    # Control tokens alone say nothing of spaces, and a character may be cut.
+    # Control tokens alone do not show a space, and a character may be cut.
     while size < len(prompt) and (not self._said or _UNFINISHED in self._said):
       size *= 2
       self._window = list(prompt[-size:])
@@ -112,10 +116,10 @@ class TextStream:
     return self._text + (self._said[whole:] if self._fresh else "")
 
   def push(self, tokens: Sequence[int] | Int[np.ndarray, " N"]) -> None:
-    """Takes the next tokens, until one ends the text.
+    """Appends the next tokens, until one ends the text.
 
     Args:
-      tokens: made after those that were pushed before.
+      tokens: the tokens that follow those pushed before.
     """
     for token in tokens:
       if self.stopped or self.ended:
@@ -127,11 +131,11 @@ class TextStream:
         self._take(self._piece(int(token)))
 
   def _piece(self, token: int) -> str:
-    """Returns what a token adds to the text."""
+    """Returns the string that a token adds to the text."""
     context = [*self._window, *self._fresh]
     said = self._decode([*context, token])
     if self._window and not self._fresh and said == self._said:
-      return ""  # A control token, which is no context for the next.
+      return ""  # A control token is no context for the next one.
     self._fresh.append(token)
     self._said = said
     whole = said.rstrip(_UNFINISHED)
