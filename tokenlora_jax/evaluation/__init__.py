@@ -1,1 +1,1 @@
-"""Evaluation of ways to mix on held-out rows."""
+"""Evaluation on held-out rows: losses, likelihoods, scores, experiments."""

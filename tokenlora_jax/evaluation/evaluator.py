@@ -1,15 +1,16 @@
-"""Held-out loss of answers under gates that a router refreshes.
+"""Computes held-out losses of answers under gates that a router refreshes.
 
-An answer is scored as the decoder would make it: its token n (n = 0, 1, ...,
+An answer is scored as the decoder would decode it. Its token n (n = 0, 1, ...,
 the end token included) is predicted under the gates of chunk
-floor(n / refresh_every), which the router decided from the prompt and the
-answer's tokens before that chunk; the prompt is read under the first gates.
-Since the answer is given, all gates can be said beforehand, and a text is scored
-in one forward pass with gates [B, T, E]: a router that reads text is asked about
-its prefixes, and the evidence for each expert is another pass. Only a router that
-looks at hidden states between tokens, which depend on the gates before, is
-followed by the decoder, and so is the cache policy `recompute`, which reads a
-text many times.
+floor(n / refresh_every), which the router computes from the prompt and the
+answer's tokens before that chunk. The prompt is read under the first gates.
+
+Since the answer is known, all gates are computed first, and one forward pass
+with gates [B, T, E] scores a text. A router of text is called on the text's
+prefixes, and the evidence for each expert takes another pass. In two cases the
+decoder runs with the answer's tokens forced: for a router of hidden states
+between tokens, since these depend on earlier gates; and for the cache policy
+`recompute`, which reads a text many times.
 
 Axis letters: B batch, T length, N answer tokens, E experts.
 """
@@ -41,13 +42,13 @@ from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
 from tokenlora_jax.model.loss import token_losses
 
-# Rows that are scored, or texts that are routed, at once.
+# Rows scored, or texts routed, in one batch.
 BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """One way to mix, to be compared with others.
+  """One way to mix: router, refresh, rule and cache policy.
 
   Attributes:
     router: computes the gates; None is the base alone.
@@ -66,10 +67,10 @@ class Scored(NamedTuple):
   """The losses and gates of one answer.
 
   Attributes:
-    place: of the row among those that were scored.
-    losses: float32[N], of each answer token, nats.
-    gates: float32[N, E], under which each was predicted; of routers that decide
-      in the layers their mean over the adapted maps. None: the base alone.
+    place: index of the row among the given ones.
+    losses: float32[N], the loss of each answer token, nats.
+    gates: float32[N, E], the gates of each token; of in-layer routers their
+      mean over the adapted projections. None is the base alone.
   """
 
   place: int
@@ -81,9 +82,9 @@ class Scored(NamedTuple):
 def _states(
   base, loras, router, gates, tokens, lengths, *, rule: Rule | None, remix: bool
 ):
-  """Last hidden states [B, T, D], and the gates [B, T, E] under which they are.
+  """Computes the last hidden states [B, T, D]; returns them and their gates.
 
-  The gates are as given, or the layers' own where these decide.
+  The gates, [B, T, E], are the given ones, or those of an in-layer router.
   """
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   mask = causal_mask((positions < lengths[:, None]).astype(jnp.int32))
@@ -96,9 +97,9 @@ def _states(
 
 @functools.partial(jax.jit, static_argnames="count")
 def _losses(base, hidden, tokens, starts, *, count):
-  """Loss of predicting token t + 1 at t, t = start, ..., float32[B, count].
+  """Computes the loss of token t + 1 at t = start, ...: float32[B, count].
 
-  The output map is a fifth of a small model's work, and prompts need none of it.
+  Prompts skip the output projection, a fifth of a small model's work.
   """
   places = jnp.minimum(starts[:, None] + jnp.arange(count), tokens.shape[1] - 1)
   hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
@@ -117,12 +118,12 @@ def _learn(router, belief, log_probs):
 
 
 class _Decided(NamedTuple):
-  """A router's decision for one text.
+  """A router's gates for one text.
 
   Attributes:
     gates: float32[E].
-    belief: float32[E], logarithms, of one that weighs evidence: before its
-      gates are shaped. Of others the gates again.
+    belief: float32[E], the log-belief of a router of `evidence`, before its
+      gates are shaped; otherwise the gates again.
   """
 
   gates: Float[np.ndarray, " E"]
@@ -130,12 +131,12 @@ class _Decided(NamedTuple):
 
 
 def _key(tokens: Int[np.ndarray, " T"]) -> bytes:
-  """Returns a short, stable key of a text of tokens."""
+  """Returns a hash of a text's tokens."""
   return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
 def _identity(router: Router) -> Hashable:
-  """Returns a router's identity: its structure and all its numbers."""
+  """Returns a key for a router: its structure and a hash of its arrays."""
   leaves, structure = jax.tree.flatten(router)
   numbers = hashlib.blake2b(digest_size=16)
   for leaf in map(np.asarray, leaves):
@@ -145,7 +146,7 @@ def _identity(router: Router) -> Hashable:
 
 
 def _alone_throughout(gates: Float[np.ndarray, "N E"]) -> int | None:
-  """Returns the expert that gates [N, E] leave alone all the time, or None."""
+  """Returns the expert if gates [N, E] are its one-hot throughout, or None."""
   expert = int(np.argmax(gates[0]))
   alone = np.arange(gates.shape[1]) == expert
   return expert if (gates == alone).all() else None
@@ -154,13 +155,13 @@ def _alone_throughout(gates: Float[np.ndarray, "N E"]) -> int | None:
 class Evaluator:
   """Scores held-out answers of one base and bank.
 
-  Router calls are remembered: variants that differ only in `refresh_every`,
-  rule or cache ask about many of the same texts.
+  It caches router calls: variants that differ only in `refresh_every`, rule or
+  cache policy route many of the same texts.
 
   Args:
-    base: with its layers in a list.
+    base: the Llama, in the list layout.
     adapters: the experts.
-    tokenizer: the base's.
+    tokenizer: the base's tokenizer; needed for routers of text.
   """
 
   def __init__(
@@ -170,29 +171,30 @@ class Evaluator:
     self._base = base
     self._adapters = adapters
     self._tokenizer = tokenizer
-    # By tokens, expert alone and rule: a place of the text, and the losses of
-    # predicting from there on.
+    # By (hash of the tokens, expert alone, rule): a position of the text, and
+    # the losses from there on.
     self._told: dict[
       tuple[bytes, int, Rule], tuple[int, Float[np.ndarray, " N"]]
     ] = {}
-    # By what a router is, and by text: what it decided there.
+    # By router and text: the router's gates there.
     self._asked: dict[Hashable, dict[bytes, _Decided]] = {}
 
   def score(
     self, variant: Variant, examples: Sequence[Example]
   ) -> Iterator[list[Scored]]:
-    """Scores answers.
+    """Computes the losses of answers.
 
     Args:
       variant: the way to mix.
       examples: rows as tokens.
 
     Yields:
-      A batch after the other, the longest rows first; rows that were cut before
-      the answer are left out.
+      One list of `Scored` per batch, the longest rows first. Rows that were cut
+      before the answer are left out.
 
     Raises:
       InputError: rule, cache policy and router do not fit together.
+      FloatingPointError: a loss or a gate is not finite.
     """
     router, pace, rule = variant.router, variant.refresh_every, None
     if router is not None:
@@ -229,10 +231,10 @@ class Evaluator:
   def gates(
     self, router: Router, refresh_every: int, examples: Sequence[Example]
   ) -> list[Float[np.ndarray, "_ E"]]:
-    """Returns the gates under which each answer token is made, [N, E] each.
+    """Computes the gates of each answer token, [N, E] per answer.
 
     Args:
-      router: any; one that looks at hidden states only at the prompt.
+      router: any; a router of hidden states is called only at the prompt.
       refresh_every: tokens between two calls; 0 is once, at the prompt.
       examples: rows as tokens.
     """
@@ -257,11 +259,11 @@ class Evaluator:
   def _decided(
     self, router: Router, texts: Iterable[Int[np.ndarray, " _"]]
   ) -> dict[bytes, _Decided]:
-    """Returns what a router decides of texts as tokens, each asked once."""
+    """Computes a router's gates for texts as tokens, once per text."""
     known = self._asked.setdefault(_identity(router), {})
     new = {_key(text): text for text in texts}
-    # By length, so that little is padding; a short batch is filled up, so
-    # that it does not compile anew.
+    # Sorted by length, so that there is little padding. A short batch is filled
+    # up, so that it needs no program of its own.
     new = sorted(
       (item for item in new.items() if item[0] not in known),
       key=lambda item: len(item[1]),
@@ -277,7 +279,7 @@ class Evaluator:
     return known
 
   def _ask(self, router: Router, texts: list[list[int]]):
-    """Returns the router's gates [B, E] for texts as tokens, and what it saw."""
+    """Computes gates [B, E] for texts; returns them and the other input."""
     if router.needs not in ("nothing", "text"):
       decoder = Decoder(
         self._base, texts, self._adapters, router,
@@ -292,7 +294,7 @@ class Evaluator:
     return np.asarray(_gates(router, observation, np.zeros(len(texts)))), None
 
   def _smoothed(self, router, texts, known) -> Float[np.ndarray, "N E"]:
-    """Returns the gates [N, E] of an answer, given those of its prefixes."""
+    """Smooths an answer's gates, given those of its prefixes: [N, E]."""
     gates = [known[_key(texts[0])].gates]
     for before, text in itertools.pairwise(texts):
       now = gates[-1]
@@ -304,7 +306,7 @@ class Evaluator:
   def _believed(
     self, router, refresh_every, examples
   ) -> list[Float[np.ndarray, "_ E"]]:
-    """Returns the gates [N, E] of answers by a router that weighs evidence."""
+    """Computes the gates [N, E] of each answer by a router of `evidence`."""
     prompts = [e.tokens[: e.prompt_length] for e in examples]
     known, gates = self._decided(router, prompts), []
     for start in range(0, len(examples), BATCH):
@@ -324,7 +326,7 @@ class Evaluator:
     return gates
 
   def _alone(self, batch, experts: Sequence[int], rule: Rule):
-    """Returns the losses [N] of each answer by one expert alone, in a list."""
+    """Computes the losses [N] of each answer by one expert alone."""
     keys = [
       (_key(example.tokens), expert, rule)
       for example, expert in zip(batch, experts, strict=True)
@@ -352,7 +354,7 @@ class Evaluator:
     ]
 
   def _by_each(self, batch, rule: Rule) -> list[Float[np.ndarray, "_ E"]]:
-    """Returns the losses [N, E] of each answer by each expert alone."""
+    """Computes the losses [N, E] of each answer by each expert alone."""
     told = [
       self._alone(batch, [expert] * len(batch), rule)
       for expert in range(len(self._adapters.names))
@@ -361,7 +363,7 @@ class Evaluator:
 
   def _score(self, batch, rule, remix, router, gates):
     """Scores texts under the gates [N, E] of each: [(losses, gates)]."""
-    # Where rules mean the same by an expert alone, they share its losses.
+    # Rules that equal `exact` for an expert alone share its losses.
     exact = get_rule("exact")
     alone = exact if rule.mix is exact.mix else rule
     if rule.of_outputs:
@@ -372,7 +374,7 @@ class Evaluator:
       return [(-x, now) for x, now in zip(mixed, gates, strict=True)]
     experts = [_alone_throughout(now) for now in gates]
     if rule == exact and None not in experts and not router.prototypes:
-      # As `own`, an adapter by name and `top1` have it: often read already.
+      # `own`, an adapter by name and `top1` are such; often computed already.
       return list(zip(self._alone(batch, experts, rule), gates, strict=True))
     return self._read(batch, rule, gates, router, remix)
 
@@ -389,7 +391,7 @@ class Evaluator:
       loras = self._adapters.layers
       table = np.zeros((BATCH, size, len(self._adapters.names)), np.float32)
       for row, example, answer in zip(table, batch, gates, strict=False):
-        # Token n is made at the position before it.
+        # Token n is predicted at the position before it.
         first = example.prompt_length - 1
         row[:first] = answer[0]
         row[first : first + len(answer)] = answer
@@ -402,7 +404,7 @@ class Evaluator:
     starts = np.zeros(BATCH, np.int32)
     starts[: len(batch)] = [e.prompt_length - 1 for e in batch]
     counts = [len(e.tokens) - e.prompt_length for e in batch]
-    # A power of two, so that few shapes compile.
+    # Rounded up to a power of two, so that few shapes compile.
     count = min(1 << (max(counts) - 1).bit_length(), size)
     losses = np.asarray(
       _losses(self._base, hidden, tokens, starts, count=count)
@@ -416,7 +418,7 @@ class Evaluator:
     ]
 
   def _decode(self, batch, variant, router):
-    """Follows texts as the decoder makes them: [(losses, gates)]."""
+    """Runs the decoder with the answers' tokens forced: [(losses, gates)]."""
     filled = batch + batch[-1:] * (BATCH - len(batch))
     answers = [e.tokens[e.prompt_length :] for e in filled]
     longest = max(map(len, answers))

@@ -1,10 +1,11 @@
 """Scores given continuations: log-likelihood, and whether they are greedy.
 
 Token n of a continuation (n = 0, 1, ...) is predicted under the gates of chunk
-floor(n / refresh_every), which the router decided from the context and the
-continuation before that chunk, as the decoder would make it. So gates come
-first: a router that reads text says those of all chunks at once, any other is
-followed by the decoder. Then one pass with gates [B, T, E] says both.
+floor(n / refresh_every), which the router computes from the context and the
+continuation before that chunk, as in decoding. All gates are computed first: a
+router of hidden states runs in the decoder, with the continuation's tokens
+forced; `Evaluator.gates` computes those of any other. Then one pass with gates
+[B, T, E] gives log-probabilities and greedy flags.
 
 Axis letters: B batch, T length, N continuation tokens, E experts, K tokens
 looked up, V vocabulary.
@@ -33,8 +34,8 @@ from tokenlora_jax.mixing.router import Router
 from tokenlora_jax.model.llama import Llama
 from tokenlora_jax.model.lora import Adapters
 
-# Tokens of the rows whose gates are asked for together: enough that a text
-# router's batches are full, so few that all texts it is asked about fit.
+# Tokens of the rows that are routed together: enough to fill a text router's
+# batches, but few enough that all prefixes fit in memory.
 _ROUTED_TOKENS = 2**14
 
 
@@ -42,9 +43,9 @@ class Score(NamedTuple):
   """The model's score of one continuation.
 
   Attributes:
-    place: of its pair among those that were given.
-    log_prob: of all its tokens together, in nats.
-    greedy: whether each of them is the likeliest.
+    place: index of its pair among the given ones.
+    log_prob: the sum over its tokens of their log-probabilities, nats.
+    greedy: whether each of its tokens is the likeliest.
   """
 
   place: int
@@ -70,12 +71,12 @@ class _Row(NamedTuple):
 
   @property
   def answer(self) -> slice:
-    """The places at which the N continuation tokens are predicted."""
+    """The positions at which the N continuation tokens are predicted."""
     return slice(self.context - 1, len(self.tokens))
 
   @property
   def example(self) -> Example:
-    """The same with any last token, since no gates depend on that."""
+    """The row with some last token, on which no gates depend."""
     tokens = np.array([*self.tokens, 0], np.int32)
     return Example(tokens, np.ones(len(tokens), np.float32), self.context)
 
@@ -84,8 +85,8 @@ class _Row(NamedTuple):
 def _look_up(logits, rows, places, tokens):
   """Looks up tokens in logits [B, T, V] at [row, place], each int32[K].
 
-  Returns float32[K], their log-probabilities, and bool[K], whether each is the
-  likeliest there.
+  Returns (float32[K], their log-probabilities; bool[K], true for a token that
+  is the likeliest at its place).
   """
   total = jax.nn.logsumexp(logits, axis=-1)
   best = jnp.argmax(logits, axis=-1)
@@ -98,14 +99,14 @@ class Scorer:
   """Scores continuations under one base, bank and router.
 
   Attributes:
-    base: with its layers in a list.
-    tokenizer: the base's, for a router that reads text.
-    adapters: the experts; none is the base alone.
+    base: the Llama, in the list layout.
+    tokenizer: the base's tokenizer; needed for routers of text.
+    adapters: the experts; None is the base alone.
     router: computes the gates; needed with adapters.
     refresh_every: tokens between two router calls; 0 is once, at the context.
     rule: how the gates mix the adapters.
-    batch_size: B, rows that are read at once. Their logits, float32[B, T, V],
-      must fit in memory.
+    batch_size: B, rows per batch. Their logits, float32[B, T, V], must fit in
+      memory.
 
   Example:
     >>> from tokenlora_jax import load_base
@@ -128,16 +129,16 @@ class Scorer:
     """Scores pairs of a context and a continuation, as tokens.
 
     Args:
-      pairs: neither part of a pair is empty.
+      pairs: (context, continuation)s, neither of them empty.
 
     Yields:
-      The `Score` of each pair, in some order.
+      The `Score` of each pair, in any order.
     """
     places: dict[_Row, list[int]] = {}
     for place, (context, answer) in enumerate(pairs):
       row = _Row((*context, *answer[:-1]), len(context))
       places.setdefault(row, []).append(place)
-    # Long rows first; those of one context lie together, for the router.
+    # Long rows first. Rows of one context are neighbours, for the router.
     order = sorted(places, key=lambda row: (-row.size, row))
     size = min(self.batch_size, len(order))
     for batch, gates in self._with_gates(order, size):
@@ -150,7 +151,7 @@ class Scorer:
 
   @functools.cached_property
   def _evaluator(self) -> Evaluator:
-    """Knows the gates of texts that were asked about before."""
+    """Computes gates, and caches those of earlier texts."""
     return Evaluator(self.base, self.adapters, self.tokenizer)
 
   def _with_gates(
@@ -178,7 +179,7 @@ class Scorer:
   def _followed(
     self, batch: list[_Row], size: int
   ) -> list[Float[np.ndarray, "_ E"]]:
-    """Returns the gates of each row, [N, E], as the decoder comes to them."""
+    """Computes each row's gates [N, E] in the decoder, its tokens forced."""
     filled = batch + batch[-1:] * (size - len(batch))
     answers = [row.example.tokens[row.context :] for row in filled]
     longest = max(map(len, answers))
@@ -197,7 +198,7 @@ class Scorer:
     return [gates[: len(answer)] for gates, answer in pairs]
 
   def _score(self, batch, gates, asked, size) -> Iterator[Score]:
-    """Reads rows; yields the scores of (row, place, continuation)s."""
+    """Reads rows; yields the score of each (row, place, continuation)."""
     tokens = np.zeros((size, batch[0].size), np.int32)
     for i, row in enumerate(batch):
       tokens[i, : len(row.tokens)] = row.tokens
@@ -210,7 +211,7 @@ class Scorer:
         table[i, row.answer] = gates[i]
     inside = self.router if self.router and self.router.prototypes else None
     logits = forward(self.base, tokens, self.adapters, table, self.rule, inside)
-    # Flat, since continuations are of any length: [row, place, token].
+    # Flat, since continuations differ in length: [row, place, token].
     spans = [range(len(batch[i].tokens))[batch[i].answer] for i, _, _ in asked]
     wanted = np.array(
       [

@@ -1,4 +1,4 @@
-"""Confidence of figures: bootstrap intervals over questions.
+"""Bootstrap confidence intervals of figures, over questions.
 
 Axis letters: Q questions, A figures that are compared, S resamples.
 """
@@ -15,7 +15,7 @@ import numpy as np
 RESAMPLES = 4000
 LEVEL = 0.95
 
-# Counts of resamples that are held at once, 32 MiB.
+# Counts of resamples in memory at once, 32 MiB.
 _AT_ONCE = 2**22
 
 
@@ -23,9 +23,9 @@ class Estimate(NamedTuple):
   """A figure and its interval.
 
   Attributes:
-    value: of the questions as they are.
-    low: NaN where there are too few questions to say.
-    high: as `low`.
+    value: the figure of the given questions.
+    low: lower end of the interval; NaN if there are too few questions.
+    high: upper end of the interval; NaN if there are too few questions.
   """
 
   value: float
@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
 
   @property
   def excludes_zero(self) -> bool:
-    """True if the whole interval is on one side of 0.
+    """Whether the whole interval is on one side of 0.
 
     Example:
       >>> Estimate(0.2, 0.1, 0.3).excludes_zero, Estimate(0.2).excludes_zero
@@ -49,22 +49,23 @@ def ratios(
   seed: Sequence[int],
   resamples: int = RESAMPLES,
 ) -> Float[np.ndarray, "1+{resamples} A"]:
-  """Figures of questions as they are, and of questions drawn from them.
+  """Computes figures of the given questions, and of bootstrap resamples.
 
-  The bootstrap (Efron, 1979): a resample has Q questions drawn with return, so
-  question q is in it c_q times, c ~ multinomial(Q, 1/Q). Its figure is a ratio
-  of sums, sum_q c_q sums[q] / sum_q c_q weights[q]: with losses and tokens, the
-  loss a token; with weights of 1, a mean. All figures share the draws, so that
-  the difference of two is one of pairs.
+  figure = sum_q c_q sums[q] / sum_q c_q weights[q],  c ~ multinomial(Q, 1/Q)
+
+  The bootstrap (Efron, 1979): a resample has Q questions drawn with
+  replacement, so it holds question q c_q times. With losses as sums and tokens
+  as weights the figure is the loss per token; with weights of 1 it is a mean.
+  All A figures share the draws, so differences between them are paired.
 
   Args:
     sums: float[Q, A].
     weights: float[Q, A], more than 0.
-    seed: of the draws; the same seed and Q give the same draws.
+    seed: seeds the draws; the same seed and Q give the same draws.
     resamples: S.
 
   Returns:
-    float64[1 + S, A]: the questions as they are, then each resample.
+    float64[1 + S, A]: the given questions (c = 1), then each resample.
 
   Example:
     >>> found = ratios(np.array([[1.0], [5.0]]), np.array([[1.0], [2.0]]), [0])
@@ -86,15 +87,15 @@ def ratios(
 
 
 def estimate(figures: Float[np.ndarray, " S1"], questions: int) -> Estimate:
-  """The figure of the questions as they are, with its percentile interval.
+  """Computes a figure's 95 % percentile interval from its resamples.
 
   Args:
     figures: float[1 + S], a column of `ratios`, or a function of several.
-    questions: the fewest that any of them rests on. One question alone says
-      nothing of others.
+    questions: the fewest questions behind any of them. One question gives no
+      interval.
 
   Returns:
-    An `Estimate` of level 95 %.
+    The figure of the given questions, with its interval.
 
   Example:
     >>> estimate(np.array([2.0, 1.0, 2.0, 3.0]), questions=5)

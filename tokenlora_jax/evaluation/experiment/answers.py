@@ -25,15 +25,16 @@ from tokenlora_jax.model.lora import Adapters
 
 
 class Judge:
-  """Lets arms answer questions, and has the answers scored.
+  """Generates answers to questions, and scores them.
 
   Args:
-    base: with its layers in a list.
+    base: the Llama, in the list layout.
     adapters: the experts.
-    tokenizer: the base's.
-    evaluator: of these, for the likelihoods of choices.
-    decode: the decode settings; an arm overrides those of mixing.
-    run_code: that programs which a model wrote may be run.
+    tokenizer: the base's tokenizer.
+    evaluator: computes the likelihoods of choices, for the same base and
+    experts.
+    decode: settings of decoding; an arm overrides refresh, rule and cache.
+    run_code: whether programs that the model wrote may be run.
   """
 
   def __init__(
@@ -53,7 +54,15 @@ class Judge:
     self._run_code = run_code
 
   def check(self, task: str, questions: Sequence[Question]) -> None:
-    """Raises `InputError` unless a task can be scored and its answers fit."""
+    """Checks that a task has scorers and that its answers fit the base.
+
+    Args:
+      task: the questions' task.
+      questions: at least one.
+
+    Raises:
+      InputError: the task cannot be scored, or prompt and answer are too long.
+    """
     get_scorers(task, self._run_code)
     longest = max(one.example.prompt_length for one in questions)
     new, room = self._decode.max_new_tokens, self._base.config.max_length
@@ -66,16 +75,17 @@ class Judge:
   def judge(
     self, task: str, variant: Variant, questions: Sequence[Question]
   ) -> list[dict[str, Any]]:
-    """Returns the scores of each question, for its row.
+    """Answers and scores questions.
 
     Args:
-      task: of the questions.
+      task: the questions' task.
       variant: the way to mix.
-      questions: at most `BATCH` are decoded at once.
+      questions: any number; at most `BATCH` are decoded at once.
 
     Returns:
-      A dict each: `scores` {metric: number}, `score_seconds`; and, where the
-      task's scorers read texts, `text`, `made` (tokens) and `made_seconds`.
+      One dict per question: `scores` {metric: number} and `score_seconds`; and,
+      if the task's scorers read texts, `text`, `made` (tokens) and
+      `made_seconds`.
 
     Raises:
       InputError: a row breaks its schema.
@@ -111,7 +121,7 @@ class Judge:
       one.example.tokens[: one.example.prompt_length].tolist()
       for one in questions
     ]
-    # A short batch is filled up, so that it does not compile anew.
+    # A short batch is filled up, so that it needs no program of its own.
     prompts += prompts[-1:] * (BATCH - len(prompts))
     config = dataclasses.replace(
       self._decode,
@@ -144,7 +154,7 @@ class Judge:
     variant: Variant,
     questions: Sequence[Question],
   ) -> list[list[float]]:
-    """Returns the log-likelihood of each choice of each question."""
+    """Computes the log-likelihood of each choice of each question."""
     asked = [scorer.requests(one.fields) for one in questions]
     examples = []
     for request in (one for requests in asked for one in requests):
@@ -161,10 +171,10 @@ class Judge:
 
 
 def _common_stops(readers: Sequence[TextScorer]) -> list[str]:
-  """Returns where generation may end without any scorer seeing a difference.
+  """Returns the strings at which generation may stop with equal scores.
 
-  A scorer passes over a stop in the white space that a text begins with, so one
-  that begins with white space may only be cut by the scorer.
+  All scorers cut at them. A scorer ignores a stop in a text's leading white
+  space, so generation may not stop at one that begins with white space.
   """
   return [
     stop

@@ -1,4 +1,4 @@
-"""The arms of an experiment: the ways to mix that are compared."""
+"""The arms of an experiment, which are the ways to mix that it compares."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tokenlora_jax.model.lora import Adapters
 
 CACHES = ("reuse", "recompute", "remix")
 
-# What a variant may be; NAME is an expert, K a number of tokens.
+# The allowed variants; NAME is an expert, K a number of tokens.
 VARIANTS = (
   "base", "own", "single", "adapter:NAME", "top1", "uniform", "sum", "prompt",
   "token:K",
 )  # fmt: skip
 
-# Rules that leave an adapter as it is where its gate is 1 and the others' are 0.
+# Rules that reproduce an adapter if its gate is 1 and the others are 0.
 _SAME_ALONE = ("exact", "peft_linear", "probabilities")
 
 
@@ -33,14 +33,18 @@ class Arm(NamedTuple):
 
   Attributes:
     variant: `base`; `own`, the adapter of the row's own task (see
-      `own_experts`), which no router can know: the oracle; `adapter:NAME`, one
-      adapter on all tasks; `top1`, the router's best adapter alone, decided at
-      the prompt; `uniform`; `sum`; `prompt`, the router's gates at the prompt;
-      `token:K`, decided anew every K tokens.
-    router: its name; "" where none is asked.
+      `own_experts`), an oracle, since no router knows the task; `adapter:NAME`,
+      one adapter on all tasks; `top1`, the router's best adapter alone, chosen
+      at the prompt; `uniform`; `sum`; `prompt`, the router's gates at the
+      prompt; or `token:K`, new gates every K tokens.
+    router: the router's name; "" without one.
     rule: how gates mix the adapters; "" without gates.
-    cache: the policy for keys and values of older gates; "" where gates do
-      not move.
+    cache: the policy for keys and values of older gates; "" if gates do not
+      change.
+
+  Example:
+    >>> Arm("token:2", "centroid").pace, Arm("prompt", "centroid").pace
+    (2, 0)
   """
 
   variant: str
@@ -60,7 +64,7 @@ class Arm(NamedTuple):
 
   @property
   def pace(self) -> int:
-    """Tokens between two router calls; 0 is none after the prompt."""
+    """Tokens between two router calls; 0 is once, at the prompt."""
     kind, _, number = self.variant.partition(":")
     return int(number) if kind == "token" else 0
 
@@ -70,14 +74,14 @@ def own_experts(
 ) -> dict[str, str]:
   """Returns each task's own expert.
 
-  It is the expert of the task's name, or else the one that was trained on it.
+  That is the expert with the task's name, or else the one trained on it.
 
   Args:
     tasks: the tasks.
-    experts: by expert, the task it was trained on; "" if unknown.
+    experts: {expert: the task it was trained on, or "" if unknown}.
 
   Raises:
-    InputError: a task has no expert, or several and none of its name.
+    InputError: a task has no expert, or has several but none of its name.
 
   Example:
     >>> own_experts(["gsm8k", "squad"], {"mine": "gsm8k", "squad": ""})
@@ -107,8 +111,14 @@ class Routers:
   """The routers of the arms; each is made once.
 
   Attributes:
-    named: the routers that arms may have, by name.
-    own: by task, its own expert, for `own`; by default that of its name.
+    named: the arms' routers by name.
+    own: {task: its own expert}; by default the expert of the task's name.
+
+  Example:
+    >>> routers = Routers({}, own={"gsm8k": "mine"})
+    >>> variant = routers.variant(Arm("own", rule="exact"), "gsm8k")
+    >>> variant.router.bind(["other", "mine"]).gates(1, (), None).tolist()
+    [[0.0, 1.0]]
   """
 
   def __init__(
@@ -123,7 +133,7 @@ class Routers:
 
     Args:
       arm: the arm.
-      task: of the rows, for `own`.
+      task: the rows' task, for `own`.
     """
     kind, _, name = arm.variant.partition(":")
     own = self.own.get(task, task)
@@ -147,12 +157,11 @@ class Routers:
 def router_config(
   text: str, default: RouterConfig
 ) -> tuple[RouterConfig, frozenset[str]]:
-  """Returns the settings of a router as `--routers` names it.
+  """Parses one value of `--routers`.
 
   Args:
-    text: a router's name, and perhaps settings that differ from the config's:
-      `NAME:SETTING=VALUE,SETTING=VALUE`.
-    default: the config's.
+    text: a router's name, or `NAME:SETTING=VALUE,SETTING=VALUE`.
+    default: the config's router settings, for those that are not given.
 
   Returns:
     (the settings, the names of those that the text gives).
@@ -168,7 +177,7 @@ def router_config(
   """
   name, _, rest = text.partition(":")
   hints = get_type_hints(type(default))
-  # A comma parts settings, so none is a list.
+  # Commas separate settings, so no value may be a list.
   known = {
     field: get_args(hint) or (hint,)
     for field, hint in hints.items()
@@ -196,20 +205,21 @@ def make_arms(
   caches: Sequence[str],
   adapters: Adapters,
 ) -> tuple[list[Arm], list[str]]:
-  """Returns the arms that make sense, and a line for each that does not.
+  """Returns the arms to run, and one line for each that is left out.
 
   Args:
-    variants: of `VARIANTS`; `single` is each adapter alone.
-    routers: of these adapters.
+    variants: names as in `VARIANTS`; `single` is each adapter alone.
+    routers: the routers, made for these adapters.
     rules: the rules to compare.
-    caches: cache policies.
+    caches: the cache policies to compare.
     adapters: the experts.
 
   Returns:
-    (arms, each once, in the order of the variants; why others were left out).
+    (arms, each once, in the order of the variants; the reasons why other
+    combinations are left out).
 
   Raises:
-    InputError: a variant, rule or policy that does not exist.
+    InputError: a variant, rule or policy does not exist.
 
   Example:
     >>> from tokenlora_jax import load_base, random_adapters
@@ -245,7 +255,7 @@ def make_arms(
 def _spelled_out(
   variants: Sequence[str], experts: Sequence[str]
 ) -> Iterator[str]:
-  """Yields variants with `single` as each adapter, or raises `InputError`."""
+  """Yields variants, `single` as one per adapter, or raises `InputError`."""
   for variant in variants:
     kind, colon, what = variant.partition(":")
     if variant == "single":
@@ -275,7 +285,7 @@ def _arms_of(
   rules: Sequence[str],
   caches: Sequence[str],
 ) -> Iterator[tuple[Arm, str]]:
-  """Yields the arms of a variant, and why one makes no sense, or ""."""
+  """Yields (an arm of a variant, the reason to leave it out or "")."""
   kind = variant.partition(":")[0]
   if kind == "base":
     yield Arm(variant), ""

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 def write_plots(
   rows: Sequence[Mapping[str, Any]], results: Results, folder: Path
 ) -> None:
-  """Writes what there is to draw as PNG: quality, gates and confusion.
+  """Writes the plots that the rows allow as PNG: quality, gates, confusion.
 
   Args:
-    rows: of an experiment.
-    results: of these rows.
-    folder: an existing one.
+    rows: an experiment's rows.
+    results: the figures of these rows.
+    folder: an existing folder.
   """
   for metric in (LOSS, SCORE):
     if metric in results.metrics and any(arm.router for arm in results.arms):
@@ -53,7 +53,7 @@ def _save(figure: Figure, file: Path) -> None:
 def _panels(
   count: int, width: float, height: float, across: int = 3
 ) -> tuple[Figure, list[Axes]]:
-  # Here, since it takes a second, and without pyplot, which keeps all figures.
+  # Imported here, since it takes a second; pyplot would keep all figures.
   from matplotlib.figure import Figure
 
   columns = min(count, across)
@@ -70,10 +70,10 @@ def _panels(
 
 
 def draw_quality(results: Results, metric: str) -> Figure:
-  """Draws a metric by `refresh_every`, a panel a task, with its intervals.
+  """Draws a metric by `refresh_every`, with intervals, one panel per task.
 
   Args:
-    results: of an experiment.
+    results: an experiment's figures.
     metric: `loss` or `score`.
   """
   tasks = [
@@ -84,7 +84,7 @@ def draw_quality(results: Results, metric: str) -> Figure:
   if len(results.tasks) == 1:
     tasks = [task for task in tasks if task != AVERAGE]
   paces = sorted({arm.pace for arm in results.arms if arm.pace})
-  # Once, at the prompt, stands behind the slowest refresh.
+  # "Once, at the prompt" stands after the slowest refresh.
   places = {pace: i for i, pace in enumerate([*paces, 0])}
   figure, panels = _panels(len(tasks), 4, 3.2)
   for axes, task in zip(panels, tasks, strict=True):
@@ -114,13 +114,13 @@ def draw_quality(results: Results, metric: str) -> Figure:
 def _lines_by_refresh(
   axes: Axes, known: Mapping[Arm, Estimate], places: Mapping[int, int]
 ) -> None:
-  """Draws a line a router, rule and cache, from token:1 to prompt."""
+  """Draws one line per router, rule and cache, from token:1 to prompt."""
   ways = dict.fromkeys(
     (arm.router, arm.rule, arm.cache)
     for arm in known
     if arm.variant.startswith("token:")
   )
-  # What is decided at the prompt alone has no cache policy.
+  # Gates computed once, at the prompt, have no cache policy.
   asked = dict.fromkeys(
     (a.router, a.rule, "") for a in known if a.variant == "prompt"
   )
@@ -138,7 +138,7 @@ def _lines_by_refresh(
       points[places[0]] = once
     x = sorted(points)
     values = np.array([points[i] for i in x])
-    # A little to the side, so that intervals do not hide each other.
+    # Shifted a little, so that intervals do not hide each other.
     axes.errorbar(
       np.array(x) + 0.06 * (number - (len(ways) - 1) / 2),
       values[:, 0],
@@ -152,10 +152,10 @@ def _lines_by_refresh(
 def _marks(
   axes: Axes, known: Mapping[Arm, Estimate], single: Arm | None
 ) -> None:
-  """Draws arms that do not depend on the refresh as level lines."""
+  """Draws arms that do not depend on the refresh as horizontal lines."""
   styles = {"own": "--", "uniform": "-."}
   dash_dot_dot = (0, (6, 2, 1, 2, 1, 2))
-  # One rule's are enough, and most rules leave an adapter alone as it is.
+  # One rule is enough, since most rules reproduce an adapter alone.
   rules = {arm.rule: None for arm in known if arm.variant in styles}
   rule = "exact" if "exact" in rules else next(iter(rules), "")
   for arm, value in known.items():
@@ -168,7 +168,7 @@ def _marks(
     )
   if base := known.get(Arm("base")):
     low, high = axes.get_ylim()
-    # So far off that all else would be one line, it is told in words.
+    # A line so far off that it would flatten the others becomes a note.
     if low - (high - low) < base.value < high + (high - low):
       axes.axhline(
         base.value, linestyle=":", color="black", linewidth=1, label="base"
@@ -188,10 +188,10 @@ def _marks(
 def gates_by_router(
   rows: Sequence[Mapping[str, Any]],
 ) -> dict[Arm, list[Mapping[str, Any]]]:
-  """Returns rows by arm, of one arm a router: the fastest refresh that ran.
+  """Returns rows by arm, one arm per router: the one with the fastest refresh.
 
-  Under one router every arm has the same gates at the prompt; rule and cache
-  matter only to routers that look at hidden states.
+  All arms of a router have the same gates at the prompt. Later gates depend on
+  rule and cache only for routers of hidden states.
   """
   found: dict[Arm, list[Mapping[str, Any]]] = {}
   for row in rows:
@@ -208,7 +208,7 @@ def _table(
   rows: Sequence[Mapping[str, Any]],
   of_row: Callable[[Mapping[str, Any], list[str]], list[float]],
 ) -> tuple[list[str], list[str], Float[np.ndarray, "T E"]]:
-  """Returns (tasks, experts, float[tasks, experts]), means of `of_row`."""
+  """Computes (tasks, experts, float[tasks, experts]), the means of `of_row`."""
   experts = list(rows[0]["gates"])
   by_task: dict[str, list[list[float]]] = {}
   for row in rows:
@@ -220,12 +220,17 @@ def _table(
 def mean_gates(
   rows: Sequence[Mapping[str, Any]],
 ) -> tuple[list[str], list[str], Float[np.ndarray, "T E"]]:
-  """Returns (tasks, experts, float[tasks, experts]), the mean gates.
+  """Computes (tasks, experts, float[tasks, experts]), the mean gates.
 
   The mean is over a row's answer tokens, then over rows.
 
   Args:
-    rows: of one arm.
+    rows: the rows of one arm.
+
+  Example:
+    >>> row = {"task": "gsm8k", "gates": {"gsm8k": 0.75, "squad": 0.25}}
+    >>> mean_gates([row])[2].tolist()
+    [[0.75, 0.25]]
   """
   return _table(rows, lambda row, experts: [row["gates"][e] for e in experts])
 
@@ -233,12 +238,18 @@ def mean_gates(
 def confusion(
   rows: Sequence[Mapping[str, Any]],
 ) -> tuple[list[str], list[str], Float[np.ndarray, "T E"]]:
-  """Returns (tasks, experts, float[tasks, experts]), how often each one led.
+  """Computes (tasks, experts, float[tasks, experts]), each expert's leads.
 
-  Who leads is who has the largest gate at the prompt; a task's shares sum to 1.
+  An expert leads a row if its gate at the prompt is the largest; a task's
+  shares sum to at most 1.
 
   Args:
-    rows: of one arm.
+    rows: the rows of one arm.
+
+  Example:
+    >>> row = {"task": "gsm8k", "gates": {"a": 0.5, "b": 0.5}, "lead": "a"}
+    >>> confusion([row])[2].tolist()
+    [[1.0, 0.0]]
   """
   return _table(rows, lambda row, experts: [row["lead"] == e for e in experts])
 
@@ -249,7 +260,7 @@ def draw_gates(
   """Draws each router's mean gates by task as stacked bars.
 
   Args:
-    routed: from `gates_by_router`.
+    routed: rows by arm, from `gates_by_router`.
   """
   figure, panels = _panels(len(routed), 4.5, 3.4)
   for axes, (arm, rows) in zip(panels, routed.items(), strict=True):
@@ -274,10 +285,10 @@ def draw_gates(
 def draw_confusion(
   routed: Mapping[Arm, Sequence[Mapping[str, Any]]],
 ) -> Figure:
-  """Draws how often each expert led each task's prompts.
+  """Draws the share of each task's prompts that each expert led.
 
   Args:
-    routed: from `gates_by_router`.
+    routed: rows by arm, from `gates_by_router`.
   """
   figure, panels = _panels(len(routed), 4.5, 3.8)
   for axes, (arm, rows) in zip(panels, routed.items(), strict=True):

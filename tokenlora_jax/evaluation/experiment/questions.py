@@ -1,4 +1,4 @@
-"""The questions of an experiment: a task's held-out rows as tokens."""
+"""The questions of an experiment, which are held-out rows as tokens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Question:
   """One held-out row.
 
   Attributes:
-    name: its place in the data, the same on any machine.
-    example: its tokens.
-    fields: the row itself, for scorers.
+    name: the row's place in the data, the same on any machine.
+    example: the row's tokens.
+    fields: the row in its task's schema, for scorers.
   """
 
   name: str
@@ -35,9 +35,9 @@ def questions(
   """Returns one task's first `config.eval_rows` rows that fit.
 
   Args:
-    rows: of one task.
-    tokenizer: a transformers-style tokenizer.
-    config: of the data.
+    rows: the rows of one task.
+    tokenizer: the base's tokenizer.
+    config: settings of the data.
 
   Raises:
     InputError: no row is left.
@@ -45,7 +45,7 @@ def questions(
   folder = f"{Path(config.dir)}/"
   found = []
   for i, example in held_out(rows, tokenizer, config).items():
-    # Cut before its answer, there is nothing to score.
+    # A row that is cut before its answer has nothing to score.
     if len(example.tokens) > example.prompt_length:
       name = rows[i].origin.removeprefix(folder)
       found.append(Question(name, example, rows[i].fields))
@@ -53,7 +53,12 @@ def questions(
 
 
 def digest_questions(questions: Sequence[Question]) -> str:
-  """Returns a fingerprint of names and tokens, and of where answers start."""
+  """Hashes the questions' names, tokens and prompt lengths.
+
+  Example:
+    >>> len(digest_questions([]))
+    16
+  """
   return digest(
     part
     for one in questions

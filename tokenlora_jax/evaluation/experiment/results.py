@@ -1,4 +1,4 @@
-"""Computes an experiment's figures from its rows; pure.
+"""Computes an experiment's figures from its rows alone.
 
 Axis letters: Q questions, A figures, S resamples.
 """
@@ -23,9 +23,9 @@ from tokenlora_jax.evaluation.statistics import (
   ratios,
 )
 
-# What is less where it is better; all else is more.
+# Less is better for this metric; for all others, more is.
 LOSS = "loss"
-# The mean of a row's scores, which tasks with other scores can be averaged over.
+# The mean of a row's scores; tasks with different scores share this metric.
 SCORE = "score"
 AVERAGE = "average"
 
@@ -40,14 +40,14 @@ class Figure:
 
   Attributes:
     arm: the way to mix.
-    metric: `loss`, nats an answer token; `score`, the mean of a row's scores; or
-      the name of one score.
-    task: a task, or `average`, where every task counts the same.
-    questions: the number of its rows.
+    metric: `loss`, nats per answer token; `score`, the mean of a row's scores;
+      or the name of one score.
+    task: a task, or `average`, in which every task counts the same.
+    questions: the number of rows.
     own: the figure.
-    over_base: the difference from the base's; None where that is unknown.
-    over_single: the difference from the best single adapter's, which has
-      the best average in this metric on these very rows.
+    over_base: the paired difference from the base; None without a base.
+    over_single: the paired difference from the best single adapter, the one
+      with the best average in this metric on these very rows; None without one.
   """
 
   arm: Arm
@@ -64,11 +64,10 @@ class Pace:
   """The time and tokens of an arm, over all its rows.
 
   Attributes:
-    seconds: of scoring and generation, compilation and the router included; a
-      router's answers to texts that another arm asked about before are not asked
-      for again.
-    tokens_per_second: answer tokens scored a second.
-    made_per_second: tokens generated a second; 0 where none were.
+    seconds: time of scoring and generation, compilation and router included.
+      Gates that an earlier arm computed are not computed again.
+    tokens_per_second: answer tokens scored per second.
+    made_per_second: tokens generated per second; 0 if none were.
   """
 
   seconds: float
@@ -82,10 +81,10 @@ class Results:
 
   Attributes:
     tasks: {task: questions}.
-    figures: by (arm, metric, task), of the cells whose rows are all there.
-    singles: the best single adapter by metric; none where there are no arms of
-      single adapters on all tasks.
-    paces: by arm.
+    figures: figures by (arm, metric, task), of complete cells.
+    singles: {metric: the best single adapter}; empty if no single adapter ran
+      on all tasks.
+    paces: time and tokens by arm.
   """
 
   tasks: dict[str, int]
@@ -113,16 +112,23 @@ def _place(arm: Arm) -> tuple:
 def summarise(
   rows: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES
 ) -> Results:
-  """Computes all figures of rows.
+  """Computes all figures of an experiment.
 
-  A task's questions are those that any arm has; a cell that lacks some has no
-  figure. Losses are over all answer tokens of all rows, scores over rows. The
-  same resamples of a task's questions serve all arms, so differences are paired;
-  an average resamples each task for itself.
+  A task's questions are all that occur in any arm; a cell that lacks one has no
+  figure. Losses are means over all answer tokens of all rows, scores over rows.
+  All arms share a task's resamples, so differences are paired; an average
+  resamples each task separately.
 
   Args:
-    rows: of an experiment.
+    rows: the experiment's rows.
     resamples: S.
+
+  Example:
+    >>> row = {"variant": "base", "router": "", "rule": "", "cache": ""}
+    >>> row |= {"task": "gsm8k", "row": "1", "loss": 3.0, "tokens": 2}
+    >>> row |= {"seconds": 1.0, "lead": "", "gates": {}, "scores": {}}
+    >>> summarise([row]).figures[Arm("base"), "loss", "gsm8k"].own.value
+    1.5
   """
   tasks: dict[str, dict[str, int]] = {}  # task -> row -> its place
   for row in rows:
@@ -169,7 +175,7 @@ def _samples(
   rows: Sequence[Mapping[str, Any]],
   resamples: int,
 ) -> dict[tuple[Arm, str, str], Float[np.ndarray, " _"]]:
-  """Returns float[1 + S] by (arm, metric, task), of one task's whole cells."""
+  """Computes float[1 + S] by (arm, metric, task), for a task's whole cells."""
   count = len(places)
   # [Q, (sum, weight)]
   found: dict[tuple[Arm, str], Float[np.ndarray, "Q 2"]] = {}
@@ -201,7 +207,7 @@ def _singles(
   metrics: Sequence[str],
   samples: Mapping[tuple[Arm, str, str], Float[np.ndarray, " _"]],
 ) -> Iterator[tuple[str, Arm]]:
-  """Yields the best single adapter on average of each metric that has one."""
+  """Yields (metric, the single adapter with the best average)."""
   for metric in metrics:
     averages = {
       arm: samples[arm, metric, AVERAGE][0]

@@ -1,7 +1,7 @@
-"""The rows of an experiment: a line a held-out row and arm, as they come.
+"""The rows of an experiment, one line per arm and held-out row.
 
-FOLDER/experiment.json  what all rows have in common
-FOLDER/rows.jsonl       a row each
+FOLDER/experiment.json  the settings that all rows share
+FOLDER/rows.jsonl       one scored row per line, appended at once
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tokenlora_jax.files import locked, write_atomically, writing
 
 FORMAT = 1
 
-# What follows, in an error, when a disk is well again, or after Ctrl-C.
+# The remedy in errors of the disk and after Ctrl-C.
 AGAIN = "the same command resumes where it stopped"
 
-# What a row must have; `scores` and `gates` may be empty. Where answers were
-# generated or chosen, there is more (see `answers.Judge.judge`).
+# The fields of a row; `scores` and `gates` may be empty. Generated or chosen
+# answers add fields (see `answers.Judge.judge`).
 FIELDS = {
   "variant": str, "router": str, "rule": str, "cache": str, "task": str,
   "row": str, "loss": float, "tokens": int, "seconds": float, "gates": dict,
@@ -43,14 +43,21 @@ def arm_of(row: Mapping[str, Any]) -> Arm:
 
 
 class RowLog:
-  """The rows that are done, in a file or in memory alone.
+  """The scored rows, in a file or in memory alone.
 
   Attributes:
-    rows: all of them.
+    rows: all scored rows.
 
   Args:
-    rows: those that were done before.
-    file: open for more; None keeps them in memory.
+    rows: the rows scored before.
+    file: open for appending; None keeps rows in memory.
+
+  Example:
+    >>> row = {"variant": "base", "router": "", "rule": "", "cache": ""}
+    >>> log = RowLog()
+    >>> log.add([row | {"task": "gsm8k", "row": "1"}])
+    >>> log.has(Arm("base"), "gsm8k", "1"), log.has(Arm("base"), "gsm8k", "2")
+    (True, False)
   """
 
   def __init__(self, rows: Sequence[dict] = (), file: TextIO | None = None):
@@ -63,11 +70,20 @@ class RowLog:
     return arm_of(row), row["task"], row["row"]
 
   def has(self, arm: Arm, task: str, row: str) -> bool:
-    """Returns whether a row of a cell is done."""
+    """Returns whether a row of a cell is scored.
+
+    Args:
+      arm: the cell's arm.
+      task: the cell's task.
+      row: the question's name.
+    """
     return (arm, task, row) in self._done
 
   def add(self, rows: Sequence[dict]) -> None:
-    """Adds rows that are done; when it returns they are on the disk.
+    """Appends scored rows, and waits until they are on the disk.
+
+    Args:
+      rows: the rows, with the fields `FIELDS`.
 
     Raises:
       InputError: the disk is full or fails.
@@ -84,27 +100,27 @@ class RowLog:
 
 @contextlib.contextmanager
 def open_rows(folder: Path, about: Mapping[str, Any]) -> Iterator[RowLog]:
-  """Holds the folder of an experiment, which is new or holds this very one.
+  """Locks the folder of an experiment, and opens its rows to append more.
 
   Args:
-    folder: made if need be.
-    about: settings and digests that all rows have in common, nested dicts of
-      JSON values. Those of `rows`, {task: digest}, may be of other tasks.
+    folder: a new folder, or one of this very experiment.
+    about: settings and digests that all rows share, nested dicts of JSON
+      values. Its `rows`, {task: digest}, may name other tasks than the
+      folder's.
 
   Yields:
-    The rows that are done. A last line that was not written to its end is
-    dropped.
+    The scored rows. An incomplete last line is dropped.
 
   Raises:
-    InputError: another process works in it, or it holds an experiment with
-      other settings, another bank or other rows, or something else.
-    KeyboardInterrupt: with Ctrl-C; says that the same command resumes.
+    InputError: another process works in the folder, or it holds something else:
+      an experiment with other settings, another bank or other rows.
+    KeyboardInterrupt: on Ctrl-C; says that the same command resumes.
   """
   file = folder / "experiment.json"
   with writing(folder, AGAIN):
     folder.mkdir(parents=True, exist_ok=True)
   with locked(folder, "--output", "evaluate"):
-    # As it is when it is read again: lists, not tuples.
+    # Converted as JSON will be read again: lists, not tuples.
     about = json.loads(json.dumps({"format": FORMAT, **about}))
     if file.exists():
       about = _same(file, about)
@@ -124,12 +140,12 @@ def open_rows(folder: Path, about: Mapping[str, Any]) -> Iterator[RowLog]:
 
 
 def _same(file: Path, about: dict[str, Any]) -> dict[str, Any]:
-  """Returns the text to write, or raises `InputError` if it is another's."""
+  """Returns the values to write; raises `InputError` if they differ."""
   try:
     old = json.loads(file.read_text())
     rows = dict(old["rows"])
     new = {**about, "rows": {**rows, **about["rows"]}}
-    # A task that is not there yet is none that differs.
+    # A task that is missing on one side is no difference.
     old["rows"] = {**new["rows"], **rows}
     changed = differences(old, new)
     if ("generate" in old) != ("generate" in new):
@@ -148,11 +164,11 @@ def read_rows(file: Path, drop_torn: bool = False) -> list[dict[str, Any]]:
   """Reads the rows of an experiment.
 
   Args:
-    file: rows.jsonl; none is no rows.
-    drop_torn: cut a last line that was not written to its end off the file.
+    file: rows.jsonl; a missing file has no rows.
+    drop_torn: cut an incomplete last line off the file.
 
   Raises:
-    InputError: a line is no row; names it.
+    InputError: a line is not a row; names it.
   """
   if not file.exists():
     return []
@@ -175,7 +191,7 @@ def read_rows(file: Path, drop_torn: bool = False) -> list[dict[str, Any]]:
 
 
 def digest(parts: Iterable[bytes]) -> str:
-  """Returns a short fingerprint of some bytes and of where each part ends.
+  """Hashes parts of bytes and where each ends: 16 hex digits of SHA-256.
 
   Example:
     >>> digest([b"a", b"b"]) == digest([b"ab"])
@@ -189,7 +205,7 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def digest_bank(folder: Path) -> str:
-  """Returns a fingerprint of a bank's folder: settings and arrays."""
+  """Hashes the JSON and safetensors files of a bank's folder."""
   files = sorted(
     path.relative_to(folder).as_posix()
     for kind in ("json", "safetensors")

@@ -1,4 +1,4 @@
-"""Runs the cells of an experiment that are not done, row by row."""
+"""Scores the missing rows of an experiment's cells."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def run_cells(
   """Scores the missing rows of each arm on each task.
 
   Args:
-    arms: in the order to run.
+    arms: the arms, in the order to run.
     tests: the held-out rows by task.
-    routers: that the arms ask.
-    evaluator: of the base and the experts.
-    experts: their names.
-    judge: scores what the arms say, too; None: losses alone.
-    log: the rows so far; gets the others.
-    console: shows a bar, or a line a cell where it is no terminal.
+    routers: the arms' routers.
+    evaluator: computes losses for the base and the experts.
+    experts: the experts' names.
+    judge: generates and scores answers; None computes losses alone.
+    log: the rows scored before; new rows are appended.
+    console: shows a bar, or one line per cell if it is no terminal.
 
   Raises:
-    FloatingPointError: a loss is no number.
+    FloatingPointError: a loss is not finite.
   """
   work = []
   for arm in arms:
@@ -63,7 +63,7 @@ def run_cells(
     BarColumn(bar_width=20),
     MofNCompleteColumn(),
     TextColumn("{task.fields[cell]}", markup=False),
-    # Over minutes, since cells differ in what a row takes.
+    # Averaged over minutes, since a row takes longer in some cells.
     TimeRemainingColumn(compact=True),
     speed_estimate_period=600,
     console=console,
@@ -109,7 +109,7 @@ def _row(
   experts: Sequence[str],
   seconds: float,
 ) -> dict[str, Any]:
-  """Returns a row as it is kept."""
+  """Returns a scored row as JSON values."""
   loss = float(np.sum(scored.losses, dtype=np.float64))
   if not math.isfinite(loss):
     raise FloatingPointError(

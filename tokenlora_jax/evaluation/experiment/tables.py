@@ -1,4 +1,4 @@
-"""The results of an experiment as tables: terminal, Markdown, CSV and JSON."""
+"""Tables of an experiment's results: terminal, Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ NOTE = (
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """One table: an arm a line, a metric of a task a column.
+  """One table: one line per arm, one column per metric and task.
 
   Attributes:
-    title: of the table.
+    title: the table's title.
     columns: {(metric, task): heading}.
-    last: the column that differences are shown of; None shows none.
+    last: the column whose differences are shown; None shows none.
   """
 
   title: str
@@ -47,10 +47,10 @@ class View:
 
 
 def views(results: Results) -> Iterator[View]:
-  """Yields the tables that there are: losses, scores, each task's scores.
+  """Yields the tables of results: losses, scores, each task's own scores.
 
   Args:
-    results: of an experiment.
+    results: an experiment's figures.
   """
   found = dict.fromkeys(key[1:] for key in results.figures)
   for metric, title in (
@@ -58,7 +58,7 @@ def views(results: Results) -> Iterator[View]:
     (SCORE, "score, the mean of a row's scores"),
   ):
     tasks = [task for task in results.tasks if (metric, task) in found]
-    # Of one task the average says nothing more.
+    # With one task the average adds nothing.
     if len(tasks) > 1 and (metric, AVERAGE) in found:
       tasks.append(AVERAGE)
     if tasks:
@@ -75,7 +75,7 @@ def views(results: Results) -> Iterator[View]:
 
 
 def _names(results: Results) -> tuple[str, dict[Arm, str]]:
-  """Returns what all arms share, in words, and what to call each without it."""
+  """Returns (settings that all arms share, {arm: its name without them})."""
   shared = {}
   for field in ("router", "rule", "cache"):
     used = {getattr(arm, field) for arm in results.arms} - {""}
@@ -100,7 +100,7 @@ def _best(results: Results, metric: str, task: str) -> Arm:
 def _lines(
   results: Results, view: View
 ) -> Iterator[tuple[Arm, list[Figure | None]]]:
-  """Yields each arm that has a figure in a table, and its figures."""
+  """Yields each arm with a figure in a table, and its figures."""
   for arm in results.arms:
     found = [results.figures.get((arm, *column)) for column in view.columns]
     if any(found):
@@ -108,12 +108,12 @@ def _lines(
 
 
 def _interval(one: Estimate) -> str:
-  """Returns "0.900 1.100", or "" where there is none."""
+  """Returns an interval as "0.900 1.100", or "" without one."""
   return "" if math.isnan(one.low) else f"{one.low:.3f} {one.high:.3f}"
 
 
 def _differences(figure: Figure, single: Arm | None) -> list[tuple[str, str]]:
-  """Returns (difference, interval) from the base and from the best adapter."""
+  """Returns (difference, interval) to the base and to the best adapter."""
   cells = []
   for one, other in (
     (figure.over_base, Arm("base")),
@@ -128,7 +128,7 @@ def _differences(figure: Figure, single: Arm | None) -> list[tuple[str, str]]:
 
 
 def _pace(results: Results, arm: Arm, metric: str) -> tuple[str, str]:
-  """Returns the seconds and the tokens a second."""
+  """Returns the seconds, and the tokens per second, as text."""
   pace = results.paces[arm]
   rate = pace.tokens_per_second if metric == LOSS else pace.made_per_second
   return f"{pace.seconds:.0f}", f"{rate:.0f}"
@@ -139,10 +139,10 @@ def _expert(single: Arm) -> str:
 
 
 def terminal_tables(results: Results) -> Iterator[Table]:
-  """Yields tables for a terminal of 80 columns and more.
+  """Yields tables for a terminal of at least 80 columns.
 
   Args:
-    results: of an experiment.
+    results: an experiment's figures.
   """
   told, names = _names(results)
   for view in views(results):
@@ -168,7 +168,7 @@ def terminal_tables(results: Results) -> Iterator[Table]:
 
 
 def _table(title: str) -> Table:
-  """Returns a table whose arms' names, which tell them apart, stay whole."""
+  """Returns an empty table that never cuts the names of arms."""
   table = Table(title=title)
   table.add_column("mixing", no_wrap=True)
   return table
@@ -182,7 +182,7 @@ def _two_lines(value: str, interval: str, style: str = "") -> Text:
 def _difference_table(
   results: Results, metric: str, task: str, names: dict[Arm, str]
 ) -> Table:
-  """Returns the paired differences in one column, and what each arm took."""
+  """Returns a table of paired differences, and of each arm's time."""
   single = results.singles.get(metric)
   title = f"{metric}, {task}: differences, and the time it took"
   table = _table(title)
@@ -201,7 +201,11 @@ def _difference_table(
 
 
 def markdown(results: Results) -> str:
-  """Returns all tables as Markdown."""
+  """Returns all tables as Markdown.
+
+  Args:
+    results: an experiment's figures.
+  """
   told, names = _names(results)
   lines = []
   for view in views(results):
@@ -252,7 +256,11 @@ def _cell(figure: Figure | None, best: bool) -> str:
 
 
 def records(results: Results) -> list[dict[str, Any]]:
-  """Returns all figures as flat records, None where something is not known."""
+  """Returns all figures as flat records, None for unknown values.
+
+  Args:
+    results: an experiment's figures.
+  """
   found = []
   for figure in results.figures.values():
     record = {
@@ -280,8 +288,8 @@ def write_tables(results: Results, folder: Path) -> None:
   """Writes table.md, table.csv and table.json.
 
   Args:
-    results: of an experiment.
-    folder: an existing one.
+    results: an experiment's figures.
+    folder: an existing folder.
   """
   flat = records(results)
   write_atomically(folder / "table.md", markdown(results))

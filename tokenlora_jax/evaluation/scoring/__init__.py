@@ -1,4 +1,4 @@
-"""Scorers, by task: from a model's text or log-likelihoods to named numbers."""
+"""Scorers of each task, which turn a model's answers into named numbers."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def get_scorers(task: str, run_code: bool = False) -> dict[str, Scorer]:
 
   Args:
     task: a name of `tasks.TASKS` or `tasks.EVALUATION_TASKS`.
-    run_code: that what a model wrote may be run here, without which `humaneval`
-      and `mbpp` cannot be scored.
+    run_code: whether code that the model wrote may be run here; `humaneval` and
+      `mbpp` need it.
 
   Raises:
     InputError: there is no such task, or it needs `run_code`.

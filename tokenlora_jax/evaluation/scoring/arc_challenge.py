@@ -1,4 +1,4 @@
-"""ARC-Challenge: scores choices by likelihood, and written letters."""
+"""ARC-Challenge: scores choices by likelihood, and generated letters."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 class ChoiceTexts(ChoiceScorer):
   """Picks the choice whose text is likeliest after the question alone.
 
-  As lm-evaluation-harness's arc_challenge: with l_c the log-likelihood of " "
-  and the text of choice c after "Question: ...\\nAnswer:", `acc` takes the
-  largest l_c and `acc_norm` the largest l_c / (characters of the text). The
-  first of equals is taken.
+  As in lm-evaluation-harness's arc_challenge: l_c is the log-likelihood of " "
+  and the text of choice c after "Question: ...\\nAnswer:". `acc` picks the
+  largest l_c, `acc_norm` the largest l_c / (characters of the text), and both
+  the first of equals.
   """
 
   name = "choice_texts"
@@ -52,7 +52,7 @@ class ChoiceTexts(ChoiceScorer):
   def score(
     self, log_likelihoods: LogLikelihoods, row: Any
   ) -> dict[str, float]:
-    """Returns 1 where the likeliest text is the right choice's.
+    """Returns 1 if the likeliest text is the right choice's, else 0.
 
     Example:
       >>> row = {"question": "Which is a metal?", "answerKey": "B"}
@@ -70,10 +70,9 @@ class ChoiceTexts(ChoiceScorer):
 
 
 class ChoiceLetters(ChoiceScorer):
-  """Picks the choice by its letter's likelihood after the task's prompt.
+  """Picks the choice whose letter is likeliest after the task's prompt.
 
-  That prompt shows the choices, and the answer is a letter, or a number where a
-  row's labels are numbers.
+  The prompt lists the choices. A label is a letter, or a number in some rows.
   """
 
   name = "choice_letters"
@@ -94,7 +93,14 @@ class ChoiceLetters(ChoiceScorer):
   def score(
     self, log_likelihoods: LogLikelihoods, row: Any
   ) -> dict[str, float]:
-    """Returns 1 if the likeliest letter is the right choice's."""
+    """Returns 1 if the likeliest letter is the right choice's, else 0.
+
+    Example:
+      >>> row = {"question": "Which is a metal?", "answerKey": "B"}
+      >>> row |= {"choices": {"text": ["oak", "iron"], "label": ["A", "B"]}}
+      >>> ChoiceLetters().score([-3.0, -1.0], row)
+      {'letter_acc': 1.0}
+    """
     gold = _gold(row)
     values = check_log_likelihoods(log_likelihoods, len(_labels(row)))
     return {"letter_acc": float(np.argmax(values) == gold)}
@@ -103,9 +109,9 @@ class ChoiceLetters(ChoiceScorer):
 class WrittenLetter(TextScorer):
   """Compares the letter generated after the task's prompt with the right one.
 
-  As lm-evaluation-harness's arc_challenge_chat: the text up to a full stop or
-  an empty line must be the letter, whatever its case and other punctuation.
-  Other than there, an empty line before the letter is passed over.
+  As in lm-evaluation-harness's arc_challenge_chat: the text up to a full stop
+  or an empty line must be the letter, in either case, with or without other
+  punctuation. Unlike there, an empty line before the letter is ignored.
   """
 
   name = "written_letter"
@@ -113,7 +119,7 @@ class WrittenLetter(TextScorer):
   stop = ("\n\n", ".")
 
   def score(self, text: str, row: Any) -> dict[str, float]:
-    """Returns 1 if the text is the right choice's label.
+    """Returns 1 if the text is the right choice's label, else 0.
 
     Example:
       >>> row = {"question": "Which is a metal?", "answerKey": "B"}
@@ -135,5 +141,5 @@ def _labels(row: Any) -> list[str]:
 
 
 def _gold(row: Any) -> int:
-  """Returns the right choice, and checks the row."""
+  """Returns the index of the right choice; checks the row."""
   return _labels(row).index(_TASK.answer(row)[1:])

@@ -1,8 +1,9 @@
-"""The process in which one program runs; `sandbox.py` starts it.
+"""Runs one program under guards, in a process that `sandbox.py` starts.
 
-A script of the standard library alone, run by its path. Standard input is a JSON
-object: the program and its limits. Standard output gets `STARTED` when all
-guards stand, and how the program ended. Importing this does nothing.
+This script imports only the standard library, and is run by its path. It reads
+a JSON object from standard input: the program and its limits. It writes
+`STARTED` to standard output once all guards are set, then how the program
+ended. Importing it does nothing.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ STARTED = "started\n"
 # linux/sched.h
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000
 
-# What no program may do, by the names of Python's audit events; one that ends
-# with a full stop stands for all that begin so.
+# Names of Python's audit events that are always refused; a name that ends with
+# a full stop stands for all that begin with it.
 _REFUSED = (
   "ctypes.", "os.exec", "os.fork", "os.forkpty", "os.kill", "os.killpg",
   "os.posix_spawn", "os.spawn", "os.system", "pty.spawn", "resource.",
   "socket.", "subprocess.Popen", "syslog.",
 )  # fmt: skip
-# What it may do in its own folder. What other modules write goes through these.
+# Events that are allowed in the program's own folder; all writing causes one.
 _WRITES = (
   "os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename",
   "os.rmdir", "os.setxattr", "os.symlink", "os.truncate", "os.utime",
@@ -40,9 +41,9 @@ _OPEN_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def leave_network() -> bool:
-  """Moves this process to a network of its own, with nobody else in it.
+  """Moves this process into an empty network namespace.
 
-  The superuser may on Linux, and others where user namespaces are allowed.
+  Linux allows it to the superuser, and to others if user namespaces are on.
 
   Returns:
     Whether the kernel did.
@@ -52,25 +53,25 @@ def leave_network() -> bool:
 
 
 def limit(kind: int, most: int) -> None:
-  """Lowers a resource limit of this process, as far as the system can.
+  """Lowers a resource limit of this process, if the system can.
 
   Args:
-    kind: a RLIMIT_ of `resource`.
-    most: in the limit's unit; a limit that is lower already stays.
+    kind: a RLIMIT_ constant of `resource`.
+    most: the limit, in its own unit; a lower existing limit stays.
   """
   _, hard = resource.getrlimit(kind)
   if hard == resource.RLIM_INFINITY or hard > most:
-    # macOS has a limit of memory and may not take it.
+    # macOS defines a limit of memory but refuses to set it.
     with contextlib.suppress(OSError, ValueError):
       resource.setrlimit(kind, (most, most))
 
 
 def guard(folder: str, writes: int) -> Callable[[str, tuple[Any, ...]], None]:
-  """Returns an audit hook (PEP 578) that refuses what a program may not do.
+  """Returns an audit hook (PEP 578) that refuses forbidden events.
 
   Args:
-    folder: a real path; what is written must be inside.
-    writes: how often something may be written, renamed, made or removed.
+    folder: a real path; the program may write only inside it.
+    writes: the most writes, renames, creations and removals.
   """
   inside, real, left = os.path.join(folder, ""), os.path.realpath, writes
 
@@ -101,9 +102,9 @@ def guard(folder: str, writes: int) -> Callable[[str, tuple[Any, ...]], None]:
 
 
 def run(program: str) -> str:
-  """Runs a program as a module of its own and returns the error it ended with.
+  """Runs a program as a module and returns the error it ended with, or "".
 
-  It is not `__main__`, so what it would do as a script is left out.
+  The module is not `__main__`, so the program's script part does not run.
 
   Example:
     >>> run("assert 1 + 1 == 3, 'a sum'")
@@ -126,11 +127,11 @@ def run(program: str) -> str:
 
 
 def main() -> None:
-  """Reads the program, puts up the guards, runs it, reports and ends."""
+  """Reads the program, sets the guards, runs it, reports, and ends."""
   given = json.load(sys.stdin)
   report, nothing = os.dup(1), os.open(os.devnull, os.O_RDWR)
   leave_network()
-  # A library that starts a thread a core would need their memory.
+  # A library that starts one thread per core would need memory for each.
   os.environ["OPENBLAS_NUM_THREADS"] = "1"
   for name, most in given["limits"].items():
     limit(getattr(resource, name), most)
@@ -138,7 +139,7 @@ def main() -> None:
   os.write(report, STARTED.encode())
   for stream in (0, 1, 2):
     os.dup2(nothing, stream)
-  # Now, since the program may put something else in their place.
+  # Kept now, since the program may replace them.
   end, write, dumps = os._exit, os.write, json.dumps
   write(report, dumps(run(given["program"])).encode())
   end(0)  # at once: neither threads nor exit handlers go on

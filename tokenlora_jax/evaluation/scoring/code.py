@@ -1,7 +1,7 @@
-"""HumanEval and MBPP: runs the text's program against the row's tests.
+"""HumanEval and MBPP: runs a generated program against the row's tests.
 
-Scoring runs what the model wrote, so it is off unless `run_code` asks for it;
-`sandbox.py` says what guards it, and what does not.
+Scoring runs code that the model wrote, so it is off unless `run_code` is set.
+`sandbox.py` lists what its guards prevent, and what they do not.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from tokenlora_jax.data.tasks.task import texts
 from tokenlora_jax.evaluation.scoring.sandbox import Limits, run
 from tokenlora_jax.evaluation.scoring.scorer import TextScorer, cut
 
-# A line that opens or closes a block of Markdown, with the language it names.
+# A line that opens or closes a Markdown block, and the language it names.
 _FENCE = re.compile(r"^```[ \t]*(\w*).*$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramScorer(TextScorer):
-  """Runs a text with its row's tests.
+  """Runs a generated program with its row's tests.
 
   Attributes:
-    run_code: must be True: that what a model wrote may be run here.
-    limits: the most that a program may take.
+    run_code: must be True, which allows running code that the model wrote.
+    limits: limits of the program's time, memory and files.
   """
 
   run_code: bool = False
@@ -45,20 +45,20 @@ class ProgramScorer(TextScorer):
 
   @abc.abstractmethod
   def program(self, text: str, row: Any) -> str:
-    """Returns the program and its tests."""
+    """Returns the program followed by the row's tests."""
 
   def score(self, text: str, row: Any) -> dict[str, float]:
-    """Returns 1 if the program passes all tests within its limits."""
+    """Returns 1 if the program passes all tests within its limits, else 0."""
     return {"pass@1": float(not run(self.program(text, row), self.limits))}
 
 
 class HumanEvalTests(ProgramScorer):
-  """The function that the text completes (Chen et al., 2021, 2107.03374)."""
+  """Tests the completed function (Chen et al., 2021, arXiv 2107.03374)."""
 
   stop = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
   def program(self, text: str, row: Any) -> str:
-    """Returns prompt, completion, tests and the call of them.
+    """Returns prompt, completion, tests and the call of the tests.
 
     Example:
       >>> row = {"prompt": "def two():\\n", "entry_point": "two"}
@@ -78,9 +78,9 @@ class HumanEvalTests(ProgramScorer):
 
 
 class MbppTests(ProgramScorer):
-  """The program that the text is (Austin et al., 2021, arXiv 2108.07732).
+  """Tests the whole text as a program (Austin et al., 2021, arXiv 2108.07732).
 
-  `test_setup_code`, which some rows have, runs between the two.
+  Some rows have `test_setup_code`, which runs between program and tests.
   """
 
   stop = ("[DONE]",)
@@ -106,10 +106,14 @@ class MbppTests(ProgramScorer):
 def code(text: str, stop: tuple[str, ...]) -> str:
   """Returns the code in a text.
 
-  That is the first block of Markdown, if one is opened: by a line of ``` that
-  names a language, or one of an even number of such lines. A block that is not
-  closed goes on to the end. Otherwise it is the text up to a line of ``` or the
-  first of `stop`.
+  If the text opens a Markdown block, the code is the first block. A line of ```
+  opens one if it names a language, or if the number of such lines is even. A
+  block that is not closed extends to the end. Otherwise the code is the text up
+  to a line of ``` or the first string of `stop`.
+
+  Args:
+    text: the generated text.
+    stop: strings that end the code.
 
   Example:
     >>> code("Sure!\\n```python\\nx = 1\\n```\\nThat is it.", ())
@@ -125,15 +129,14 @@ def code(text: str, stop: tuple[str, ...]) -> str:
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-  """Returns the chance that one of k samples of a problem passes.
+  """Estimates the probability that at least one of k samples passes.
 
-  The unbiased estimate 1 - C(n - c, k) / C(n, k), from c of n samples that
-  passed (Chen et al., 2021, arXiv 2107.03374, eq. 1); its mean over problems is
-  pass@k.
+  1 - C(n - c, k) / C(n, k), unbiased, if c of n samples passed (Chen et al.,
+  2021, arXiv 2107.03374, eq. 1). Its mean over problems is pass@k.
 
   Args:
-    samples: n.
-    passed: c, 0 to n.
+    samples: n, the samples of one problem.
+    passed: c, those that passed, 0 to n.
     k: 1 to n.
 
   Raises:

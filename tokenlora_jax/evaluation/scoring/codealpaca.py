@@ -1,4 +1,4 @@
-"""CodeAlpaca: scores the text's overlap with the gold answer by ROUGE-L."""
+"""CodeAlpaca: scores a text by ROUGE-L against the gold answer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from tokenlora_jax.evaluation.scoring.scorer import TextScorer
 
 
 class RougeL(TextScorer):
-  """ROUGE-L of the whole text (Lin, 2004), as the rouge-score package has it.
+  """ROUGE-L of the whole text (Lin, 2004), as in the rouge-score package.
 
-  With n the length of the longest common subsequence of p words of the text
-  and g of the gold output, P = n / p, R = n / g and F = 2 P R / (P + R). Words
-  are runs of a to z and 0 to 9 in lower case, not stemmed: so the signs of a
-  program count for nothing, letters beyond ASCII part words, and a text without
-  a word scores 0, even against another. There is no standard for this data set;
-  report the loss an answer token beside it.
+  P = n / p,  R = n / g,  F = 2 P R / (P + R)
+
+  n is the length of the longest common subsequence of the text's p words and
+  the gold output's g words. Words are runs of a to z and 0 to 9 in lower case,
+  not stemmed. So a program's signs do not count, letters beyond ASCII split
+  words, and a text without words scores 0, even against another one. This data
+  set has no standard score; report the loss per answer token beside it.
   """
 
   name = "rouge_l"
@@ -36,7 +37,7 @@ class RougeL(TextScorer):
 
 @functools.cache
 def _rouge() -> Any:
-  # Here, since it imports nltk, which takes seconds.
+  # Imported here, since it imports nltk, which takes seconds.
   from rouge_score.rouge_scorer import RougeScorer
 
   return RougeScorer(["rougeL"], use_stemmer=False)

@@ -14,12 +14,12 @@ _NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
 class FinalNumber(TextScorer):
-  """Exact match of the final number, as lm-evaluation-harness has it.
+  """Exact match of the final number, as in lm-evaluation-harness.
 
-  `strict_match` takes the first number after "#### ", the form that the rows
-  teach (Cobbe et al., 2021, arXiv 2110.14168); `flexible_extract` the last
-  number of the text. Commas, dollar signs and a final full stop do not count.
-  Digits are 0 to 9. 5 and 5.0 differ.
+  `strict_match` reads the first number after "#### ", the form of the rows'
+  answers (Cobbe et al., 2021, arXiv 2110.14168). `flexible_extract` reads the
+  last number of the text. Commas, dollar signs and a final full stop are
+  ignored. Digits are 0 to 9. 5 and 5.0 differ.
   """
 
   name = "final_number"
@@ -27,7 +27,7 @@ class FinalNumber(TextScorer):
   stop = ("Question:", "</s>", "<|im_end|>")
 
   def score(self, text: str, row: Any) -> dict[str, float]:
-    """Returns 1 for each way of reading the text that gives the row's number.
+    """Returns 1 for each reading that finds the row's number, else 0.
 
     Example:
       >>> row = {"answer": "5 * 14 = <<5*14=70>>70\\n#### 70"}
@@ -47,6 +47,6 @@ class FinalNumber(TextScorer):
 
 
 def _plain(number: str) -> str:
-  """Returns what is compared: without ",", "$", a final "." and any steps."""
+  """Strips ",", "$", a final "." and the steps before the number."""
   number = re.sub(r"[,$]", "", number).rpartition("#### ")[2]
   return re.sub(r"\.$", "", number).lower()

@@ -1,31 +1,33 @@
-"""Runs programs that a model wrote, so that little can go wrong by accident.
+"""Runs programs that a model wrote, guarded against accidents.
 
-A program runs in a process of its own: `python -I` (no environment, no user
-packages, no current folder on the path) with an empty environment, in a fresh
-empty folder that is removed afterwards, without input, its output dropped.
+  run("assert 1 + 1 == 3, 'a sum'", Limits())  # "AssertionError: a sum"
 
-- Time, CPU time, memory, the size of a file and the number of processes and
-  threads are limited (`Limits`), all but the first by the kernel (`setrlimit`).
-- An audit hook of Python (PEP 578), which a program cannot take away, refuses
+A program runs in its own process: `python -I` (no user packages, no current
+folder on the path) with an empty environment, without input, its output
+dropped, in a new empty folder that is removed afterwards.
+
+- `Limits` bound time, CPU time, memory, the size of a file, and the number of
+  processes and threads; the kernel enforces all but the first (`setrlimit`).
+- An audit hook of Python (PEP 578), which a program cannot remove, refuses
   sockets, new processes, signals, native code by ctypes, and all writing,
-  renaming and removing outside the folder; inside it, it counts them.
-- Where the kernel allows it (Linux, as superuser or with user namespaces), the
-  process has a network namespace of its own, in which nobody else is.
+  renaming and removing outside the folder. Inside it, the hook counts them.
+- If the kernel allows it (Linux, as superuser or with user namespaces), the
+  process has an empty network namespace.
 
-What this does NOT protect from, since it is no container:
+This is no container. It does NOT protect from:
 
-- A program that wants to get out: the hook sees what Python does, not what
-  native code in an installed package does, nor a descriptor of a folder as
-  `dir_fd`; and a program that looks for it can report its own success.
-- Reading: it may read any file that you may.
-- macOS has no network namespaces and no limit of memory, and the superuser no
-  limit of processes: there the hook alone stands in their place.
-- Noise: a machine that is very busy can turn a slow right program into a late
-  one. CPU time does not depend on that, so its limit is the narrower one.
+- A hostile program. The hook sees what Python does, but not native code in an
+  installed package, nor a folder's descriptor as `dir_fd`. A program that looks
+  for it can report its own success.
+- Reading. The program may read any file that you may.
+- Missing limits. macOS has no network namespaces and no limit of memory, and
+  the superuser has no limit of processes; there the hook is the only guard.
+- Noise. A busy machine can make a slow but correct program late. CPU time does
+  not depend on that, so its limit is the narrower one.
 
-Run programs of a model that you do not trust in a virtual machine, and not as
-superuser. The idea of running such programs at all, and what was guarded
-there: Chen et al., 2021, arXiv 2107.03374, section 2.3.
+Run programs of an untrusted model in a virtual machine, and not as superuser.
+Chen et al., 2021, arXiv 2107.03374, section 2.3, introduced such scoring and
+describe their guards.
 """
 
 from __future__ import annotations
@@ -47,15 +49,16 @@ _CHILD = str(Path(__file__).with_name("child.py"))
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """The most that a program may take.
+  """Limits of one program.
 
   Attributes:
-    seconds: from start to end.
-    cpu_seconds: of its own work, whole.
-    memory: bytes of address space, those of Python included.
+    seconds: wall time from start to end.
+    cpu_seconds: CPU time, a whole number of seconds.
+    memory: bytes of address space, Python's own included.
     file_size: bytes of each file it writes.
-    writes: how often it may open a file to write, or make, rename or remove.
-    processes: and threads; of all its user's, where it has no user namespace.
+    writes: the most files it may open to write, create, rename or remove.
+    processes: the most processes and threads; without a user namespace this
+      counts all of the user's.
   """
 
   seconds: float = 15.0
@@ -78,15 +81,15 @@ def run(program: str, limits: Limits) -> str:
 
   Args:
     program: the source, tests included; an error, `sys.exit` or a limit before
-      its last line is a failure. It is not run as `__main__`.
-    limits: the most it may take.
+      its last line is a failure. It does not run as `__main__`.
+    limits: the program's limits.
 
   Returns:
-    What went wrong, in one line; "" if it came to its end.
+    The error in one line; "" if the program reached its end.
 
   Raises:
     InputError: this system has no such limits (Windows).
-    RuntimeError: the process did not start, which says nothing of the program.
+    RuntimeError: the process did not start, which is not the program's fault.
 
   Example:
     >>> run("assert 1 + 1 == 2", Limits())
@@ -98,7 +101,7 @@ def run(program: str, limits: Limits) -> str:
     raise InputError("run_code: programs can be run on Linux and macOS alone")
   with (
     tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-    # Files, not pipes: what a program can write into them is limited.
+    # Files instead of pipes, since the size of files is limited.
     tempfile.TemporaryFile("w+") as given,
     tempfile.TemporaryFile() as report,
   ):

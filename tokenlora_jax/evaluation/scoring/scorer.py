@@ -1,8 +1,8 @@
-"""The interface of scorers: from a model's answer to one row to named numbers.
+"""The interface of scorers, which turn an answer to one row into numbers.
 
-There are two kinds. A `TextScorer` reads a text that was generated after the
-task's prompt. A `ChoiceScorer` compares how likely some continuations are: it
-says which, and is given the log-likelihoods. Neither calls a model.
+A `TextScorer` reads a text that was generated after the task's prompt. A
+`ChoiceScorer` lists continuations, and compares their log-likelihoods. Neither
+calls a model.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, ClassVar, NamedTuple
 from jaxtyping import Float
 import numpy as np
 
-# Of the continuations, in nats.
+# Log-likelihoods of continuations, nats.
 LogLikelihoods = Sequence[float] | Float[np.ndarray, " choices"]
 
 
 class Request(NamedTuple):
-  """A log-likelihood to be asked of a model: log p(continuation | context).
+  """A requested log-likelihood: log p(continuation | context).
 
   Attributes:
     context: the text before the continuation.
@@ -35,10 +35,10 @@ class TextScorer(abc.ABC):
 
   Attributes:
     name: unique among its task's scorers.
-    metrics: the names of the numbers it gives, each 0 to 1, more is better; a
-      task's scorers share no name.
-    stop: a text ends where `cut` finds one of these, since a model that was not
-      trained on the prompt goes on. Generation may end there, too.
+    metrics: names of its numbers, each from 0 to 1, more is better; a task's
+      scorers share no name.
+    stop: strings at which `cut` ends the text, since a model that was not
+      trained on the prompt continues. Generation may end there too.
   """
 
   name: ClassVar[str]
@@ -50,8 +50,8 @@ class TextScorer(abc.ABC):
     """Returns one number for each of `metrics`.
 
     Args:
-      text: the generated text after the task's prompt, without special
-        tokens; uncut.
+      text: the generated text after the task's prompt, uncut, without special
+        tokens.
       row: the gold row, in its task's schema.
 
     Raises:
@@ -60,11 +60,11 @@ class TextScorer(abc.ABC):
 
 
 class ChoiceScorer(abc.ABC):
-  """Scores how likely a model finds each choice.
+  """Scores the log-likelihoods of a row's choices.
 
   Attributes:
     name: unique among its task's scorers.
-    metrics: as a `TextScorer`'s.
+    metrics: see `TextScorer`.
   """
 
   name: ClassVar[str]
@@ -72,7 +72,7 @@ class ChoiceScorer(abc.ABC):
 
   @abc.abstractmethod
   def requests(self, row: Any) -> list[Request]:
-    """Returns what a model is to be asked about a row, one a choice."""
+    """Returns the log-likelihoods to compute for a row, one per choice."""
 
   @abc.abstractmethod
   def score(
@@ -81,8 +81,8 @@ class ChoiceScorer(abc.ABC):
     """Returns one number for each of `metrics`.
 
     Args:
-      log_likelihoods: [choices], in nats, summed over a continuation's tokens,
-        in the order of `requests`.
+      log_likelihoods: [choices], nats, each the sum over its continuation's
+        tokens, in the order of `requests`.
       row: the gold row, in its task's schema.
 
     Raises:
@@ -98,8 +98,12 @@ Scorer = TextScorer | ChoiceScorer
 def cut(text: str, stop: Sequence[str]) -> str:
   """Returns a text up to the first of some strings.
 
-  Those in the white space that a text begins with are passed over: a base that
-  was not trained on the prompt may begin with an empty line.
+  Strings in the text's leading white space are ignored: a base that was not
+  trained on the prompt may begin with an empty line.
+
+  Args:
+    text: the generated text.
+    stop: the strings.
 
   Example:
     >>> cut("\\n4 apples\\nQuestion: What", ["Question:", "\\n"])
@@ -115,8 +119,16 @@ def check_log_likelihoods(
 ) -> Float[np.ndarray, " {choices}"]:
   """Returns log-likelihoods as float64[choices].
 
+  Args:
+    values: the log-likelihoods, nats.
+    choices: the number of choices.
+
   Raises:
-    ValueError: see `ChoiceScorer.score`.
+    ValueError: there are more or fewer values, or one is not a number.
+
+  Example:
+    >>> check_log_likelihoods([-1.0, -2.0], 2).tolist()
+    [-1.0, -2.0]
   """
   array = np.asarray(values, np.float64)
   if array.shape != (choices,) or np.isnan(array).any():

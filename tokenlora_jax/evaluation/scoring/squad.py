@@ -17,13 +17,14 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 class SpanOverlap(TextScorer):
   """Exact match and F1 of words (Rajpurkar et al., 2016, arXiv 1606.05250).
 
-  Both texts are made lower case and lose punctuation (that of ASCII), then
-  "a", "an" and "the", then all white space but one space between words. With n
-  words in common, repeated ones as often as both have them, of p in the text
-  and g in an answer, F1 = 2 n / (p + g), and 0 if n is. The best over the gold
-  answers counts, for each number alone.
+  F1 = 2 n / (p + g), 0 if n = 0
 
-  The text is its first line that is not empty.
+  n is the number of common words, p the number in the text and g in an answer;
+  a repeated word counts as often as both have it. Both texts are normalised
+  first: lower case, no ASCII punctuation, no "a", "an" or "the", one space
+  between words. Each number is the best over the gold answers.
+
+  Only the text's first line that is not empty counts.
   """
 
   name = "span_overlap"
