@@ -65,6 +65,13 @@ def write_centroids(
 
   Raises:
     InputError: a table has another shape, or a row is neither finite nor NaN.
+
+  Example:
+    >>> import tempfile
+    >>> table = np.array([[1.0, 0.0], [np.nan, np.nan]])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   write_centroids(Path(folder), {"hidden": table}, ["a", "b"])[0]
+    {'hidden': ('a',)}
   """
   having, tables = {}, {}
   for encoder, table in sorted(centroids.items()):
@@ -126,6 +133,13 @@ def write_fitted(folder: Path, name: str, fitted: Fitted) -> FittedRecord:
   Raises:
     InputError: the name is not allowed as a file name, a setting is not JSON,
       or an array has no valid name or is not finite.
+
+  Example:
+    >>> import tempfile
+    >>> fitted = Fitted({}, {"bias": np.zeros(2)}, ("a", "b"))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   write_fitted(Path(folder), "mine", fitted).shapes
+    {'bias': (2,)}
   """
   check_name("fitted", name)
   arrays = {key: np.asarray(x) for key, x in fitted.arrays.items()}

@@ -88,6 +88,12 @@ class Bank:
 
     Args:
       encoder: a key of `centroids`.
+
+    Example:
+      >>> table = np.array([[1.0, 0.0], [np.nan, np.nan]], np.float32)
+      >>> bank = Bank(Adapters(("a", "b"), ()), "", "", {"hidden": table})
+      >>> bank.lacking("hidden")
+      ('b',)
     """
     rows = zip(self.adapters.names, self.centroids[encoder], strict=True)
     return tuple(name for name, row in rows if np.isnan(row).all())
@@ -100,6 +106,12 @@ class Bank:
 
     Raises:
       InputError: nothing was fitted for it, or it was fitted for other experts.
+
+    Example:
+      >>> fitted = {"mine": Fitted({}, {"bias": np.zeros(2)}, ("a", "b"))}
+      >>> bank = Bank(Adapters(("a", "b"), ()), "", "", {}, fitted=fitted)
+      >>> bank.fitted_for("mine").arrays["bias"].tolist()
+      [0.0, 0.0]
     """
     names = self.adapters.names
     remedy = (
@@ -135,6 +147,12 @@ class Bank:
     Raises:
       InputError: there is no such router, or the bank lacks its centroids or
         its fitted arrays.
+
+    Example:
+      >>> bank = Bank(Adapters(("a", "b"), ()), "", "", {})
+      >>> router = bank.router(RouterConfig("one-hot", expert="b"))
+      >>> router.gates(1, (), None).tolist()
+      [[0.0, 1.0]]
     """
     taken = router_settings(config.name)
     fitted = self.fitted.get(config.name)

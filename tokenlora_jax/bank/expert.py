@@ -60,6 +60,12 @@ def figures(
 
   Args:
     maps: its own, without padding.
+
+  Example:
+    >>> import numpy as np
+    >>> q = Factors(np.ones((4, 8)), np.ones((4, 8)), 2.0)
+    >>> figures({(0, "q"): q, (1, "q"): q})
+    ((4,), (2.0,), ('q',))
   """
   return (
     tuple(sorted({len(a) for a, _, _ in maps.values()})),

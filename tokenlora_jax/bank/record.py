@@ -105,6 +105,12 @@ class BankRecord:
     centroids_sha256: hash of the centroids' file; "" in format 1.
     fitted: records of fitted routers, by the router's name.
     moving: an edit to be finished, if any.
+
+  Example:
+    >>> experts = (ExpertRecord("a", "gsm8k"), ExpertRecord("b"))
+    >>> record = BankRecord("random:tiny", "random:tiny", experts, {})
+    >>> record.names, record.place(Path("bank"), "a").as_posix()
+    (('a', 'b'), 'bank/a')
   """
 
   base: str
@@ -157,7 +163,12 @@ class BankRecord:
 
 
 def fitted_file(name: str) -> str:
-  """Returns the path, inside the bank, of the arrays fitted for a router."""
+  """Returns the path, inside the bank, of the arrays fitted for a router.
+
+  Example:
+    >>> fitted_file("arrow")
+    'routers/arrow.safetensors'
+  """
   return f"{ROUTERS}/{name}.safetensors"
 
 
@@ -179,7 +190,14 @@ def check_name(field: str, name: str) -> None:
 
 
 def sha256(file: Path) -> str:
-  """Returns the SHA-256 of a file, in hex."""
+  """Returns the SHA-256 of a file, in hex.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...   sha256(Path(file.name))[:8]
+    'e3b0c442'
+  """
   with file.open("rb") as stream:
     return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -209,6 +227,16 @@ def read_record(folder: str | Path) -> BankRecord:
 
   Raises:
     InputError: there is no bank.json, it is damaged, or its format is unknown.
+
+  Example:
+    >>> import tempfile
+    >>> digest = "0" * 64
+    >>> expert = ExpertRecord("a", sha256=dict.fromkeys(ADAPTER_FILES, digest))
+    >>> text = BankRecord("random:tiny", "", (expert,), {}, digest).to_json()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   _ = Path(folder, "bank.json").write_text(text)
+    ...   read_record(folder).names
+    ('a',)
   """
   folder = Path(folder)
   file = folder / BANK

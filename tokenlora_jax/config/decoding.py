@@ -51,6 +51,10 @@ class RouterConfig:
       at each token.
     centroid_rows: training rows per task from which centroids are averaged and
       routers are fitted.
+
+  Example:
+    >>> RouterConfig("centroid", encoder="hidden", top_k=2).sharpen
+    4.0
   """
 
   name: str = "centroid"

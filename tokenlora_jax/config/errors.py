@@ -129,6 +129,10 @@ def check_literals(settings: object, section: str) -> None:
 
   Raises:
     InputError: names the field, the value, the allowed values and the nearest.
+
+  Example:
+    >>> from tokenlora_jax.config import BaseConfig
+    >>> check_literals(BaseConfig(dtype="float32"), "base.")
   """
   for field, hint in get_type_hints(type(settings)).items():
     if get_origin(hint) is Literal:

@@ -46,6 +46,10 @@ class LoraConfig:
     dropout: share of the adapter's inputs set to zero in training.
     targets: the linear maps that get an adapter, of
       q, k, v, o, gate, up, down.
+
+  Example:
+    >>> LoraConfig(rank=8, alpha=16.0).scaling
+    2.0
   """
 
   rank: int = 16
@@ -234,6 +238,10 @@ class Config:
     compilation_cache: the folder that keeps compiled programs, so that the next
       command that needs them starts in seconds; `user` is tokenlora_jax/xla in
       the user's cache folder, "" keeps none.
+
+  Example:
+    >>> Config(workdir="runs/a", seed=1).to_json()["seed"]
+    1
   """
 
   workdir: str = "runs/default"

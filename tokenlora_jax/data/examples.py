@@ -57,6 +57,13 @@ def tokenize(
   Raises:
     InputError: the tokenizer has no end token, a token is beyond the base's
       vocabulary, or the row is too long under `fatal`.
+
+  Example:
+    >>> from tokenlora_jax import load_tokenizer
+    >>> tokenizer = load_tokenizer("random:tiny")
+    >>> found = tokenize(Row("a", " b", "mine:1"), tokenizer, DataConfig())
+    >>> found.tokens.tolist(), found.loss_mask.tolist(), found.prompt_length
+    ([1, 101, 36, 102, 2], [0.0, 0.0, 1.0, 1.0, 1.0], 2)
   """
   if tokenizer.eos_token_id is None:
     raise InputError("tokenizer: it has no end token, which answers need")
@@ -100,6 +107,13 @@ def held_out(
 
   Raises:
     InputError: no row is left.
+
+  Example:
+    >>> from tokenlora_jax import load_tokenizer
+    >>> rows = [Row("a", " b", "mine:1"), Row("c", " d", "mine:2")]
+    >>> tokenizer = load_tokenizer("random:tiny")
+    >>> list(held_out(rows, tokenizer, DataConfig(eval_rows=1)))
+    [0]
   """
   found = fitting(rows, tokenizer, config, config.eval_rows)
   return {i: tokenize(rows[i], tokenizer, config) for i in found}
@@ -128,6 +142,13 @@ def fitting(
   Raises:
     InputError: no row fits, one is too long under `fatal`, or processes hold
       different rows; every process raises the same error.
+
+  Example:
+    >>> from tokenlora_jax import load_tokenizer
+    >>> rows = [Row("a", " b", "mine:1"), Row("a" * 9, " b", "mine:2")]
+    >>> tokenizer = load_tokenizer("random:tiny")
+    >>> fitting(rows, tokenizer, DataConfig(length=8))  # Skips the long row.
+    {0: 5}
   """
   _check_same(rows)
   lengths: dict[int, int] = {}

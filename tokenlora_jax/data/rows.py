@@ -38,6 +38,10 @@ class Row:
     origin: the row's place: "FILE:LINE" or "SOURCE:SPLIT:INDEX".
     fields: the whole row in its task's schema, for scorers; None for training
       rows, which are not scored.
+
+  Example:
+    >>> Row("What is 2 + 2?\\nAnswer:", " 4", "mine.jsonl:1").text
+    'What is 2 + 2?\\nAnswer: 4'
   """
 
   prompt: str

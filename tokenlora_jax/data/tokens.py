@@ -102,6 +102,10 @@ def check_vocab(
     tokenizer: the tokenizer that encoded them.
     vocab: size of the base's vocabulary.
     where: the text's origin, for errors.
+
+  Example:
+    >>> from tokenlora_jax import load_tokenizer
+    >>> check_vocab([1, 2], load_tokenizer("random:tiny"), vocab=260)
   """
   if tokens is None:
     end = tokenizer.eos_token_id
@@ -120,6 +124,9 @@ def check_text(text: str) -> None:
   """Raises `InputError` if a text holds half a surrogate pair.
 
   JSON can contain one (`"\\ud83d"`), but no tokenizer can encode it.
+
+  Example:
+    >>> check_text("plain")
   """
   try:
     text.encode()
@@ -147,6 +154,11 @@ def encode_prompt(
 
   Raises:
     InputError: the text is not valid UTF-8.
+
+  Example:
+    >>> from tokenlora_jax import load_tokenizer
+    >>> encode_prompt("hi", load_tokenizer("random:tiny"))
+    [1, 108, 109]
   """
   check_text(prompt)
   # Only some tokenizers take this argument, so it is passed only if needed.
@@ -173,6 +185,11 @@ def encode_pair(
     prompt: the row's prompt.
     answer: the row's answer; starts with a space.
     tokenizer: the base's tokenizer.
+
+  Example:
+    >>> from tokenlora_jax import load_tokenizer
+    >>> encode_pair("a", " b", load_tokenizer("random:tiny"))
+    ([1, 101], [36, 102])
   """
   before = encode_prompt(prompt, tokenizer, letters=True)
   both = encode_prompt(prompt + answer, tokenizer, letters=True)

@@ -45,6 +45,13 @@ class HiddenEncoder:
     base: the frozen Llama.
     tokenizer: its tokenizer.
     length: longer texts are cut to this many tokens.
+
+  Example:
+    >>> from tokenlora_jax import load_base, load_tokenizer
+    >>> base = load_base("random:tiny")
+    >>> tokenizer = load_tokenizer("random:tiny")
+    >>> HiddenEncoder(base, tokenizer, length=64).embed(["a text"]).shape
+    (1, 64)
   """
 
   base: Llama

@@ -304,6 +304,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
   Raises:
     InputError: the file is missing, is not JSON, or is not a JSON object.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile(suffix=".json") as file:
+    ...   _ = Path(file.name).write_text('{"vocab_size": 260}')
+    ...   read_json(Path(file.name))
+    {'vocab_size': 260}
   """
   check_fetched(path)
   try:

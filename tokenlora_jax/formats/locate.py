@@ -82,6 +82,12 @@ def locate(path: str | Path, hub_files: Sequence[str]) -> Path:
 
   Raises:
     InputError: there is nothing at the path.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   locate(folder, []) == Path(folder)
+    True
   """
   text = str(path)
   if text.startswith("package:"):

@@ -85,6 +85,13 @@ def stack_adapters(
 
   Raises:
     InputError: two adapters of one map have different [in, out].
+
+  Example:
+    >>> one = Factors(np.ones((4, 8)), np.ones((4, 16)), 2.0)
+    >>> two = Factors(np.ones((2, 8)), np.ones((2, 16)), 1.0)
+    >>> stored = [StoredAdapter("", {(0, "q"): maps}) for maps in (one, two)]
+    >>> stack_adapters(stored, ["a", "b"]).layers[0]["q"].a.shape
+    (2, 4, 8)
   """
   experts = [adapter.maps for adapter in adapters]
   depth = 1 + max(layer for expert in experts for layer, _ in expert)
@@ -143,6 +150,12 @@ def expert_maps(
   Args:
     adapters: the bank's adapters.
     expert: the expert's name or index.
+
+  Example:
+    >>> from tokenlora_jax import load_base, random_adapters
+    >>> adapters = random_adapters(load_base("random:tiny"), experts=2, rank=4)
+    >>> sorted(expert_maps(adapters, "e1"))
+    [(0, 'q'), (0, 'v'), (1, 'q'), (1, 'v')]
   """
   index = adapters.index(expert)
   maps = {}

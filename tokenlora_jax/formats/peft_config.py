@@ -115,7 +115,14 @@ _CHECKS = {
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-  """The supported fields, under PEFT's own names and with its defaults."""
+  """The supported fields, under PEFT's own names and with its defaults.
+
+  Example:
+    >>> config = PeftConfig(r=8, lora_alpha=16, target_modules=["q_proj"])
+    >>> path = "model.layers.0.self_attn.q_proj"
+    >>> config.is_target(path), config.rank_and_scaling(path)
+    (True, (8, 2.0))
+  """
 
   peft_type: str = ""
   r: int = 8
@@ -263,6 +270,11 @@ def describe(
   Args:
     modules: each module's path, R and scaling.
     base_name: the base's path or hub id; may be empty.
+
+  Example:
+    >>> about = describe({"model.layers.0.self_attn.q_proj": (8, 2.0)}, "mine")
+    >>> about["r"], about["lora_alpha"], about["target_modules"]
+    (8, 16, ['q_proj'])
   """
   ranks = {path: rank for path, (rank, _) in modules.items()}
   # A float32 scaling times a rank is exact in float64, so alpha / r returns the

@@ -82,7 +82,12 @@ def parse_key(key: str) -> Place | None:
 
 
 def why_unknown(key: str) -> str:
-  """Returns the reason why a tensor's name cannot be parsed."""
+  """Returns the reason why a tensor's name cannot be parsed.
+
+  Example:
+    >>> why_unknown("something")
+    "is no LoRA tensor of a layer's linear map"
+  """
   if "language_model." in key:
     return (
       "is of the language model inside a multimodal one; if the base is that"

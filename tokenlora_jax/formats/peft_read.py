@@ -46,6 +46,11 @@ class Factors(NamedTuple):
     a: float32[R, in].
     b: float32[R, out].
     scaling: alpha / R.
+
+  Example:
+    >>> one = Factors(np.ones((4, 64)), np.ones((4, 32)), scaling=2.0)
+    >>> one.a.shape, one.b.shape
+    ((4, 64), (4, 32))
   """
 
   a: np.ndarray

@@ -320,6 +320,13 @@ def part_of_file(
     offset: the offset of its first byte.
     shape: the shape of the whole array.
     index: the part to read.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...   np.arange(6, dtype=np.float32).tofile(file.name)
+    ...   part_of_file(Path(file.name), "float32", 0, (3, 2), slice(1)).tolist()
+    [[0.0, 1.0]]
   """
   # Given a path, NumPy looks at each folder above it.
   with open(os.fspath(path), "rb") as file:
@@ -348,6 +355,12 @@ class Fields:
     values: the fields.
     where: the file, for errors.
     prefix: prefix of the field's name in errors.
+
+  Example:
+    >>> fields = Fields({"layers": 2, "bias": None}, "config.json")
+    >>> fields.integer("layers"), fields.flag("bias")
+    (2, False)
+    >>> fields.finish()
   """
 
   def __init__(self, values: Mapping[str, Any], where: str, prefix: str = ""):
@@ -422,6 +435,11 @@ def _short(value: object) -> str:
 
 
 def one_line(error: Exception) -> str:
-  """Returns a library's error message as one line of at most 200 letters."""
+  """Returns a library's error message as one line of at most 200 letters.
+
+  Example:
+    >>> one_line(ValueError("no such file\\nsee the log"))
+    'no such file see the log'
+  """
   text = " ".join(str(error).split()) or type(error).__name__
   return text if len(text) <= 200 else f"{text[:197]}..."

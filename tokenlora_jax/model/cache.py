@@ -57,6 +57,12 @@ class Cache:
     slot: int32 scalar, the slot that is written next.
     pad: int32[B], unused slots in front of each row.
     split: whether the heads are sharded over several devices.
+
+  Example:
+    >>> kv = KV(jnp.ones((1, 1, 4, 8)), jnp.ones((1, 1, 4, 8)))
+    >>> cache = Cache.of_prompt([kv], jnp.array([1]), slots=6)
+    >>> cache.positions(1).tolist()  # of the token after a, b, c
+    [[3]]
   """
 
   layers: tuple[KV, ...]

@@ -52,6 +52,10 @@ class LlamaConfig:
     max_length: the longest sequence trained on, tokens.
     sliding_window: the most tokens that a token attends to, itself included
       (Mistral); None is all before it.
+
+  Example:
+    >>> PRESETS["tiny"].layers, PRESETS["tiny"].projection_shapes["k"]
+    (2, (64, 32))
   """
 
   vocab: int

@@ -37,6 +37,11 @@ class Lora:
 
   Stacked layers add an axis L: after E in training (`Adapters.stack`), before E
   inside a scan over layers.
+
+  Example:
+    >>> lora = Lora(jnp.ones((2, 4, 8)), jnp.ones((2, 4, 16)), jnp.ones(2))
+    >>> lora.a.shape, lora.b.shape  # 2 experts of rank 4, from 8 to 16
+    ((2, 4, 8), (2, 4, 16))
   """
 
   a: Float[Array, "E R I"] | Float[Array, "E L R I"]
@@ -142,6 +147,16 @@ class Adapters:
 
     Raises:
       InputError: there are too many layers, or a map has other widths.
+
+    Example:
+      >>> from tokenlora_jax.model.config import PRESETS
+      >>> lora = Lora(jnp.ones((1, 2, 64)), jnp.ones((1, 2, 64)), jnp.ones(1))
+      >>> Adapters(("a",), ({"q": lora},)).check(PRESETS["tiny"])
+      >>> try:
+      ...   Adapters(("a",), ({"q": lora},) * 3).check(PRESETS["tiny"])
+      ... except InputError as error:
+      ...   print(error)
+      adapters a: made for at least 3 layers, but the base has 2
     """
     if len(self.layers) > config.layers:
       raise InputError(
@@ -225,6 +240,11 @@ def expert_keys(key: Key[Array, ""], names: Sequence[str]) -> Key[Array, " E"]:
 
   So an expert's initial weights and dropout do not depend on the other experts
   of the run.
+
+  Example:
+    >>> both = expert_keys(jax.random.key(0), ["a", "b"])
+    >>> bool(both[1] == expert_keys(jax.random.key(0), ["b"])[0])
+    True
   """
   marks = jnp.array([zlib.crc32(name.encode()) for name in names], jnp.uint32)
   return jax.vmap(lambda mark: jax.random.fold_in(key, mark))(marks)
@@ -249,6 +269,12 @@ def init_stacked(
 
   Returns:
     {projection: Lora} of float32[E, L, R, in] and [E, L, R, out] and [E, L].
+
+  Example:
+    >>> from tokenlora_jax.model.config import PRESETS
+    >>> shape, config = PRESETS["tiny"], LoraConfig(rank=4, targets=("q",))
+    >>> init_stacked(jax.random.key(0), shape, config, ["a", "b"])["q"].a.shape
+    (2, 2, 4, 64)
   """
 
   def one_expert(key):

@@ -56,6 +56,11 @@ class Int8:
   Attributes:
     values: int8[in, out...], -127 to 127.
     scales: float32[out...].
+
+  Example:
+    >>> kernel = quantize_int8(jnp.array([[1.0], [-2.0]]))
+    >>> (kernel.values * kernel.scales).round(2).tolist()
+    [[1.01], [-2.0]]
   """
 
   values: jax.Array
@@ -80,6 +85,11 @@ class Nf4:
     codes: uint8[in / 64, 32, out...].
     steps: int8[in / 32 or 16, out...], -127 to 127.
     scales: float32[out...].
+
+  Example:
+    >>> kernel = quantize_nf4(jnp.linspace(-1, 1, 64)[:, None])
+    >>> kernel.codes.shape, kernel.steps.shape, kernel.scales.shape
+    ((1, 32, 1), (2, 1), (1,))
   """
 
   codes: jax.Array

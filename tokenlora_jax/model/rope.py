@@ -59,6 +59,12 @@ def rotate(
 
   Returns:
     x rotated, in x's dtype; the rotation itself is float32.
+
+  Example:
+    >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
+    >>> quarter = jnp.full((1, 1, 1, 1), jnp.pi / 2)  # radians
+    >>> rotate(x, jnp.cos(quarter), jnp.sin(quarter)).ravel().round(3).tolist()
+    [-0.0, 1.0]
   """
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = (first * cos - second * sin, second * cos + first * sin)

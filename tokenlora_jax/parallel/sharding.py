@@ -172,6 +172,11 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   Raises:
     ValueError: no row of the table or several match the path (a bug).
     InputError: an axis cannot be divided evenly.
+
+  Example:
+    >>> mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    >>> tuple(parameter_spec("layers.*.q.a", (2, 4, 16, 64), mesh))
+    ('expert', None, None, 'fsdp')
   """
   spec = _spec(path, len(shape))
   for size, axes in zip(shape, spec, strict=True):

@@ -14,7 +14,12 @@ FAINTEST, STRONGEST = 0.16, 0.72
 
 
 def colour(expert: int) -> str:
-  """Returns the colour of an expert; colours repeat after the seventh."""
+  """Returns the colour of an expert; colours repeat after the seventh.
+
+  Example:
+    >>> colour(0) == colour(7), colour(0) == colour(1)
+    (True, False)
+  """
   return COLOURS[expert % len(COLOURS)]
 
 

@@ -16,7 +16,12 @@ from tokenlora_jax.report.trace import GateTrace, leaders
 
 
 def legend(names: Sequence[str]) -> Text:
-  """Returns the experts' names, each in its colour."""
+  """Returns the experts' names, each in its colour.
+
+  Example:
+    >>> legend(["math", "code"]).plain.split()
+    ['■', 'math', '■', 'code']
+  """
   text = Text()
   for i, name in enumerate(names):
     text.append(f"■ {name}  ", style=COLOURS[i % len(COLOURS)])

@@ -19,7 +19,12 @@ _THINGS = (
 
 
 class Gsm8k(Task):
-  """Question -> steps with <<a+b=c>> annotations -> "#### n"."""
+  """Question -> steps with <<a+b=c>> annotations -> "#### n".
+
+  Example:
+    >>> Gsm8k().prompt({"question": "What is 2 + 2?"})
+    'Question: What is 2 + 2?\\n\\nAnswer:'
+  """
 
   name = "gsm8k"
   template = "Question: {question}\n\nAnswer:"

@@ -135,7 +135,15 @@ def _loads(raw: bytes) -> Any:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-  """Yields (line number, row) of JSON lines."""
+  """Yields (line number, row) of JSON lines.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
+    ...   _ = Path(file.name).write_text('{"question": "a"}\\n')
+    ...   list(read_lines(Path(file.name)))
+    [('1', {'question': 'a'})]
+  """
   with reading(path) as lines:
     for number, line in enumerate(lines, 1):
       if not line.strip():
@@ -197,7 +205,12 @@ def lookup(row: Any, *keys: str) -> Any:
 
 
 def items(row: Any, *keys: str) -> list[Any]:
-  """Returns the list at `lookup(row, *keys)`."""
+  """Returns the list at `lookup(row, *keys)`.
+
+  Example:
+    >>> items({"choices": {"label": ["A", "B"]}}, "choices", "label")
+    ['A', 'B']
+  """
   value = lookup(row, *keys)
   if not isinstance(value, list):
     field = ".".join(keys)
@@ -212,12 +225,21 @@ def text(row: Any, *keys: str, empty: bool = False) -> str:
     row: an unchecked row, of any type.
     keys: names of nested fields.
     empty: whether a text may be empty or only white space.
+
+  Example:
+    >>> text({"question": "What is 2 + 2?"}, "question")
+    'What is 2 + 2?'
   """
   return _text(lookup(row, *keys), ".".join(keys), empty)
 
 
 def texts(row: Any, *keys: str) -> list[str]:
-  """Returns the list of texts at `lookup(row, *keys)`, at least one."""
+  """Returns the list of texts at `lookup(row, *keys)`, at least one.
+
+  Example:
+    >>> texts({"answers": {"text": ["4", "four"]}}, "answers", "text")
+    ['4', 'four']
+  """
   values = items(row, *keys)
   field = ".".join(keys)
   if not values:
