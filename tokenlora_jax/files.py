@@ -52,6 +52,13 @@ def locked(folder: Path, flag: str, does: str) -> Iterator[None]:
 
   Raises:
     InputError: another process holds the lock.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   with locked(Path(folder), "--workdir", "train"):
+    ...     print("only this process")
+    only this process
   """
   with (folder / ".lock").open("a+") as file:
     try:
@@ -126,7 +133,15 @@ def _error_number(error: Exception) -> int:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-  """Writes a file atomically, text as UTF-8: the whole file or nothing."""
+  """Writes a file atomically: the whole file or nothing; text as UTF-8.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   write_atomically(Path(folder, "a.json"), "{}")
+    ...   Path(folder, "a.json").read_text()
+    '{}'
+  """
   data = content.encode() if isinstance(content, str) else content
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   try:
@@ -155,6 +170,14 @@ class NewLines:
 
   Raises:
     InputError: the file exists already, or its disk is full or fails.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   with NewLines("--output", f"{folder}/texts.jsonl") as lines:
+    ...     lines.add("{}")
+    ...   Path(folder, "texts.jsonl").read_text()
+    '{}\\n'
   """
 
   def __init__(self, flag: str, path: str):
@@ -219,7 +242,13 @@ def check_new_file(flag: str, path: str) -> None:
 
 
 def read_lines(source: Path | TextIOBase, name: str, what: str) -> list[str]:
-  """Returns the lines of `numbered_lines` without their numbers."""
+  """Returns the lines of `numbered_lines` without their numbers.
+
+  Example:
+    >>> from io import StringIO
+    >>> read_lines(StringIO("one\\n\\ntwo\\n"), "stdin", "prompt")
+    ['one', 'two']
+  """
   return [line for _, line in numbered_lines(source, name, what)]
 
 
@@ -237,6 +266,11 @@ def numbered_lines(
 
   Raises:
     InputError: the file cannot be read, is not UTF-8, or has only blank lines.
+
+  Example:
+    >>> from io import StringIO
+    >>> numbered_lines(StringIO("one\\n\\ntwo\\n"), "stdin", "prompt")
+    [(1, 'one'), (3, 'two')]
   """
   try:
     if isinstance(source, Path):

@@ -67,7 +67,7 @@ class Reading:
 
   @property
   def apart(self) -> bool:
-    """Whether each expert has a row of its own."""
+    """True if each expert has a row of its own."""
     return self.rule is not None and (self.rule.of_outputs or self.evidence)
 
   @property

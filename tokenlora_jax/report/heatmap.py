@@ -123,7 +123,7 @@ class HeatMap:
 
   @property
   def edged(self) -> bool:
-    """Whether the stacked area has room for lines between experts."""
+    """True if the stacked area has room for lines between experts."""
     return len(self.pieces) <= 250
 
   def letter_places(self, least: float) -> dict[int, tuple[float, float]]:
