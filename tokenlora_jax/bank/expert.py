@@ -80,7 +80,7 @@ def check_described(
   """Checks that an adapter matches its record in bank.json.
 
   Args:
-    adapters: of the bank.
+    adapters: the bank's adapters.
     name: the expert's name.
     place: the expert's folder, for errors.
     expert: its record.

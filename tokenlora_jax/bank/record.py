@@ -165,6 +165,9 @@ class BankRecord:
 def fitted_file(name: str) -> str:
   """Returns the path, inside the bank, of the arrays fitted for a router.
 
+  Args:
+    name: the router's name.
+
   Example:
     >>> fitted_file("arrow")
     'routers/arrow.safetensors'
@@ -191,6 +194,9 @@ def check_name(field: str, name: str) -> None:
 
 def sha256(file: Path) -> str:
   """Returns the SHA-256 of a file, in hex.
+
+  Args:
+    file: the file's path.
 
   Example:
     >>> import tempfile

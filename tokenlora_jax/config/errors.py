@@ -80,6 +80,9 @@ def _edits(one: str, other: str) -> int:
 def first_line(error: Exception) -> str:
   """Returns the first line of an error's message, or its type if it has none.
 
+  Args:
+    error: any exception.
+
   Example:
     >>> first_line(ValueError("no such row\\n  at line 3")), first_line(OSError())
     ('no such row', 'OSError')
@@ -112,6 +115,15 @@ def check(condition: bool, field: str, value: object, allowed: str) -> None:
   """Raises `InputError` unless `condition` is true.
 
   The error names the field, the value and what is allowed.
+
+  Args:
+    condition: what must hold.
+    field: the setting's name, as a person would write it.
+    value: the given value.
+    allowed: the allowed values, in words.
+
+  Raises:
+    InputError: `condition` is false.
 
   Example:
     >>> check(3 > 0, "data.rows", 3, "at least 1")

@@ -125,6 +125,9 @@ def check_text(text: str) -> None:
 
   JSON can contain one (`"\\ud83d"`), but no tokenizer can encode it.
 
+  Args:
+    text: any text.
+
   Example:
     >>> check_text("plain")
   """

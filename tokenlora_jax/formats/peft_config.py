@@ -142,6 +142,9 @@ class PeftConfig:
   def read(cls, path: Path) -> PeftConfig:
     """Reads and checks an adapter_config.json.
 
+    Args:
+      path: the file.
+
     Raises:
       InputError: the file is not a JSON object, or a field's value is not
         supported.
@@ -193,7 +196,11 @@ class PeftConfig:
     return False
 
   def rank_and_scaling(self, path: str) -> tuple[int, float]:
-    """Returns a module's R and alpha / R, or alpha / sqrt(R) with rsLoRA."""
+    """Returns a module's R and alpha / R, or alpha / sqrt(R) with rsLoRA.
+
+    Args:
+      path: the module's path.
+    """
 
     def first_match(pattern, default):
       matches = (

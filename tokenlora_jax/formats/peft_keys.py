@@ -84,6 +84,9 @@ def parse_key(key: str) -> Place | None:
 def why_unknown(key: str) -> str:
   """Returns the reason why a tensor's name cannot be parsed.
 
+  Args:
+    key: the tensor's name in the file.
+
   Example:
     >>> why_unknown("something")
     "is no LoRA tensor of a layer's linear map"

@@ -128,7 +128,12 @@ class Mixture:
   def down(
     self, lora: Lora | Routed, x: Float[Array, "B T I"]
   ) -> Float[Array, "B T E R"]:
-    """Returns the rank activations z, float32[B, T, E, R]."""
+    """Returns the rank activations z, float32[B, T, E, R].
+
+    Args:
+      lora: the projection's adapters.
+      x: [B, T, in], the projection's input.
+    """
     lora = lora.lora if isinstance(lora, Routed) else lora
     experts, rank, _ = lora.a.shape
     # One plain matrix: a product over two axes would be transposed first.
@@ -177,6 +182,10 @@ def expert_rows(
 ) -> Shaped[Array, "BM ..."]:
   """Repeats each row of [B, ..]: [B * copies, ..], copies side by side.
 
+  Args:
+    x: [B, ..].
+    copies: the number of copies of each row.
+
   Example:
     >>> expert_rows(jnp.array([1, 2]), 2).tolist()
     [1, 1, 2, 2]
@@ -188,6 +197,10 @@ def one_hot_rows(
   batch: int, experts: int
 ) -> Float[Array, "{batch*experts} {experts}"]:
   """Returns gates [B * E, E] with which each expert reads each row alone.
+
+  Args:
+    batch: B.
+    experts: E.
 
   Example:
     >>> one_hot_rows(1, 2).tolist()

@@ -195,6 +195,11 @@ class Router(abc.ABC):
     before: Float[Array | np.ndarray, "*B E"],
     gates: Float[Array | np.ndarray, "*B E"],
   ) -> Float[Array | np.ndarray, "*B E"]:
-    """Returns new gates smoothed with the old ones: float32[.., E]."""
+    """Returns new gates smoothed with the old ones: float32[.., E].
+
+    Args:
+      before: float32[.., E], the old gates.
+      gates: float32[.., E], the new gates.
+    """
     del before
     return gates

@@ -84,6 +84,9 @@ def register_rule(name: str, of_outputs: bool = False) -> Callable[[Mix], Mix]:
 def get_rule(name: str) -> Rule:
   """Returns the rule with a name.
 
+  Args:
+    name: the rule's name.
+
   Raises:
     InputError: there is no such rule.
 

@@ -120,6 +120,9 @@ class Cache:
     """Returns int32[B, T], the positions of the next `length` tokens.
 
     A pad slot's position would be negative; it gets 0, and is masked.
+
+    Args:
+      length: T.
     """
     slots = self.slot + jnp.arange(length)
     return jnp.maximum(slots[None] - self.pad[:, None], 0)
@@ -129,6 +132,9 @@ class Cache:
 
     Row b, with pad 2, in a cache of 6 slots of which 3 are written: the next
     token (slot 3) sees slot 2 and itself:  . . x . . . | x
+
+    Args:
+      length: T.
     """
     slots = jnp.arange(self.layers[0].k.shape[2])
     written = (slots < self.slot) & (slots >= self.pad[:, None])

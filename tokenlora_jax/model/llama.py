@@ -392,7 +392,11 @@ class Llama(nnx.Module):
     return hidden, kvs if cache is None else cache.append(kvs, after=hidden)
 
   def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Returns logits float32[..., V] of hidden states [..., D]."""
+    """Returns logits float32[..., V] of hidden states [..., D].
+
+    Args:
+      hidden: [..., D], from a forward pass.
+    """
     with jax.named_scope("head"):
       if self.head is None:
         return jnp.einsum(

@@ -120,7 +120,7 @@ class Adapters:
     """Returns the adapters with A and B in another dtype; scaling unchanged.
 
     Args:
-      dtype: of A and B.
+      dtype: the new dtype of A and B.
 
     Example:
       >>> lora = Lora(jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)), jnp.ones(1))
@@ -240,6 +240,10 @@ def expert_keys(key: Key[Array, ""], names: Sequence[str]) -> Key[Array, " E"]:
 
   So an expert's initial weights and dropout do not depend on the other experts
   of the run.
+
+  Args:
+    key: a PRNG key.
+    names: the E experts' names.
 
   Example:
     >>> both = expert_keys(jax.random.key(0), ["a", "b"])

@@ -67,7 +67,11 @@ class Int8:
   scales: jax.Array
 
   def factors(self, dtype) -> tuple[jax.Array, jax.Array]:
-    """Returns (matrix [in, out...] in `dtype`, scales [out...])."""
+    """Returns (matrix [in, out...] in `dtype`, scales [out...]).
+
+    Args:
+      dtype: dtype of the matrix.
+    """
     return self.values.astype(dtype), self.scales
 
 
@@ -97,7 +101,11 @@ class Nf4:
   scales: jax.Array
 
   def factors(self, dtype) -> tuple[jax.Array, jax.Array]:
-    """Returns (matrix [in, out...] in `dtype`, scales [out...])."""
+    """Returns (matrix [in, out...] in `dtype`, scales [out...]).
+
+    Args:
+      dtype: dtype of the matrix.
+    """
     blocks, *outputs = self.steps.shape
     levels = _levels(_unpack(self.codes), dtype)
     levels = levels.reshape(blocks, -1, *outputs)

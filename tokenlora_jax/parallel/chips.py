@@ -45,6 +45,9 @@ CHIPS = {
 def chip_of(kind: str) -> Chip | None:
   """Returns the chip of a `device_kind`, or None if the table lacks it.
 
+  Args:
+    kind: JAX's name of the device, `device.device_kind`.
+
   Example:
     >>> chip_of("TPU v5 lite").flops / 1e12
     197.0

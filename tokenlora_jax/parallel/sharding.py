@@ -153,7 +153,15 @@ def decoding_mesh(
 
 
 def check_heads(shape: LlamaConfig, mesh: Mesh) -> None:
-  """Raises `InputError` unless `tensor` divides the base's kv heads."""
+  """Raises `InputError` unless `tensor` divides the base's kv heads.
+
+  Args:
+    shape: the base's shape.
+    mesh: the mesh.
+
+  Raises:
+    InputError: the axis `tensor` cannot divide the heads.
+  """
   if shape.kv_heads % mesh.shape["tensor"]:
     raise InputError(
       f"mesh.tensor: {mesh.shape['tensor']} does not divide the base's"
@@ -204,7 +212,12 @@ def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def tree_shardings(tree, mesh: Mesh):
-  """Returns a tree's `NamedSharding`s; leaves are arrays or shapes."""
+  """Returns a tree's `NamedSharding`s; leaves are arrays or shapes.
+
+  Args:
+    tree: a pytree of arrays, or of shapes.
+    mesh: the mesh.
+  """
 
   def one(path, leaf):
     return NamedSharding(mesh, parameter_spec(_dotted(path), leaf.shape, mesh))
@@ -213,7 +226,12 @@ def tree_shardings(tree, mesh: Mesh):
 
 
 def described(tree, mesh: Mesh):
-  """Returns a tree's shapes with shardings, to compile without arrays."""
+  """Returns a tree's shapes with shardings, to compile without arrays.
+
+  Args:
+    tree: a pytree of arrays, or of shapes.
+    mesh: the mesh.
+  """
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=sharding
@@ -233,7 +251,12 @@ def _dotted(path) -> str:
 
 
 def manual_specs(tree, mesh: Mesh):
-  """Returns a tree's `PartitionSpec`s over `MANUAL_AXES` alone."""
+  """Returns a tree's `PartitionSpec`s over `MANUAL_AXES` alone.
+
+  Args:
+    tree: a pytree of arrays, or of shapes.
+    mesh: the mesh.
+  """
 
   def manual(sharding):
     return P(
@@ -263,7 +286,11 @@ def whole(tree, prefix: str = ""):
 
 
 def whole_ends(base):
-  """Gathers all arrays of a base except its layers, as `whole` does."""
+  """Gathers all arrays of a base except its layers, as `whole` does.
+
+  Args:
+    base: a `Llama`, inside a `shard_map`.
+  """
 
   def one(path, x):
     name = _dotted(path)

@@ -16,6 +16,12 @@ FAINTEST, STRONGEST = 0.16, 0.72
 def colour(expert: int) -> str:
   """Returns the colour of an expert; colours repeat after the seventh.
 
+  Args:
+    expert: the expert's index.
+
+  Returns:
+    The colour as #rrggbb.
+
   Example:
     >>> colour(0) == colour(7), colour(0) == colour(1)
     (True, False)
@@ -26,6 +32,9 @@ def colour(expert: int) -> str:
 def ink(paper: str) -> str:
   """Returns black or white, whichever has more contrast to a background.
 
+  Args:
+    paper: the background, #rrggbb.
+
   Example:
     >>> ink("#0072b2"), ink("#f0e442")
     ('#ffffff', '#000000')
@@ -35,6 +44,10 @@ def ink(paper: str) -> str:
 
 def contrast(one: str, other: str) -> float:
   """Returns the contrast of two colours, from 1 to 21 (W3C, 2023, WCAG 2.2).
+
+  Args:
+    one: a colour, #rrggbb.
+    other: another colour, #rrggbb.
 
   Example:
     >>> contrast("#000000", "#ffffff")
@@ -55,6 +68,9 @@ def _luminance(colour: str) -> float:
 def channels(colour: str) -> tuple[int, ...]:
   """Returns a colour's red, green and blue, from 0 to 255.
 
+  Args:
+    colour: #rrggbb.
+
   Example:
     >>> channels("#0072b2")
     (0, 114, 178)
@@ -65,6 +81,9 @@ def channels(colour: str) -> tuple[int, ...]:
 def tint(strength: float) -> float:
   """Returns the opacity of the leading expert's colour behind a token.
 
+  Args:
+    strength: the lead over the next expert, 0 to 1.
+
   Example:
     >>> tint(0), tint(1)
     (0.16, 0.72)
@@ -74,6 +93,11 @@ def tint(strength: float) -> float:
 
 def mix(colour: str, paper: str, opacity: float) -> str:
   """Returns a colour laid over another with some opacity.
+
+  Args:
+    colour: the upper colour, #rrggbb.
+    paper: the lower colour, #rrggbb.
+    opacity: of the upper colour, 0 to 1.
 
   Example:
     >>> mix("#000000", "#ffffff", 0.2)

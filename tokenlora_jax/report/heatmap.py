@@ -180,6 +180,9 @@ def gate_summary(gates: np.ndarray) -> dict[str, Any]:
 def letter(expert: int) -> str:
   """Returns the letter of an expert.
 
+  Args:
+    expert: the expert's index.
+
   Example:
     >>> [letter(i) for i in (0, 25, 26, 52)]
     ['A', 'Z', 'AA', 'BA']
@@ -190,6 +193,9 @@ def letter(expert: int) -> str:
 
 def kind(piece: str) -> str:
   """Returns the kind of a token's text, "" for ordinary text.
+
+  Args:
+    piece: the text that one token adds.
 
   Returns:
     "blank" for white space, "joined" for accents on the character before,
@@ -210,6 +216,9 @@ def kind(piece: str) -> str:
 def indent(piece: str) -> int:
   """Returns the number of leading spaces; a letter is put after them.
 
+  Args:
+    piece: the text that one token adds.
+
   Example:
     >>> indent("  of"), indent("of"), indent("  ")
     (2, 0, 0)
@@ -223,6 +232,9 @@ def visible(text: str) -> str:
   Control characters but tabs and line feeds become their pictures. Characters
   that reorder others, and halves of surrogate pairs, become U+FFFD.
 
+  Args:
+    text: any text.
+
   Example:
     >>> visible("a\\x1b[0m\\n")
     'a␛[0m\\n'
@@ -232,6 +244,10 @@ def visible(text: str) -> str:
 
 def ticks(count: int, most: int = 9) -> list[int]:
   """Returns round numbers as ticks of an axis from 1 to `count`.
+
+  Args:
+    count: the axis's last number.
+    most: the most ticks.
 
   Example:
     >>> ticks(6), ticks(64)
@@ -244,6 +260,10 @@ def ticks(count: int, most: int = 9) -> list[int]:
 
 def short(name: str, most: int) -> str:
   """Returns a name, cut to at most `most` characters.
+
+  Args:
+    name: any text.
+    most: the most characters.
 
   Example:
     >>> short("codealpaca", 10), short("arc_challenge", 10)

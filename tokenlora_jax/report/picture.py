@@ -96,6 +96,9 @@ def heatmap_png(maps: Sequence[HeatMap]) -> bytes:
 def set_lines(cells: Sequence[Cell]) -> list[list[Cell]]:
   """Breaks cells into lines of at most COLUMNS, after words if possible.
 
+  Args:
+    cells: the cells of one text, in order.
+
   Example:
     >>> cells = [Cell("a", 0), Cell("↵", 0, ends="line"), Cell("b", 0)]
     >>> [len(line) for line in set_lines(cells)]

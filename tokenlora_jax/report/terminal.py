@@ -18,6 +18,9 @@ from tokenlora_jax.report.trace import GateTrace, leaders
 def legend(names: Sequence[str]) -> Text:
   """Returns the experts' names, each in its colour.
 
+  Args:
+    names: the experts' names.
+
   Example:
     >>> legend(["math", "code"]).plain.split()
     ['■', 'math', '■', 'code']
@@ -90,6 +93,9 @@ def _short(number: float) -> str:
 
 def speed(stats: Mapping[str, float]) -> str:
   """Returns the tokens a second of a `Generation.stats`, in words.
+
+  Args:
+    stats: the stats of a `Generation`.
 
   Example:
     >>> speed({"tokens_per_second": 2.0, "timed_tokens": 4, "new_tokens": 4})

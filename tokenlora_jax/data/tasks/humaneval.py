@@ -55,7 +55,11 @@ class HumanEval(Task):
 def invent_function(
   rng: random.Random,
 ) -> tuple[str, str, list[tuple[int, int | bool]]]:
-  """Returns a function's description, its code, and four (x, value) pairs."""
+  """Returns a function's description, its code, and four (x, value) pairs.
+
+  Args:
+    rng: draws the function.
+  """
   words, code, function = rng.choice(_FUNCTIONS)
   a, b = rng.randint(10, 999), rng.randint(2, 9)
   given = a + b, *rng.sample(range(3 * a), 3)

@@ -44,15 +44,36 @@ class Task(abc.ABC):
 
   @abc.abstractmethod
   def prompt(self, row: Any) -> str:
-    """Returns a row's prompt, the model's input."""
+    """Returns a row's prompt, the model's input.
+
+    Args:
+      row: an unchecked row.
+
+    Raises:
+      InputError: the row breaks the schema; names the field.
+    """
 
   @abc.abstractmethod
   def answer(self, row: Any) -> str:
-    """Returns a row's answer, the target text."""
+    """Returns a row's answer, the target text.
+
+    Args:
+      row: an unchecked row.
+
+    Raises:
+      InputError: the row breaks the schema; names the field.
+    """
 
   @abc.abstractmethod
   def invent(self, rng: random.Random) -> dict[str, Any]:
-    """Returns one random built-in row."""
+    """Returns one random built-in row.
+
+    Args:
+      rng: draws the row.
+
+    Returns:
+      A row in the schema of the dataset's hub version.
+    """
 
   def read(self, path: Path) -> Iterator[tuple[str, Any]]:
     """Yields (place, row) of a file in the dataset's original format.
@@ -80,6 +101,9 @@ class Task(abc.ABC):
     """Returns whether a file holds JSON lines; its name does not matter.
 
     It does if its first line is a row: an object with a field of the prompt.
+
+    Args:
+      path: the file.
     """
     if path.suffix == ".jsonl":
       return True
@@ -94,7 +118,11 @@ class Task(abc.ABC):
     )
 
   def from_tfds(self, row: dict[str, Any]) -> dict[str, Any]:
-    """Converts a TensorFlow Datasets row (texts decoded) to our schema."""
+    """Converts a TensorFlow Datasets row (texts decoded) to our schema.
+
+    Args:
+      row: a row of TensorFlow Datasets, its texts decoded.
+    """
     return row
 
   def generate(
@@ -137,6 +165,9 @@ def _loads(raw: bytes) -> Any:
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
   """Yields (line number, row) of JSON lines.
 
+  Args:
+    path: the file.
+
   Example:
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
@@ -157,7 +188,14 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[BinaryIO]:
-  """Opens a file of rows; if that fails, raises an `InputError`."""
+  """Opens a file of rows; if that fails, raises an `InputError`.
+
+  Args:
+    path: the file.
+
+  Raises:
+    InputError: the file cannot be read.
+  """
   try:
     with path.open("rb") as file:
       yield file
@@ -168,7 +206,14 @@ def reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_json(path: Path) -> Any:
-  """Reads a JSON file, or raises an `InputError` that names the line."""
+  """Reads a JSON file, or raises an `InputError` that names the line.
+
+  Args:
+    path: the file.
+
+  Raises:
+    InputError: the file cannot be read, or is not JSON in UTF-8.
+  """
   with reading(path) as file:
     raw = file.read()
   try:
@@ -207,6 +252,10 @@ def lookup(row: Any, *keys: str) -> Any:
 def items(row: Any, *keys: str) -> list[Any]:
   """Returns the list at `lookup(row, *keys)`.
 
+  Args:
+    row: an unchecked row, of any type.
+    *keys: names of nested fields.
+
   Example:
     >>> items({"choices": {"label": ["A", "B"]}}, "choices", "label")
     ['A', 'B']
@@ -235,6 +284,10 @@ def text(row: Any, *keys: str, empty: bool = False) -> str:
 
 def texts(row: Any, *keys: str) -> list[str]:
   """Returns the list of texts at `lookup(row, *keys)`, at least one.
+
+  Args:
+    row: an unchecked row, of any type.
+    *keys: names of nested fields.
 
   Example:
     >>> texts({"answers": {"text": ["4", "four"]}}, "answers", "text")

@@ -192,6 +192,9 @@ def gates_by_router(
 
   All arms of a router have the same gates at the prompt. Later gates depend on
   rule and cache only for routers of hidden states.
+
+  Args:
+    rows: an experiment's rows.
   """
   found: dict[Arm, list[Mapping[str, Any]]] = {}
   for row in rows:

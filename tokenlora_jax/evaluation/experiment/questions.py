@@ -55,6 +55,9 @@ def questions(
 def digest_questions(questions: Sequence[Question]) -> str:
   """Hashes the questions' names, tokens and prompt lengths.
 
+  Args:
+    questions: the questions of one task.
+
   Example:
     >>> len(digest_questions([]))
     16

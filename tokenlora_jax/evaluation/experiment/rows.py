@@ -35,6 +35,9 @@ FIELDS = {
 def arm_of(row: Mapping[str, Any]) -> Arm:
   """Returns the arm of a row.
 
+  Args:
+    row: a scored row.
+
   Example:
     >>> arm_of({"variant": "base", "router": "", "rule": "", "cache": ""})
     Arm(variant='base', router='', rule='', cache='')
@@ -193,6 +196,9 @@ def read_rows(file: Path, drop_torn: bool = False) -> list[dict[str, Any]]:
 def digest(parts: Iterable[bytes]) -> str:
   """Hashes parts of bytes and where each ends: 16 hex digits of SHA-256.
 
+  Args:
+    parts: the bytes.
+
   Example:
     >>> digest([b"a", b"b"]) == digest([b"ab"])
     False
@@ -205,7 +211,11 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def digest_bank(folder: Path) -> str:
-  """Hashes the JSON and safetensors files of a bank's folder."""
+  """Hashes the JSON and safetensors files of a bank's folder.
+
+  Args:
+    folder: the bank's folder.
+  """
   files = sorted(
     path.relative_to(folder).as_posix()
     for kind in ("json", "safetensors")

@@ -106,6 +106,9 @@ def run(program: str) -> str:
 
   The module is not `__main__`, so the program's script part does not run.
 
+  Args:
+    program: the source.
+
   Example:
     >>> run("assert 1 + 1 == 3, 'a sum'")
     'AssertionError: a sum'

@@ -45,7 +45,12 @@ class ProgramScorer(TextScorer):
 
   @abc.abstractmethod
   def program(self, text: str, row: Any) -> str:
-    """Returns the program followed by the row's tests."""
+    """Returns the program followed by the row's tests.
+
+    Args:
+      text: the generated text.
+      row: the gold row, in its task's schema.
+    """
 
   def score(self, text: str, row: Any) -> dict[str, float]:
     """Returns 1 if the program passes all tests within its limits, else 0."""

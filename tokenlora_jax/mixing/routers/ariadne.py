@@ -83,7 +83,7 @@ def fit_ariadne(
   Args:
     embeddings_by_expert: E arrays float32[N_e, D_enc], of training texts.
     clusters: C.
-    seed: of the k-means.
+    seed: seeds the k-means.
 
   Returns:
     {"centroids": float32[E, C, D_enc]}.
