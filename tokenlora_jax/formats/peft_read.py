@@ -108,6 +108,15 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
 
   Raises:
     InputError: as in `load_adapters`.
+
+  Example:
+    >>> import tempfile
+    >>> from tokenlora_jax import load_base, random_adapters, save_adapter
+    >>> adapters = random_adapters(load_base("random:tiny"), experts=1, rank=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   save_adapter(adapters, "e0", folder)
+    ...   len(read_adapter(folder).maps), adapter_shapes(folder)[0, "v"]
+    (4, (64, 32))
   """
   folder = Path(folder)
   config_file = _file(folder, CONFIG)

@@ -191,6 +191,6 @@ def _lengths(segment_ids):
   A row is one segment, then padding.
   """
   lengths = jnp.sum(segment_ids > 0, axis=-1, dtype=jnp.int32)
-  # Of a row of padding alone cuDNN would take the softmax of nothing. No token
-  # of it has a target, so what its first one sees does not matter.
+  # cuDNN cannot take the softmax over no keys, so a row of padding alone keeps
+  # one. None of its tokens has a target, so the result does not matter.
   return jnp.maximum(lengths, 1)

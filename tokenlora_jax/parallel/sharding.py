@@ -231,6 +231,12 @@ def described(tree, mesh: Mesh):
   Args:
     tree: a pytree of arrays, or of shapes.
     mesh: the mesh.
+
+  Example:
+    >>> mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    >>> norm = jax.ShapeDtypeStruct((64,), "float32")
+    >>> described({"norm": norm}, mesh)["norm"].shape
+    (64,)
   """
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(
