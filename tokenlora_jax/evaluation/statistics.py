@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
 
   @property
   def excludes_zero(self) -> bool:
-    """Whether the whole interval is on one side of 0.
+    """True if the whole interval is on one side of 0.
 
     Example:
       >>> Estimate(0.2, 0.1, 0.3).excludes_zero, Estimate(0.2).excludes_zero

@@ -1,4 +1,6 @@
-"""Top-k, temperature, threshold and smoothing, for the gates of any router.
+"""Shapes the gates of any router: top-k, temperature, threshold, smoothing.
+
+  gates .5 .3 .2  ->  top-k 2  ->  .625 .375 0
 
 Axis letters: B batch, T length, E experts, R rank.
 """
@@ -16,27 +18,27 @@ import numpy as np
 from tokenlora_jax.config import InputError, check
 from tokenlora_jax.mixing.router import Router
 
-# What `make_router` takes for any router.
+# The settings that `make_router` takes for any router.
 SHAPING = ("top_k", "temperature", "threshold", "smoothing")
 
 
 def keep_top(
   gates: Float[Array | np.ndarray, "*B E"], k: int | Int[Array, ""]
 ) -> Float[Array, "*B E"]:
-  """Returns the k largest gates, scaled to the sum of all; the others are 0.
+  """Keeps the k largest gates, scaled to the sum of all; the others are 0.
 
   Args:
     gates: float32[.., E], at least 0.
-    k: int32[], how many stay; of equal ones the first. It is data, so that
-      another one compiles nothing.
+    k: int32[], the number of gates to keep; of equal ones the first. It is
+      traced, so another k does not compile again.
 
   Example:
     >>> keep_top(jnp.array([0.5, 0.25, 0.25]), 2).round(3).tolist()
     [0.667, 0.333, 0.0]
   """
   total = gates.sum(axis=-1, keepdims=True)
-  # A gate's rank is how many gates go before it: larger ones, and equal ones
-  # in front of it.
+  # A gate's rank is the number of gates before it: larger ones, and equal ones
+  # of smaller index.
   this, other = gates[..., :, None], gates[..., None, :]
   in_front = jnp.tri(gates.shape[-1], k=-1, dtype=bool)
   ranks = ((other > this) | ((other == this) & in_front)).sum(axis=-1)
@@ -51,16 +53,24 @@ def keep_top(
 class Shaping:
   """The settings that shape a router's gates.
 
-  First gates^(1 / temperature) (a softmax becomes that of its logits divided by
-  the temperature), then the `top_k` largest, both scaled to the sum there was;
-  then zeros, the base alone, where no gate reaches `threshold`. At a refresh
-  `smoothing` times the gates before stays.
+  They apply in this order; a setting that is None does nothing:
+
+  1. gates^(1 / temperature), scaled to the sum before. For a softmax this
+     divides its logits by the temperature.
+  2. The `top_k` largest, scaled to the sum before; the others become 0.
+  3. If no gate reaches `threshold`, all become 0: the base alone.
+  4. At a refresh, smoothing * old gates + (1 - smoothing) * new gates.
 
   Attributes:
     temperature: float32[], or None.
     threshold: float32[], or None.
     smoothing: float32[], or None.
-    top_k: int32[], how many gates stay; or None.
+    top_k: int32[], the number of gates to keep; or None.
+
+  Example:
+    >>> found = Shaping(temperature=jnp.float32(0.5))
+    >>> found.shape(jnp.array([0.75, 0.25])).round(3).tolist()
+    [0.9, 0.1]
   """
 
   temperature: Float[Array, ""] | None = None
@@ -71,11 +81,11 @@ class Shaping:
   def shape(
     self, gates: Float[Array | np.ndarray, "*B E"]
   ) -> Float[Array | np.ndarray, "*B E"]:
-    """Returns gates float32[.., E], shaped."""
+    """Applies steps 1 to 3 to gates float32[.., E]."""
     total = gates.sum(axis=-1, keepdims=True)
     if self.temperature is not None:
-      # The largest logit is 0, so that none overflows however it is divided;
-      # a row of zeros has none, and stays.
+      # The largest logit is 0, so no quotient overflows; a row of zeros has no
+      # logits, and stays as it is.
       highest = gates.max(axis=-1, keepdims=True)
       logits = jnp.log(gates / jnp.where(highest > 0, highest, 1))
       sharp = jax.nn.softmax(logits / self.temperature, axis=-1)
@@ -92,7 +102,7 @@ class Shaping:
     before: Float[Array | np.ndarray, "*B E"],
     gates: Float[Array | np.ndarray, "*B E"],
   ) -> Float[Array | np.ndarray, "*B E"]:
-    """Returns the gates of a refresh, given those before it."""
+    """Applies step 4: old gates `before` and new `gates`, float32[.., E]."""
     if self.smoothing is None:
       return gates
     return self.smoothing * before + (1 - self.smoothing) * gates
@@ -101,10 +111,10 @@ class Shaping:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ShapedRouter(Router):
-  """A router with its gates shaped.
+  """A router with shaped gates.
 
-  Shapes sequence gates; for in-layer routers, per-position gates. All else is
-  the router's own.
+  Shapes sequence gates; for in-layer routers, per-position gates. Everything
+  else is the inner router's.
 
   Attributes:
     router: computes the gates.
@@ -146,8 +156,8 @@ def _own(name: str) -> property:
   return property(lambda shaped: getattr(shaped.router, name))
 
 
-# What shaping does not touch is the router's own, whatever a router comes to
-# have.
+# Forwards every member of `Router` that is not overridden above, and any that
+# is added later.
 for _name in vars(Router).keys() - vars(ShapedRouter).keys():
   if not _name.startswith("_"):
     setattr(ShapedRouter, _name, _own(_name))
@@ -155,7 +165,7 @@ abc.update_abstractmethods(ShapedRouter)
 
 
 def _by_position(router: Router) -> bool:
-  """Whether a router chooses among the experts in the layers."""
+  """Returns whether only the layers choose among the experts."""
   return bool(router.prototypes) and router.needs == "nothing"
 
 
@@ -169,15 +179,15 @@ def shape_gates(
   """Returns a router with its gates shaped; see `Shaping`.
 
   Args:
-    router: any.
-    top_k: how many gates stay; 0 is all.
+    router: any router.
+    top_k: the number of gates to keep; 0 keeps all.
     temperature: below 1 is sharper, above 1 flatter.
-    threshold: the least that some gate must reach; 0 is off.
-    smoothing: share of the gates before that stays at a refresh; 0 is off.
+    threshold: if no gate reaches it, all become 0; 0 is off.
+    smoothing: weight of the old gates at a refresh; 0 is off.
 
   Raises:
-    InputError: a value is not allowed; smoothing of a router that decides in the
-      layers; top-k or temperature of one whose gates may be negative.
+    InputError: a value is not allowed; or the router is in-layer and smoothing
+      is asked for; or its gates may be negative, and top-k or temperature is.
 
   Example:
     >>> from tokenlora_jax.mixing.routers import make_router
@@ -209,7 +219,7 @@ def shape_gates(
     return None if value == off else jnp.float32(value)
 
   if temperature != 1:
-    # Nearer 0 or farther, float32 has no number for it or for its inverse.
+    # Beyond these bounds float32 cannot hold it or its inverse.
     least = float(np.finfo(np.float32).tiny)
     temperature = min(max(temperature, least), 0.5 / least)
   shaping = Shaping(
