@@ -44,8 +44,15 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+# While the hook below loads a module, Python looks for compiled files of another
+# name: what a module of ours imports first would be compiled from its source.
+import beartype  # noqa: E402, F401
+import flax.nnx  # noqa: E402, F401
+import grain  # noqa: E402, F401
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
+import optax  # noqa: E402, F401
+import orbax.checkpoint  # noqa: E402, F401
 import pytest  # noqa: E402
 
 # Half of what Linux allows by default (vm.max_map_count).

@@ -15,7 +15,9 @@ class Interrupted:
 
 def main(argv):
   Interrupted()
-  time.sleep(20)
+  end = time.monotonic() + 20
+  while time.monotonic() < end:
+    time.sleep(0.01)
 
 cli.run(main)
 """
