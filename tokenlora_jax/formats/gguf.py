@@ -101,9 +101,17 @@ def metadata(file: Header, name: str, default: Any = None) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-  if isinstance(value, list):
-    return [_decoded(each) for each in value]
-  return value.decode() if isinstance(value, bytes) else value
+  if isinstance(value, bytes):
+    return value.decode()
+  if not isinstance(value, list):
+    return value
+  # One loop without calls for a vocabulary.
+  return [
+    each.decode() if isinstance(each, bytes)
+    else _decoded(each) if isinstance(each, list)
+    else each
+    for each in value
+  ]  # fmt: skip
 
 
 def parse_metadata(
