@@ -103,6 +103,17 @@ finally:
   assert not HEAVY & set(json.loads(modules))
 
 
+def test_training_does_not_wait_for_torch(tmp_path):
+  # The tests have it, as many people have, and tensorboardX would import it.
+  code = """
+import importlib.util, sys
+from tokenlora_jax.commands import training
+print("torch" in sys.modules, importlib.util.find_spec("torch") is None)
+"""
+  done = python(code, cwd=tmp_path)
+  assert (done.stdout, done.stderr) == ("False False\n", "")
+
+
 def test_infer_knows_the_commands_on_a_bank():
   assert tuple(bank.COMMANDS) == infer.BANK
 

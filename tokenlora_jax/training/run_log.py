@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 from pathlib import Path
+import sys
 import time
 
 import jax
@@ -28,13 +29,20 @@ from rich.progress import (
   TextColumn,
   TimeRemainingColumn,
 )
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from tokenlora_jax.files import write_atomically
 from tokenlora_jax.model.fused_attention import Accelerator
 from tokenlora_jax.parallel.chips import chip_of
+
+# tensorboardX imports torch where there is one, which takes seconds, to write
+# torch's tensors, of which we have none. Python takes None for "not installed".
+_hidden = sys.modules.setdefault("torch", None) is None
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
+from tensorboardX.proto.summary_pb2 import Summary  # noqa: E402
+
+if _hidden:
+  del sys.modules["torch"]
 
 # Seconds between two flushes to TensorBoard.
 FLUSH_EVERY = 30
