@@ -30,6 +30,8 @@ reproduce: .venv/.run
 	  --workdir $(OUT) --output $(OUT)/compared --variants base own single \
 	  sum uniform top1 prompt token:1 token:2 token:4 token:8
 
+# Without bytecode on disk every worker would compile all tests anew.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not realdata"
 
