@@ -60,6 +60,7 @@ def dequantised(kernel) -> jax.Array:
   return matrix * scales
 
 
+@functools.cache
 def make_base(kind: str, stacked: bool, floats: bool = False) -> Llama:
   """A Llama in few bits, or with the floats that these bits stand for."""
   whole = by_projection(SHAPE, draw)

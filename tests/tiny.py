@@ -1,5 +1,6 @@
 """Random numbers, a tiny base, its rows and a short run, for the tests."""
 
+import copy
 import dataclasses
 import functools
 import io
@@ -128,10 +129,15 @@ def make_batches(config: Config, **rows):
   return batches(rows, Tokenizer(), config.data)
 
 
-def first_batches(config: Config, steps: int, **rows) -> list:
-  """The first batches of the run, on the host."""
+@functools.cache
+def _first_batches(config: Config, steps: int, **rows) -> list:
   data = iter(make_batches(config, **rows))
   return [next(data) for _ in range(steps)]
+
+
+def first_batches(config: Config, steps: int, **rows) -> list:
+  """The first batches of the run, on the host, made once and the caller's own."""
+  return copy.deepcopy(_first_batches(config, steps, **rows))
 
 
 def random_state(config: Config, base: Llama, mesh) -> training.TrainState:
