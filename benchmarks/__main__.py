@@ -16,6 +16,7 @@ GLIBC_TUNABLES, since huge pages, which speed up our training, slow down its.
 Figures compare only within one run on one otherwise idle machine.
 """
 
+from collections.abc import Sequence
 import json
 import os
 from pathlib import Path
@@ -35,6 +36,7 @@ from tokenlora_jax import (
   make_router,
   random_adapters,
 )
+from tokenlora_jax.commands import cli
 from tokenlora_jax.config import Config, DataConfig, LoraConfig
 from tokenlora_jax.model.config import PRESETS
 from tokenlora_jax.parallel.sharding import make_mesh
@@ -218,7 +220,7 @@ def ratios(decoding: dict, training: dict, peer: dict) -> dict[str, float]:
   return found
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
   """Runs the benchmarks and prints one JSON object."""
   parser = make_parser("benchmarks", __doc__)
   parser.add_argument("--size", choices=PRESETS, default="smollm2-135m")
@@ -233,7 +235,7 @@ def main() -> None:
   parser.add_argument("--remat", default="elementwise")
   parser.add_argument("--repeat", type=int, default=5, help="the best counts")
   parser.add_argument("--peer", help="path of a peer's script")
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   if args.peer and not Path(args.peer).is_file():
     parser.error(f"--peer {args.peer}: there is no such file")
   training = train(args)
@@ -258,4 +260,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)

@@ -103,6 +103,15 @@ finally:
   assert not HEAVY & set(json.loads(modules))
 
 
+@pytest.mark.parametrize(
+  "file", sorted(ROOT.glob("benchmarks/*.py")), ids=lambda file: file.stem
+)
+def test_a_benchmark_starts_as_the_programs_do(file):
+  # So it is as quiet, and says its errors in a line.
+  text = file.read_text()
+  assert text.count('__name__ == "__main__"') == text.count("  cli.run(main)\n")
+
+
 def test_training_does_not_wait_for_torch(tmp_path):
   # The tests have it, as many people have, and tensorboardX would import it.
   code = """
