@@ -36,6 +36,7 @@ from rich.table import Table
 from safetensors.numpy import load_file
 
 from benchmarks import make_parser
+from tokenlora_jax.commands import cli
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-5
@@ -259,7 +260,7 @@ def cut_newest(workdir: Path) -> Path:
   return newest
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
   """Runs all and prints tables."""
   parser = make_parser("benchmarks.kills", __doc__)
   parser.add_argument("--kills", type=int, default=20)
@@ -267,7 +268,7 @@ def main() -> None:
   parser.add_argument("--config", default="configs/tiny.py")
   parser.add_argument("--steps", type=int, default=60)
   parser.add_argument("--save-every", type=int, default=2)
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   console = Console(width=100)
   console.print(f"seed {args.seed}, {args.steps} steps of {args.config}")
   with tempfile.TemporaryDirectory() as folder:
@@ -343,4 +344,4 @@ def _all(args: argparse.Namespace, folder: Path, console: Console) -> int:
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)

@@ -20,6 +20,7 @@ Linux only, since it reads /proc.
 """
 
 import argparse
+from collections.abc import Sequence
 import json
 import os
 from pathlib import Path
@@ -32,6 +33,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks import make_parser
+from tokenlora_jax.commands import cli
 from tokenlora_jax.formats.reader import parameter_shapes
 from tokenlora_jax.model.config import PRESETS, LlamaConfig
 
@@ -182,14 +184,14 @@ def measure(folder: Path, settings: dict, devices: int = 1) -> dict[str, float]:
   return found
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
   """Runs the benchmark and prints a table."""
   parser = make_parser("benchmarks.loading", __doc__)
   parser.add_argument("--size", choices=PRESETS, default="tinyllama-1.1b")
   parser.add_argument("--stored", choices=DTYPES, default="bfloat16")
   parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
   parser.add_argument("--load", help=argparse.SUPPRESS)
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   if args.load:
     print(json.dumps(load(*json.loads(args.load))))
     return
@@ -216,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)
