@@ -1,6 +1,7 @@
 """Command lines: what they give, and the one line a mistake gets."""
 
 import dataclasses
+import io
 import os
 from pathlib import Path
 import re
@@ -10,6 +11,7 @@ from typing import Annotated
 
 import jax
 import pytest
+from refusals import refusal
 import tyro
 
 from tokenlora_jax.commands import cli
@@ -116,6 +118,17 @@ def test_a_mistake_is_one_line_that_names_it(file, argv, told):
   message = str(caught.value)
   assert "\n" not in message
   assert not re.search(r"[─│╭╰]|helptext|Error parsing|\x1b", message)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_terminal_of_ascii_sees_the_same_line(file, encoding, monkeypatch):
+  # As in a container without a locale: tyro draws another box there.
+  stdout = io.TextIOWrapper(io.BytesIO(), encoding)
+  monkeypatch.setattr("sys.stdout", stdout)
+  argv = ["--config", str(file), "--mesh.expert", "3", "--data.tasks", "gsm8k"]
+  assert refusal(cli.parse, Config, argv, "") == (
+    "mesh.expert: 3 is not allowed; want a divisor of the 1 experts"
+  )
 
 
 def test_mistakes_in_the_config_file(file, tmp_path):

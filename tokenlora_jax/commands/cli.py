@@ -241,9 +241,12 @@ def _reason(box: str) -> str:
   mistakes never come here: `_check_flags` and our own checks find them first.
   """
   lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
-  # The lines are a title, the message, a rule, and help.
+  # The lines are a title, the message, a rule, and help. Where the terminal is
+  # not one of UTF-8, there is a rule below the title too.
   lines = [line.strip(" │") for line in lines[1:]]
-  text = " ".join(itertools.takewhile(lambda s: not s.startswith("─"), lines))
+  is_rule = re.compile(r"─+|-+").fullmatch
+  lines = itertools.dropwhile(is_rule, lines)
+  text = " ".join(itertools.takewhile(lambda s: not is_rule(s), lines))
   # The messages of our own checks name the setting already.
   text = re.sub(r"^Error parsing ((?!--)\S+: )?", "", text)
   return text or "the arguments cannot be read; see --help"
