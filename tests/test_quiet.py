@@ -1,6 +1,7 @@
 """Libraries are not heard, and Ctrl-C always is."""
 
 from child import python
+import pytest
 
 
 def test_ctrl_c_is_not_lost_where_python_cannot_raise_it(tmp_path):
@@ -61,3 +62,19 @@ cli.run(main)
   done = python(code, cwd=tmp_path, JAX_PLATFORMS="")
   assert done.stderr == ""
   assert done.stdout.strip() in ("cpu", "gpu", "tpu")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_terminal_that_lacks_a_character_ends_no_program(encoding, tmp_path):
+  code = """
+from tokenlora_jax.commands import cli
+
+def main(argv):
+  print("\\u25a0 gsm8k")
+
+cli.run(main)
+"""
+  done = python(code, cwd=tmp_path, PYTHONIOENCODING=encoding)
+  assert (done.returncode, done.stderr) == (0, "")
+  square = "\u25a0" if encoding == "utf-8" else "?"
+  assert done.stdout == f"{square} gsm8k\n"

@@ -273,6 +273,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   Ctrl-C. `main` takes the arguments without the program's name.
   """
   quiet()
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    # A terminal that cannot show a character shows "?" in its place.
+    sys.stdout.reconfigure(errors="replace")
   chosen = choose_platforms()
   give_threads()
   try:
